@@ -1,0 +1,412 @@
+//! What `baton` and other clients say to a broker over its control socket, `control.sock` in the VM's directory.
+//!
+//! A `SOCK_SEQPACKET` connection. The broker speaks first ([`Reply::Hello`]); then each request is answered by exactly one
+//! final reply, before which an upgrade sends [`Reply::Progress`]. One request at a time.
+//!
+//! The types derive `Serialize` once for the wire (postcard) and for people's scripts (the CLI prints them as JSON), so
+//! field names here are part of the surface.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::Access;
+use crate::DescriptorKind;
+
+/// The version of these messages.
+pub const PROTOCOL: u32 = 1;
+
+/// The control socket's name in a VM's directory.
+pub const SOCKET: &str = "control.sock";
+
+/// The longest worker path, reason or step that goes over the wire, in bytes.
+pub const MAX_TEXT: usize = 4096;
+
+/// A process's exit status, as scripts see it (also the code of a refused request).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exit {
+    /// Done.
+    Done,
+    /// An audit or a diff has findings.
+    Findings,
+    /// The command line or the request is wrong.
+    Usage,
+    /// The host, a file or the VM is not as needed.
+    Unfit,
+    /// An upgrade was aborted; the old worker runs on.
+    Aborted,
+    /// The VM is lost.
+    Lost,
+    /// Policy refuses.
+    Refused,
+    /// Another operation is under way.
+    Busy,
+}
+
+impl Exit {
+    /// The number.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Findings => 1,
+            Self::Usage => 2,
+            Self::Unfit => 3,
+            Self::Aborted => 10,
+            Self::Lost => 20,
+            Self::Refused => 30,
+            Self::Busy => 75,
+        }
+    }
+}
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// How is the VM?
+    Status,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let them run.
+    Resume,
+    /// Reset the guest.
+    Reset,
+    /// End the VM: by the ACPI power button, or at once.
+    Stop {
+        /// At once.
+        force: bool,
+    },
+    /// Replace the worker. The binary comes as a descriptor; without one the VM's configured worker is opened again.
+    Upgrade {
+        /// Go through everything that comes before the pause, then let the new worker go.
+        dry_run: bool,
+    },
+    /// Cancel the upgrade that another client has asked for.
+    Cancel,
+    /// Attach to the console: the reply carries one end of a stream socket.
+    Console,
+    /// Compare the kernel's records of the worker with its policy.
+    Audit,
+}
+
+/// A reply.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// The first message of a connection.
+    Hello {
+        /// [`PROTOCOL`] of the broker.
+        protocol: u32,
+        /// The broker's build.
+        build: String,
+    },
+    /// It is done.
+    Done,
+    /// Nothing was done.
+    Refused(Refusal),
+    /// The answer to [`Request::Status`].
+    Status(Box<VmStatus>),
+    /// An upgrade has reached a step.
+    Progress(Step),
+    /// An upgrade has ended.
+    Upgrade(Box<UpgradeOutcome>),
+    /// The answer to [`Request::Console`].
+    Console,
+    /// The answer to [`Request::Audit`].
+    Audit(Box<AuditReport>),
+}
+
+/// Why a request was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The exit status that fits.
+    pub exit: Exit,
+    /// What is wrong.
+    pub reason: String,
+    /// What to do about it; may be empty.
+    pub remedy: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)?;
+        if !self.remedy.is_empty() {
+            write!(f, "\n  {}", self.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// What a broker tells whoever started it, over the socket that is its standard input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StartReport {
+    /// The guest runs.
+    Started(Started),
+    /// It does not, and the broker exits.
+    Failed(Refusal),
+}
+
+/// A started VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Started {
+    /// The VM's name.
+    pub name: String,
+    /// The broker.
+    pub broker_pid: u32,
+    /// The worker, in the broker's pid namespace.
+    pub worker_pid: u32,
+    /// The worker's generation.
+    pub generation: u32,
+    /// The VM's directory.
+    pub directory: String,
+    /// From the broker's first instruction to "running", in microseconds.
+    pub start_us: u64,
+    /// What the broker found and cleaned up, or wants the operator to know.
+    pub notes: Vec<String>,
+}
+
+/// The state of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// Not yet running.
+    Starting,
+    /// The guest runs.
+    Running,
+    /// The guest stands still at the operator's wish.
+    Paused,
+    /// The guest runs, and its worker is being replaced.
+    Upgrading,
+    /// The guest has powered off.
+    Stopped,
+    /// The worker died, and the guest with it.
+    Lost,
+    /// The worker runs and its broker is dead.
+    Orphaned,
+}
+
+/// How a VM is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: VmState,
+    /// The broker's process.
+    pub broker_pid: u32,
+    /// The worker's process, in the broker's pid namespace.
+    pub worker_pid: u32,
+    /// The worker's generation.
+    pub generation: u32,
+    /// SHA-256 of the worker's binary, in hex.
+    pub worker_digest: String,
+    /// The worker's build.
+    pub worker_build: String,
+    /// Seconds since the VM started.
+    pub uptime_s: u64,
+    /// Guest RAM, in bytes.
+    pub ram_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Frequency of the guest's TSC, in kHz.
+    pub tsc_khz: u32,
+    /// Console bytes dropped because nobody took them.
+    pub console_dropped: u64,
+    /// The last upgrade.
+    pub last_upgrade: Option<UpgradeOutcome>,
+}
+
+/// The steps of an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// S1: request and policy.
+    Request,
+    /// S2: the new worker is spawned and confined.
+    Spawn,
+    /// S3: hello, versions.
+    Agree,
+    /// S4: descriptors go over.
+    HandOver,
+    /// S5: the new worker builds, populates, rehearses; ends with its hang-up.
+    Build,
+    /// S6: the old worker parks; the pause starts.
+    Park,
+    /// S7: the old worker saves and streams.
+    Save,
+    /// S8: the new worker validates and loads.
+    Load,
+    /// S9: commit.
+    Commit,
+    /// S10: the new worker says "running" and runs; the pause ends.
+    Run,
+    /// S11: the new worker re-kicks queues and interrupts.
+    Kick,
+    /// S12: the old worker is retired.
+    Retire,
+}
+
+impl Step {
+    /// The number in `docs/architecture.md`: 1 to 12.
+    #[must_use]
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Request => 1,
+            Self::Spawn => 2,
+            Self::Agree => 3,
+            Self::HandOver => 4,
+            Self::Build => 5,
+            Self::Park => 6,
+            Self::Save => 7,
+            Self::Load => 8,
+            Self::Commit => 9,
+            Self::Run => 10,
+            Self::Kick => 11,
+            Self::Retire => 12,
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self {
+            Self::Request => "request",
+            Self::Spawn => "spawn",
+            Self::Agree => "agree",
+            Self::HandOver => "hand-over",
+            Self::Build => "build",
+            Self::Park => "park",
+            Self::Save => "save",
+            Self::Load => "load",
+            Self::Commit => "commit",
+            Self::Run => "run",
+            Self::Kick => "kick",
+            Self::Retire => "retire",
+        };
+        write!(f, "S{} {name}", self.number())
+    }
+}
+
+/// How an upgrade ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The new worker runs the guest.
+    Committed,
+    /// The old worker runs the guest.
+    Aborted,
+    /// Nobody does.
+    Lost,
+    /// A dry run went as far as it goes.
+    Rehearsed,
+}
+
+/// What an upgrade did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeOutcome {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The generation that runs now.
+    pub generation: u32,
+    /// The worker that runs now.
+    pub worker_pid: u32,
+    /// SHA-256 of its binary, in hex.
+    pub worker_digest: String,
+    /// From the first vCPU's exit in the old worker to the last vCPU's first KVM_RUN in the new one, in microseconds; 0
+    /// when the guest was not paused. The workers' own times, clamped to `pause_us`.
+    pub blackout_us: u64,
+    /// What the broker itself saw of it: "park" sent to "running" received, in microseconds.
+    pub pause_us: u64,
+    /// From the request to the outcome, in milliseconds.
+    pub total_ms: u64,
+    /// Bytes of device state that went from worker to worker.
+    pub state_bytes: u64,
+    /// SHA-256 of that state, in hex; empty when none went over.
+    pub state_digest: String,
+    /// Microseconds spent in each step that was entered.
+    pub phases: Vec<PhaseTime>,
+    /// The step that failed, when one did.
+    pub failed_step: Option<Step>,
+    /// Why it failed; empty when it did not.
+    pub reason: String,
+}
+
+/// The time of one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// Which.
+    pub step: Step,
+    /// Microseconds.
+    pub us: u64,
+}
+
+/// Whether a worker's confinement is what its policy says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// Everything was compared, and agrees.
+    Proven,
+    /// Something disagrees or could not be compared.
+    Findings,
+}
+
+/// An audit of a running worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditReport {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The worker.
+    pub worker_pid: u32,
+    /// Its threads.
+    pub threads: Vec<AuditThread>,
+    /// Its descriptors.
+    pub descriptors: Vec<AuditDescriptor>,
+    /// What disagrees.
+    pub findings: Vec<Finding>,
+    /// What is weaker on this host or for this user than the policy's best; no finding, but said.
+    pub weaker: Vec<String>,
+}
+
+/// One thread.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditThread {
+    /// Its id in the broker's pid namespace.
+    pub tid: u32,
+    /// The role that its filters show it to have.
+    pub role: String,
+    /// Number of seccomp filters on it.
+    pub filters: u32,
+    /// How that was proven: `compared byte for byte`, or `by construction` and why.
+    pub proof: String,
+}
+
+/// One open descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditDescriptor {
+    /// Its number in the worker.
+    pub fd: u32,
+    /// What /proc says it is.
+    pub target: String,
+    /// The grant that explains it, as name#id, or what made it.
+    pub grant: String,
+    /// The kind granted.
+    pub kind: Option<DescriptorKind>,
+    /// Its access mode.
+    pub access: Option<Access>,
+}
+
+/// Something that is not as the policy says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// A stable identifier: `seccomp-filter`, `capabilities`, `descriptor`, …
+    pub rule: String,
+    /// Which thread, descriptor or file.
+    pub subject: String,
+    /// What is declared.
+    pub declared: String,
+    /// What was found.
+    pub found: String,
+}

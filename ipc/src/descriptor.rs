@@ -1,0 +1,388 @@
+//! What a descriptor is: its name in the registry, the kind of kernel object behind it, and the check that both ends make.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::FileType;
+use rustix::fs::OFlags;
+use rustix::fs::SealFlags;
+use serde::Deserialize;
+use serde::Serialize;
+use thiserror::Error;
+
+/// The longest descriptor name, in bytes.
+pub const MAX_NAME: usize = 32;
+
+/// The name of `/dev/kvm`.
+pub const KVM: &str = "kvm";
+/// The name of guest RAM; the id is the index of the region, in ascending guest physical address.
+pub const RAM: &str = "ram";
+/// The name of the kernel's file.
+pub const KERNEL: &str = "kernel";
+/// The name of the initrd's file.
+pub const INITRD: &str = "initrd";
+/// The name of the worker's end of the console stream.
+pub const CONSOLE: &str = "console";
+
+/// Seals that every guest-RAM memfd carries before it leaves the broker: its size is fixed, and no holder can add a seal
+/// that would break the next worker's mapping (memfd_create(2), fcntl(2) "File Sealing").
+pub const RAM_SEALS: SealFlags = SealFlags::SHRINK
+    .union(SealFlags::GROW)
+    .union(SealFlags::SEAL);
+
+/// `/dev/kvm`'s device number (Documentation/admin-guide/devices.txt: misc major 10, minor 232).
+const KVM_DEVICE: (u32, u32) = (10, 232);
+
+/// A descriptor's name and id, the key of the registry.
+///
+/// The id is the index within an owner: the region of RAM, the queue of a tap, the vector of an interrupt array.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "(String, u32)", into = "(String, u32)")]
+pub struct DescriptorKey {
+    name: String,
+    id: u32,
+}
+
+impl DescriptorKey {
+    /// A key, if `name` is 1 to [`MAX_NAME`] characters of `a-z 0-9 . _ - /`.
+    ///
+    /// # Errors
+    ///
+    /// [`DescriptorError::Name`].
+    pub fn new(name: &str, id: u32) -> Result<Self, DescriptorError> {
+        let fits = (1..=MAX_NAME).contains(&name.len());
+        let plain = name
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-' | b'/'));
+        if fits && plain {
+            Ok(Self {
+                name: name.to_owned(),
+                id,
+            })
+        } else {
+            Err(DescriptorError::Name(name.chars().take(MAX_NAME).collect()))
+        }
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The index within the owner that the name stands for.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+}
+
+impl fmt::Display for DescriptorKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{}", self.name, self.id)
+    }
+}
+
+impl TryFrom<(String, u32)> for DescriptorKey {
+    type Error = DescriptorError;
+
+    fn try_from((name, id): (String, u32)) -> Result<Self, Self::Error> {
+        Self::new(&name, id)
+    }
+}
+
+impl From<DescriptorKey> for (String, u32) {
+    fn from(key: DescriptorKey) -> Self {
+        (key.name, key.id)
+    }
+}
+
+/// The kind of kernel object that a descriptor stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DescriptorKind {
+    /// `/dev/kvm`.
+    Kvm,
+    /// A memfd of guest RAM, sealed with [`RAM_SEALS`].
+    GuestRam,
+    /// A regular file that is only read: kernel, initrd.
+    Image,
+    /// A connected `AF_UNIX` stream socket.
+    Stream,
+    /// A regular file or block device that backs a disk.
+    Disk,
+}
+
+/// What a descriptor may be used for (O_ACCMODE, open(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// O_RDONLY.
+    Read,
+    /// O_WRONLY.
+    Write,
+    /// O_RDWR.
+    ReadWrite,
+}
+
+impl Access {
+    fn of(flags: OFlags) -> Option<Self> {
+        match flags & OFlags::ACCMODE {
+            OFlags::RDONLY => Some(Self::Read),
+            OFlags::WRONLY => Some(Self::Write),
+            OFlags::RDWR => Some(Self::ReadWrite),
+            _ => None,
+        }
+    }
+}
+
+/// Why a descriptor is not what it should be.
+#[derive(Debug, Error)]
+pub enum DescriptorError {
+    /// A name that no registry holds.
+    #[error("{0:?} is no descriptor name (1 to {MAX_NAME} of a-z 0-9 . _ - /)")]
+    Name(String),
+    /// A system call that only reads the descriptor's properties failed.
+    #[error("cannot examine the descriptor ({call}): {source}")]
+    Examine {
+        /// The call.
+        call: &'static str,
+        /// Its error.
+        source: std::io::Error,
+    },
+    /// Another kind of object.
+    #[error("expected {expected:?}, found {found}")]
+    Kind {
+        /// The kind that was announced.
+        expected: DescriptorKind,
+        /// What fstat(2) says.
+        found: String,
+    },
+    /// Another access mode.
+    #[error("expected access {expected:?}, found flags {found:#o}")]
+    Access {
+        /// The access that was announced.
+        expected: Access,
+        /// The flags of F_GETFL.
+        found: u32,
+    },
+    /// Another size.
+    #[error("expected {expected} bytes, found {found}")]
+    Size {
+        /// The size that was announced, in bytes.
+        expected: u64,
+        /// The size of fstat(2), in bytes.
+        found: u64,
+    },
+    /// Seals are missing.
+    #[error("guest RAM is not sealed: seals {0:#x}")]
+    Seals(u32),
+    /// Another object of the same kind.
+    #[error("another object than the one announced (device {device:#x}, inode {inode})")]
+    Identity {
+        /// The device number found.
+        device: u64,
+        /// The inode found.
+        inode: u64,
+    },
+}
+
+impl DescriptorError {
+    fn examine(call: &'static str, source: rustix::io::Errno) -> Self {
+        Self::Examine {
+            call,
+            source: source.into(),
+        }
+    }
+}
+
+/// What the sender says a descriptor is, and the receiver checks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The kind of object.
+    pub kind: DescriptorKind,
+    /// The access mode.
+    pub access: Access,
+    /// The object's size in bytes; compared for guest RAM only, since files may grow.
+    pub size: u64,
+    /// `st_dev` of fstat(2).
+    pub device: u64,
+    /// `st_ino` of fstat(2).
+    pub inode: u64,
+}
+
+impl Description {
+    /// Examines a descriptor and describes it, if it is of this kind.
+    ///
+    /// Uses fstat, F_GETFL and F_GET_SEALS only: nothing that another holder of the same open file could notice.
+    ///
+    /// # Errors
+    ///
+    /// [`DescriptorError`], for a descriptor of another kind or a RAM memfd without its seals.
+    pub fn of(kind: DescriptorKind, fd: BorrowedFd<'_>) -> Result<Self, DescriptorError> {
+        let stat = rustix::fs::fstat(fd).map_err(|e| DescriptorError::examine("fstat", e))?;
+        let flags =
+            rustix::fs::fcntl_getfl(fd).map_err(|e| DescriptorError::examine("F_GETFL", e))?;
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        let device_number = (
+            rustix::fs::major(stat.st_rdev),
+            rustix::fs::minor(stat.st_rdev),
+        );
+        let right = match kind {
+            DescriptorKind::Kvm => {
+                file_type == FileType::CharacterDevice && device_number == KVM_DEVICE
+            }
+            DescriptorKind::GuestRam | DescriptorKind::Image => file_type == FileType::RegularFile,
+            DescriptorKind::Stream => file_type == FileType::Socket,
+            DescriptorKind::Disk => {
+                matches!(file_type, FileType::RegularFile | FileType::BlockDevice)
+            }
+        };
+        if !right {
+            return Err(DescriptorError::Kind {
+                expected: kind,
+                found: format!("{file_type:?} {device_number:?}"),
+            });
+        }
+        if kind == DescriptorKind::GuestRam {
+            let seals = rustix::fs::fcntl_get_seals(fd)
+                .map_err(|e| DescriptorError::examine("F_GET_SEALS", e))?;
+            if !seals.contains(RAM_SEALS) {
+                return Err(DescriptorError::Seals(seals.bits()));
+            }
+        }
+        let access = Access::of(flags).ok_or(DescriptorError::Access {
+            expected: Access::Read,
+            found: flags.bits(),
+        })?;
+        Ok(Self {
+            kind,
+            access,
+            size: u64::try_from(stat.st_size).unwrap_or(0),
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })
+    }
+
+    /// Checks that a descriptor that arrived is the one described.
+    ///
+    /// # Errors
+    ///
+    /// [`DescriptorError`] with what was found instead.
+    pub fn verify(&self, fd: BorrowedFd<'_>) -> Result<(), DescriptorError> {
+        let found = Self::of(self.kind, fd)?;
+        if found.access != self.access {
+            let flags = rustix::fs::fcntl_getfl(fd.as_fd())
+                .map_err(|e| DescriptorError::examine("F_GETFL", e))?;
+            return Err(DescriptorError::Access {
+                expected: self.access,
+                found: flags.bits(),
+            });
+        }
+        if (found.device, found.inode) != (self.device, self.inode) {
+            return Err(DescriptorError::Identity {
+                device: found.device,
+                inode: found.inode,
+            });
+        }
+        if self.kind == DescriptorKind::GuestRam && found.size != self.size {
+            return Err(DescriptorError::Size {
+                expected: self.size,
+                found: found.size,
+            });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+
+    fn ram(size: u64, seals: SealFlags) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .unwrap();
+        rustix::fs::ftruncate(&fd, size).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, seals).unwrap();
+        fd
+    }
+
+    #[test]
+    fn a_name_is_parsed() {
+        for bad in ["", "Ram", "a b", "../x\0", &"x".repeat(MAX_NAME + 1)] {
+            assert!(DescriptorKey::new(bad, 0).is_err(), "{bad:?}");
+        }
+        let wire = postcard::to_stdvec(&("Bad Name", 1_u32)).unwrap();
+        assert!(postcard::from_bytes::<DescriptorKey>(&wire).is_err());
+    }
+
+    #[test]
+    fn unsealed_ram_is_refused() {
+        let fd = ram(4096, SealFlags::SHRINK);
+        assert!(matches!(
+            Description::of(DescriptorKind::GuestRam, fd.as_fd()),
+            Err(DescriptorError::Seals(_))
+        ));
+    }
+
+    #[test]
+    fn another_memory_of_the_same_size_is_refused() {
+        let (mine, other, larger) = (
+            ram(4096, RAM_SEALS),
+            ram(4096, RAM_SEALS),
+            ram(8192, RAM_SEALS),
+        );
+        let mut description = Description::of(DescriptorKind::GuestRam, mine.as_fd()).unwrap();
+        description.verify(mine.as_fd()).unwrap();
+        for wrong in [&other, &larger] {
+            assert!(matches!(
+                description.verify(wrong.as_fd()),
+                Err(DescriptorError::Identity { .. })
+            ));
+        }
+        description.size += 4096;
+        assert!(matches!(
+            description.verify(mine.as_fd()),
+            Err(DescriptorError::Size {
+                expected: 8192,
+                found: 4096
+            })
+        ));
+    }
+
+    #[test]
+    fn the_wrong_kind_and_access_are_refused() {
+        let null = File::open("/dev/null").unwrap();
+        for kind in [
+            DescriptorKind::Kvm,
+            DescriptorKind::GuestRam,
+            DescriptorKind::Image,
+            DescriptorKind::Stream,
+            DescriptorKind::Disk,
+        ] {
+            assert!(
+                matches!(
+                    Description::of(kind, null.as_fd()),
+                    Err(DescriptorError::Kind { .. })
+                ),
+                "{kind:?}"
+            );
+        }
+        let file = File::open("/proc/self/exe").unwrap();
+        let mut description = Description::of(DescriptorKind::Image, file.as_fd()).unwrap();
+        description.access = Access::ReadWrite;
+        assert!(matches!(
+            description.verify(file.as_fd()),
+            Err(DescriptorError::Access {
+                expected: Access::ReadWrite,
+                ..
+            })
+        ));
+    }
+}

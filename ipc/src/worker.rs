@@ -1,0 +1,247 @@
+//! What a broker and a worker say to each other over the worker's control socket.
+//!
+//! A cold start:
+//!
+//! ```text
+//! broker                                        worker
+//!   │                                    hello    │  single-threaded, confined, holding two descriptors
+//!   │  … the kernel's own records are read …      │
+//!   │  configure + cpr socket                     │
+//!   │  (cpr) every descriptor                     │  memory, VM, vCPUs; last filters of all threads; rehearsal
+//!   │                                    ready    │
+//!   │                                (cpr) hang-up│
+//!   │  … all threads' filters are read back …     │
+//!   │  start                                      │  writes the kernel into RAM
+//!   │                                  running    │  and only then the first KVM_RUN
+//!   │                                first-run    │
+//! ```
+//!
+//! An upgrade (S-numbers as in `docs/architecture.md`):
+//!
+//! ```text
+//! broker                          old worker        new worker
+//!   │                                 │       hello    │ S2
+//!   │  configure + cpr + main ────────┼───────────────►│ S3
+//!   │  transfer + main ──────────────►│◄═ offer ═══════│    main channel
+//!   │               agreed, or failed │═ answer ══════►│
+//!   │  (cpr) every descriptor ────────┼───────────────►│ S4
+//!   │                                 │  ready, hang-up│ S5
+//!   │  park ─────────────────────────►│                │ S6 pause starts
+//!   │                          parked │                │
+//!   │                           saved │═ state ═══════►│ S7
+//!   │  … SIGSTOP old, confirmed …     │         loaded │ S8
+//!   │  ceded ────────────────────────►│ (queued)       │ S9
+//!   │  commit ────────────────────────┼───────────────►│
+//!   │                                 │        running │ S10 then KVM_RUN: pause ends
+//!   │                                 │      first-run │
+//!   │  … SIGKILL old …                                 │ S12
+//! ```
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::CpuFeature;
+use crate::StartMode;
+use crate::StateDigest;
+use crate::VmId;
+
+/// The version of these messages; a worker of another version is refused before it is given anything.
+pub const PROTOCOL: u32 = 1;
+
+/// The most vCPUs of a VM.
+pub const MAX_CPUS: u8 = 8;
+
+/// The longest kernel command line, in bytes (COMMAND_LINE_SIZE of x86 Linux is 2048 with its NUL).
+pub const MAX_CMDLINE: usize = 2047;
+
+/// How guest RAM is backed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pages {
+    /// 4 KiB pages.
+    #[serde(rename = "4K")]
+    Small,
+    /// 2 MiB hugetlb pages.
+    #[serde(rename = "2M")]
+    Huge,
+    /// 4 KiB pages that the kernel may merge into transparent huge pages.
+    #[serde(rename = "thp")]
+    Transparent,
+}
+
+/// One region of guest RAM, backed by descriptor `ram` with its index as id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamRegion {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Everything that a worker is told about its guest. No path, no descriptor number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerConfig {
+    /// The VM.
+    pub vm: VmId,
+    /// This worker's generation, from 1.
+    pub generation: u32,
+    /// How it comes to its guest.
+    pub mode: StartMode,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u8,
+    /// CPUID features that the guest does not see.
+    pub hide: Vec<CpuFeature>,
+    /// RAM, ascending.
+    pub ram: Vec<RamRegion>,
+    /// How RAM is backed.
+    pub pages: Pages,
+    /// The kernel's command line, at most [`MAX_CMDLINE`] bytes.
+    pub cmdline: String,
+    /// Whether there is an initrd.
+    pub initrd: bool,
+    /// The last filters, as classic BPF programs of 8-byte instructions.
+    pub filters: Filters,
+}
+
+/// The steady-state filter of each role.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filters {
+    /// Of the control thread.
+    pub control: Vec<u8>,
+    /// Of each vCPU thread.
+    pub vcpu: Vec<u8>,
+}
+
+/// What a broker tells a worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Build the VM. Comes with the cpr socket and, in [`StartMode::CprTransfer`], the main channel.
+    Configure(Box<WorkerConfig>),
+    /// Run the guest from its kernel's entry.
+    Start,
+    /// Stop the vCPUs at the operator's wish.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Reset the guest.
+    Reset,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Say how the guest is.
+    Query,
+    /// A new worker will come over the main channel that comes with this.
+    Transfer,
+    /// The transfer is off: close the main channel, and if parked, run the guest again.
+    Rollback,
+    /// Stop all vCPUs, park the devices, then save and stream without further order.
+    Park,
+    /// Another worker may run the guest from now on: never resume by yourself.
+    Ceded,
+    /// The guest is yours: say [`Report::Running`] and run it.
+    Commit,
+    /// A deterministic fault, for tests; a release build does not contain it.
+    #[cfg(feature = "fail-points")]
+    Fail(crate::FailPoint),
+}
+
+/// What a worker tells its broker. All of it is hostile until checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
+    /// The first message: confined, and waiting to be told what for.
+    Hello {
+        /// [`PROTOCOL`] of its build.
+        protocol: u32,
+        /// Its build, for people.
+        build: String,
+    },
+    /// The old worker and the new one agree on versions and machine (from the old one).
+    Agreed,
+    /// Everything expensive is done, all threads have their last filters. The cpr hang-up follows.
+    Ready(BuildTimes),
+    /// It cannot go on with what it was told; a new worker exits after this, an old one runs on.
+    Failed {
+        /// In doing what.
+        step: String,
+        /// Why.
+        reason: String,
+    },
+    /// All vCPUs and devices stand still.
+    Parked {
+        /// When the first vCPU left KVM_RUN, in CLOCK_MONOTONIC nanoseconds.
+        first_exit_ns: u64,
+        /// When everything stood still.
+        parked_ns: u64,
+    },
+    /// All state is in the main channel.
+    Saved {
+        /// The stream's digest.
+        digest: StateDigest,
+        /// The stream's length in bytes.
+        bytes: u64,
+    },
+    /// The state is loaded, the guest could run.
+    Loaded {
+        /// The stream's digest.
+        digest: StateDigest,
+        /// How many preview entries (routes, BARs) had changed.
+        changed: u32,
+    },
+    /// Sent before the first KVM_RUN, by the thread that releases the vCPUs if this was sent.
+    Running,
+    /// All vCPUs have begun their first real KVM_RUN.
+    FirstRun {
+        /// When the last of them did, in CLOCK_MONOTONIC nanoseconds.
+        last_run_ns: u64,
+    },
+    /// The guest runs again: after a rollback or an operator's [`Order::Resume`].
+    Resumed,
+    /// The guest stands still at the operator's wish.
+    Paused,
+    /// The answer to [`Order::Query`].
+    Status(WorkerStatus),
+    /// Something happened in the guest.
+    Guest(GuestEvent),
+    /// A thread made a system call that its filter refuses; the call was not executed, the worker exits.
+    Violation {
+        /// The thread's id in the worker's pid namespace.
+        thread: i32,
+        /// The system call's number.
+        syscall: i32,
+        /// The address of the call.
+        address: u64,
+    },
+}
+
+/// Where a build's time went, in microseconds since the worker's exec.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuildTimes {
+    /// Memory mapped and populated.
+    pub memory_us: u64,
+    /// VM, irqchip, vCPUs and devices made.
+    pub vm_us: u64,
+    /// Filters in place, rehearsal over.
+    pub rehearsed_us: u64,
+}
+
+/// How a worker's guest is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Frequency of the guest's TSC in kHz.
+    pub tsc_khz: u32,
+    /// KVM_RUN exits since this worker took the guest over.
+    pub exits: u64,
+    /// Console bytes dropped because nobody took them.
+    pub console_dropped: u64,
+}
+
+/// What a guest did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestEvent {
+    /// It reset itself; it is starting again in this worker.
+    Reset,
+    /// It powered itself off.
+    Shutdown,
+    /// It triple-faulted; it is starting again in this worker.
+    TripleFault,
+    /// KVM cannot go on with it.
+    Stuck(String),
+}
