@@ -1,1 +1,35 @@
-//! Placeholder.
+//! A guest for tests, benchmarks and the demo: a small freestanding program that counts, stamps, walks its memory and
+//! says how it is, as an ELF image in [`ELF`]; and the host side of what it says.
+//!
+//! The program (`program/`) is compiled by `build.rs` with the host's own toolchain. This library only reads: it parses
+//! the report that the guest keeps in its RAM ([`Report`]) and the lines that it prints ([`ConsoleLine`]), and builds its
+//! command line ([`CommandLine`]). All of that comes from a guest, so all of it is checked.
+//!
+//! # Booting it
+//!
+//! An ELF kernel, loaded at its physical addresses (2 MiB up), entered at `e_entry` by the 64-bit Linux boot protocol
+//! (Documentation/arch/x86/boot.rst): long mode, CPL0, the low 4 GiB mapped one to one, interrupts off, RSI at the zero
+//! page, whose e820 table and command line pointer are read. It brings its own descriptor and page tables. It never
+//! enables interrupts and needs no device but the local APIC (with `cpus=`) and the serial port (with `console`).
+//! RFLAGS.IOPL may be 0: ports are open to it by its TSS.
+//!
+//! The pages [`layout::REPORT_ADDRESS`], [`layout::TRAMPOLINE_ADDRESS`] (with `cpus=`) and the image's must be RAM.
+//!
+//! # What it does
+//!
+//! It leaves CPL0 after some fifty instructions, because kvm-pvm emulates that ring, and each vCPU then takes turns at
+//! CPL3, for ever: one heartbeat, one page of the memory walk (or a pause), and on the first vCPU one byte of the
+//! console. It polls and never halts, so every vCPU keeps its processor busy.
+
+mod command_line;
+mod console;
+#[path = "../program/layout.rs"]
+pub mod layout;
+mod report;
+
+pub use command_line::CommandLine;
+pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
+pub use report::{GapRound, Report, ReportError, Slot, TscSource, TurnState, Walk, WalkError};
+
+/// The guest: a static ELF64 image for x86-64, entered in 64-bit mode.
+pub static ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));

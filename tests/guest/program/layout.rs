@@ -1,0 +1,204 @@
+//! Where the guest puts what it reports, and the words of its command line: one file, compiled into both the guest
+//! program and the host-side library, so that they cannot disagree.
+//!
+//! All numbers are little-endian `u64` words. Offsets of the header are in bytes from [`REPORT_ADDRESS`], offsets of a
+//! vCPU's slot in bytes from [`slot_offset`]. Times are in TSC ticks of the guest.
+
+/// Guest-physical address of the report, in bytes. Between the end of conventional low memory and the image, so that
+/// neither boot parameters, tables nor a reload of the image overwrite it.
+pub const REPORT_ADDRESS: u64 = 0x10_0000;
+/// Length of the report, in bytes: a header page and a page of slots.
+pub const REPORT_SIZE: usize = 0x2000;
+/// First byte of the image, in guest-physical bytes (`link.ld`).
+pub const IMAGE_ADDRESS: u64 = 0x20_0000;
+/// First guest-physical byte that the memory walker touches; the image ends below it (`link.ld`).
+pub const WALK_ADDRESS: u64 = 0x40_0000;
+/// Guest-physical page that holds the start-up code of the other vCPUs, in bytes. Written before they are started,
+/// after the boot parameters have been read.
+pub const TRAMPOLINE_ADDRESS: u64 = 0x8_0000;
+/// The most vCPUs that the guest drives.
+pub const MAX_VCPUS: usize = 8;
+/// Page size of the walker, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// First word of the header: the bytes `BatonGst`.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"BatonGst");
+/// Version of this layout.
+pub const VERSION: u64 = 1;
+
+/// Header: [`MAGIC`], written last when the guest has booted.
+pub const MAGIC_OFFSET: usize = 0x00;
+/// Header: [`VERSION`].
+pub const VERSION_OFFSET: usize = 0x08;
+/// Header: a number chosen at boot from the TSC; never zero.
+pub const NONCE_OFFSET: usize = 0x10;
+/// Header: how often the guest booted since this RAM was blank; 1 after a cold boot.
+pub const BOOTS_OFFSET: usize = 0x18;
+/// Header: vCPUs that the command line asked for.
+pub const VCPUS_OFFSET: usize = 0x20;
+/// Header: vCPUs that run.
+pub const VCPUS_RUNNING_OFFSET: usize = 0x28;
+/// Header: TSC frequency that the guest counts with, in kHz.
+pub const TSC_KHZ_OFFSET: usize = 0x30;
+/// Header: where that frequency came from ([`TSC_FROM_COMMAND_LINE`] and kin).
+pub const TSC_SOURCE_OFFSET: usize = 0x38;
+/// Header: a gap counts as one from this many ticks.
+pub const GAP_TICKS_OFFSET: usize = 0x40;
+/// Header: bytes that the walker covers, over all vCPUs.
+pub const WALK_BYTES_OFFSET: usize = 0x48;
+/// Header: status lines printed.
+pub const LINES_OFFSET: usize = 0x50;
+/// Header: line of the program at which it panicked, 0 if it did not.
+pub const PANIC_OFFSET: usize = 0x58;
+/// Header: TSC at boot.
+pub const BOOT_TSC_OFFSET: usize = 0x60;
+/// Header: how often the gap statistics were cleared.
+pub const CLEARS_OFFSET: usize = 0x68;
+/// Header: mailbox. The host writes a command's number (`COMMAND_*`); the guest does it and writes 0.
+pub const MAILBOX_OFFSET: usize = 0x80;
+
+/// [`TSC_SOURCE_OFFSET`]: nobody said; [`TSC_ASSUMED_KHZ`].
+pub const TSC_ASSUMED: u64 = 0;
+/// [`TSC_SOURCE_OFFSET`]: `tsc_khz=` on the command line.
+pub const TSC_FROM_COMMAND_LINE: u64 = 1;
+/// [`TSC_SOURCE_OFFSET`]: CPUID leaf 0x4000_0010 (EAX, kHz; VMware's timing leaf, which KVM guests use too).
+pub const TSC_FROM_HYPERVISOR: u64 = 2;
+/// [`TSC_SOURCE_OFFSET`]: CPUID leaf 0x15 (crystal Hz in ECX times EBX over EAX; Intel SDM, volume 2A).
+pub const TSC_FROM_CRYSTAL: u64 = 3;
+/// Frequency counted with when nobody says, in kHz.
+pub const TSC_ASSUMED_KHZ: u64 = 2_000_000;
+
+/// Bytes from one slot to the next.
+pub const SLOT_SIZE: usize = 0x200;
+/// Offset of a vCPU's slot in the report, in bytes.
+#[must_use]
+pub const fn slot_offset(vcpu: usize) -> usize {
+    0x1000 + vcpu * SLOT_SIZE
+}
+
+/// Slot: [`STATE_ABSENT`] or [`STATE_RUNNING`].
+pub const STATE_OFFSET: usize = 0x00;
+/// Slot: number of the turn that began last.
+pub const SEQUENCE_OFFSET: usize = 0x08;
+/// Slot: running checksum over all turns ([`chain`]).
+pub const CHAIN_OFFSET: usize = 0x10;
+/// Slot: number of the turn that ended last.
+pub const SEQUENCE_DONE_OFFSET: usize = 0x18;
+/// Slot: turns at which the words in memory were not those that the vCPU had left there.
+pub const BREAKS_OFFSET: usize = 0x20;
+/// Slot: TSC of the last turn.
+pub const LAST_TSC_OFFSET: usize = 0x28;
+/// Slot: largest gap between two turns since boot, in ticks.
+pub const MAX_GAP_OFFSET: usize = 0x30;
+/// Slot: largest gap since the statistics were cleared, in ticks.
+pub const CLEARED_MAX_GAP_OFFSET: usize = 0x38;
+/// Slot: gaps of at least the header's threshold, since boot.
+pub const GAPS_OFFSET: usize = 0x40;
+/// Slot: gaps of at least the header's threshold, since the statistics were cleared.
+pub const CLEARED_GAPS_OFFSET: usize = 0x48;
+/// Slot: TSC at which the largest gap since the statistics were cleared began.
+pub const CLEARED_MAX_GAP_START_OFFSET: usize = 0x50;
+/// Slot: TSC at which the last counted gap began.
+pub const LAST_GAP_START_OFFSET: usize = 0x58;
+/// Slot: length of the last counted gap, in ticks.
+pub const LAST_GAP_OFFSET: usize = 0x60;
+/// Slot: steps of the TSC backwards, since boot.
+pub const BACKWARDS_OFFSET: usize = 0x68;
+/// Slot: largest step of the TSC backwards, in ticks.
+pub const MAX_BACKWARDS_OFFSET: usize = 0x70;
+/// Slot: how often this vCPU cleared its statistics; equals the header's count when it has caught up.
+pub const SLOT_CLEARS_OFFSET: usize = 0x78;
+/// Slot: pages in this vCPU's share of the walk; 0 without `walk`.
+pub const PAGES_OFFSET: usize = 0x100;
+/// Slot: completed sweeps.
+pub const SWEEPS_OFFSET: usize = 0x108;
+/// Slot: pages that did not hold what was written.
+pub const ERRORS_OFFSET: usize = 0x110;
+/// Slot: guest-physical address of the last such page.
+pub const ERROR_ADDRESS_OFFSET: usize = 0x118;
+/// Slot: generation found in it.
+pub const ERROR_FOUND_OFFSET: usize = 0x120;
+/// Slot: generation expected in it.
+pub const ERROR_EXPECTED_OFFSET: usize = 0x128;
+/// Slot: ticks of the first sweep, which only writes and takes the faults of blank memory.
+pub const FIRST_SWEEP_OFFSET: usize = 0x130;
+/// Slot: ticks of the last sweep.
+pub const LAST_SWEEP_OFFSET: usize = 0x138;
+/// Slot: ticks of the fastest sweep after the first.
+pub const MIN_SWEEP_OFFSET: usize = 0x140;
+/// Slot: median ticks of the last sweeps (at most 15) in which no gap was counted.
+pub const MEDIAN_SWEEP_OFFSET: usize = 0x148;
+/// Slot: rounds finished that began at the end of a gap; such a round visits each page once, wherever the sweep stood.
+pub const GAP_ROUNDS_OFFSET: usize = 0x150;
+/// Slot: ticks of the last such round. A larger gap during a round starts it again, a smaller one does not.
+pub const LAST_GAP_ROUND_OFFSET: usize = 0x158;
+/// Slot: the gap that began it, in ticks.
+pub const LAST_GAP_ROUND_GAP_OFFSET: usize = 0x160;
+/// Slot: ticks of the slowest such round since the statistics were cleared.
+pub const CLEARED_MAX_GAP_ROUND_OFFSET: usize = 0x168;
+
+/// [`STATE_OFFSET`]: this vCPU was not started.
+pub const STATE_ABSENT: u64 = 0;
+/// [`STATE_OFFSET`]: this vCPU takes turns.
+pub const STATE_RUNNING: u64 = 1;
+
+/// The words that the walker keeps at the start of each page, in bytes from the page: address, generation, boot nonce,
+/// and [`seal`] over the three.
+pub const PAGE_ADDRESS_OFFSET: u64 = 0;
+/// The generation: the number of the sweep that wrote it.
+pub const PAGE_GENERATION_OFFSET: u64 = 8;
+/// The boot nonce.
+pub const PAGE_NONCE_OFFSET: u64 = 16;
+/// [`seal`] of the three words before.
+pub const PAGE_SEAL_OFFSET: u64 = 24;
+
+/// Mailbox: nothing to do.
+pub const COMMAND_NONE: u64 = 0;
+/// Mailbox, console `clear`: clear the statistics that say so.
+pub const COMMAND_CLEAR: u64 = 1;
+/// Mailbox, console `reset`: reset through the keyboard controller.
+pub const COMMAND_RESET: u64 = 2;
+/// Mailbox, console `acpi-reset`: reset through the ACPI reset register.
+pub const COMMAND_ACPI_RESET: u64 = 3;
+/// Mailbox, console `acpi-off`: ACPI soft-off.
+pub const COMMAND_ACPI_OFF: u64 = 4;
+/// Mailbox, console `crash`: triple fault.
+pub const COMMAND_CRASH: u64 = 5;
+
+/// The console's commands, with their numbers.
+pub const COMMANDS: [(&str, u64); 5] = [
+    ("clear", COMMAND_CLEAR),
+    ("reset", COMMAND_RESET),
+    ("acpi-reset", COMMAND_ACPI_RESET),
+    ("acpi-off", COMMAND_ACPI_OFF),
+    ("crash", COMMAND_CRASH),
+];
+
+/// Factor of [`chain`]; odd, so that each turn changes the sum.
+const CHAIN_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// What turn number `sequence` adds to the running checksum.
+#[must_use]
+pub const fn chain_link(sequence: u64) -> u64 {
+    sequence.wrapping_mul(CHAIN_FACTOR)
+}
+
+/// The running checksum after `sequence` turns: the sum of the links of turns 1 to `sequence`, in closed form, so that
+/// a reader who saw none of them can check it. A lost or repeated turn leaves another value.
+#[must_use]
+pub const fn chain(sequence: u64) -> u64 {
+    let (even, odd) = if sequence % 2 == 0 {
+        (sequence / 2, sequence.wrapping_add(1))
+    } else {
+        (sequence.wrapping_add(1) / 2, sequence)
+    };
+    even.wrapping_mul(odd).wrapping_mul(CHAIN_FACTOR)
+}
+
+/// The word that closes a page's record, so that no single changed word goes unseen.
+#[must_use]
+pub const fn seal(address: u64, generation: u64, nonce: u64) -> u64 {
+    let mut mixed = address ^ nonce.rotate_left(17) ^ generation.wrapping_mul(CHAIN_FACTOR);
+    mixed = (mixed ^ (mixed >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed ^ (mixed >> 29)
+}

@@ -1,0 +1,117 @@
+//! The guest program: counts its turns, stamps them with the TSC, walks its memory, and says how it is.
+//!
+//! It runs at CPL3 with everything mapped, as the only program of its machine. So it is made of unsafe code: raw
+//! addresses that the boot protocol and `layout` give their meaning, ports, and symbols of `entry`. Each file says which
+//! of these it touches.
+//!
+//! Every vCPU runs [`run`]: one turn of the heartbeat, one page of the walk, and on the first vCPU one step of the
+//! console, so that no work is long enough to look like a gap.
+
+#![no_std]
+#![no_main]
+
+use core::panic::PanicInfo;
+
+mod boot;
+mod console;
+mod entry;
+mod heartbeat;
+#[expect(dead_code, reason = "some of it only the host side reads")]
+mod layout;
+mod memory;
+mod options;
+mod paging;
+mod power;
+mod processors;
+mod report;
+mod serial;
+mod walker;
+
+use boot::BootParameters;
+use heartbeat::Heartbeat;
+use options::Options;
+use walker::Walker;
+
+/// What the first vCPU found out and the others need: written once, before they start.
+struct Machine {
+    options: Options,
+    nonce: u64,
+    gap_ticks: u64,
+    memory: memory::Ranges,
+}
+
+static mut MACHINE: Option<Machine> = None;
+
+fn machine() -> &'static Machine {
+    // SAFETY: written by the boot vCPU before it starts another, and never after.
+    match unsafe { &*(&raw const MACHINE) } {
+        Some(machine) => machine,
+        None => power::crash(),
+    }
+}
+
+/// The boot vCPU, at CPL3.
+extern "C" fn boot_main(zero_page: u64) -> ! {
+    let start = heartbeat::tsc();
+    let parameters = BootParameters::new(zero_page);
+    let options = Options::parse(parameters.command_line());
+    let (tsc_khz, tsc_source) = boot::tsc_frequency(options.tsc_khz);
+    let gap_ticks = tsc_khz.saturating_mul(options.gap_us) / 1000;
+    let memory = parameters.usable_memory(options.walk);
+    for range in memory.iter() {
+        paging::map(range.start, range.end);
+    }
+    let nonce = boot::nonce(start);
+    report::boot(&report::Boot {
+        nonce,
+        start,
+        tsc_khz,
+        tsc_source,
+        gap_ticks,
+        vcpus: options.vcpus,
+        walk_bytes: memory.bytes(),
+    });
+    // SAFETY: no other vCPU runs yet.
+    unsafe {
+        *(&raw mut MACHINE) = Some(Machine {
+            options,
+            nonce,
+            gap_ticks,
+            memory,
+        })
+    };
+    report::publish();
+    processors::start_others(machine().options.vcpus, tsc_khz);
+    run(0)
+}
+
+/// Every other vCPU, at CPL3.
+extern "C" fn other_main(vcpu: u64) -> ! {
+    run(vcpu as usize)
+}
+
+fn run(vcpu: usize) -> ! {
+    let machine = machine();
+    let mut heart = Heartbeat::new(vcpu, machine.gap_ticks);
+    let mut walker = Walker::new(vcpu, machine.options.vcpus, machine.nonce, &machine.memory);
+    let mut console = (vcpu == 0).then(|| console::Console::new(&machine.options, machine.nonce));
+    loop {
+        let turn = heart.turn();
+        walker.step(&turn);
+        if let Some(console) = &mut console {
+            console.step(&turn);
+            power::obey(report::take_mailbox());
+        }
+    }
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    report::panicked(
+        info.location()
+            .map_or(u64::MAX, |location| u64::from(location.line())),
+    );
+    loop {
+        core::hint::spin_loop();
+    }
+}

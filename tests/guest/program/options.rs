@@ -1,0 +1,74 @@
+//! The command line: words separated by spaces; unknown ones are left to whoever understands them.
+
+use crate::layout::MAX_VCPUS;
+
+/// What the words say; defaults where they say nothing.
+pub struct Options {
+    pub vcpus: usize,
+    /// Bytes to walk; 0 without `walk`.
+    pub walk: u64,
+    pub console: bool,
+    pub period_ms: u64,
+    pub gap_us: u64,
+    pub tsc_khz: Option<u64>,
+    pub reset_after_lines: Option<u64>,
+    pub off_after_lines: Option<u64>,
+}
+
+impl Options {
+    pub fn parse(line: &[u8]) -> Self {
+        let mut options = Self {
+            vcpus: 1,
+            walk: 0,
+            console: false,
+            period_ms: 100,
+            gap_us: 100,
+            tsc_khz: None,
+            reset_after_lines: None,
+            off_after_lines: None,
+        };
+        for word in line.split(|byte| *byte == b' ') {
+            let mut halves = word.splitn(2, |byte| *byte == b'=');
+            let key = halves.next().unwrap_or_default();
+            let value = halves.next().map(size);
+            match (key, value) {
+                (b"walk", None) => options.walk = u64::MAX,
+                (b"walk", Some(Some(bytes))) => options.walk = bytes,
+                (b"console", None) => options.console = true,
+                (b"cpus", Some(Some(count))) => {
+                    options.vcpus = (count as usize).clamp(1, MAX_VCPUS)
+                }
+                (b"period_ms", Some(Some(ms))) => options.period_ms = ms.max(1),
+                (b"gap_us", Some(Some(us))) => options.gap_us = us.max(1),
+                (b"tsc_khz", Some(Some(khz))) if khz != 0 => options.tsc_khz = Some(khz),
+                (b"reset_after_lines", Some(lines @ Some(_))) => options.reset_after_lines = lines,
+                (b"off_after_lines", Some(lines @ Some(_))) => options.off_after_lines = lines,
+                _ => {}
+            }
+        }
+        options
+    }
+}
+
+/// A number, with `K`, `M` or `G` for the binary multiples.
+fn size(text: &[u8]) -> Option<u64> {
+    let (digits, unit) = match text.split_last() {
+        Some((b'K', digits)) => (digits, 1 << 10),
+        Some((b'M', digits)) => (digits, 1 << 20),
+        Some((b'G', digits)) => (digits, 1 << 30),
+        _ => (text, 1),
+    };
+    if digits.is_empty() {
+        return None;
+    }
+    let mut value = 0_u64;
+    for digit in digits {
+        if !digit.is_ascii_digit() {
+            return None;
+        }
+        value = value
+            .checked_mul(10)?
+            .checked_add(u64::from(digit - b'0'))?;
+    }
+    value.checked_mul(unit)
+}

@@ -1,0 +1,85 @@
+//! The guest's command line, as the VMM hands it over.
+
+use std::fmt;
+
+/// Builds the words that the guest understands; what is not said takes the guest's default.
+///
+/// ```
+/// let line = baton_guest::CommandLine::new().cpus(2).walk_bytes(64 << 20).console().period_ms(50);
+/// assert_eq!(line.to_string(), "cpus=2 walk=67108864 console period_ms=50");
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CommandLine(Vec<String>);
+
+impl CommandLine {
+    /// One vCPU that counts, and nothing else.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn word(mut self, word: String) -> Self {
+        self.0.push(word);
+        self
+    }
+
+    /// Starts this many vCPUs in all (1 to [`MAX_VCPUS`](crate::layout::MAX_VCPUS)), whose APIC ids are 0, 1, 2, ….
+    #[must_use]
+    pub fn cpus(self, count: usize) -> Self {
+        self.word(format!("cpus={count}"))
+    }
+
+    /// Walks all usable RAM above the image.
+    #[must_use]
+    pub fn walk(self) -> Self {
+        self.word("walk".into())
+    }
+
+    /// Walks that many bytes of it, rounded down to pages.
+    #[must_use]
+    pub fn walk_bytes(self, bytes: u64) -> Self {
+        self.word(format!("walk={bytes}"))
+    }
+
+    /// Prints to the serial port at 0x3f8, and takes commands there.
+    #[must_use]
+    pub fn console(self) -> Self {
+        self.word("console".into())
+    }
+
+    /// Prints a status line each so many milliseconds; 100 by default.
+    #[must_use]
+    pub fn period_ms(self, period: u64) -> Self {
+        self.word(format!("period_ms={period}"))
+    }
+
+    /// Counts gaps of at least so many microseconds; 100 by default.
+    #[must_use]
+    pub fn gap_us(self, gap: u64) -> Self {
+        self.word(format!("gap_us={gap}"))
+    }
+
+    /// Says how fast the TSC runs (`KVM_GET_TSC_KHZ`), over what CPUID says.
+    #[must_use]
+    pub fn tsc_khz(self, khz: u32) -> Self {
+        self.word(format!("tsc_khz={khz}"))
+    }
+
+    /// Resets the machine through the keyboard controller after that status line.
+    #[must_use]
+    pub fn reset_after_lines(self, lines: u64) -> Self {
+        self.word(format!("reset_after_lines={lines}"))
+    }
+
+    /// Switches the machine off through ACPI after that status line.
+    #[must_use]
+    pub fn off_after_lines(self, lines: u64) -> Self {
+        self.word(format!("off_after_lines={lines}"))
+    }
+}
+
+impl fmt::Display for CommandLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(" "))
+    }
+}
