@@ -142,6 +142,21 @@ impl ConsoleLine {
             }),
         }
     }
+
+    /// Reads what a console printed so far, lines of others left out. A last line without its line end is still being
+    /// printed, and left out too.
+    ///
+    /// # Errors
+    ///
+    /// [`ConsoleError::Malformed`] at the first line that begins like one of the guest's and goes on otherwise.
+    pub fn parse_all(text: &str) -> Result<Vec<Self>, ConsoleError> {
+        let whole = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        whole
+            .filter_map(|line| Self::parse(line).transpose())
+            .collect()
+    }
 }
 
 fn start(rest: &str) -> Option<StartLine> {
@@ -190,7 +205,7 @@ pub struct StatusLog {
 }
 
 impl StatusLog {
-    /// Reads what a console printed so far. A last line without its line end is still being printed, and left out.
+    /// Takes the status lines of what a console printed so far.
     ///
     /// # Errors
     ///
@@ -198,11 +213,8 @@ impl StatusLog {
     /// of the same boot with a later turn, or line 1 of the next boot with another nonce.
     pub fn parse(text: &str) -> Result<Self, ConsoleError> {
         let mut log = Self::default();
-        for line in text
-            .split_inclusive('\n')
-            .filter(|line| line.ends_with('\n'))
-        {
-            if let Some(ConsoleLine::Status(status)) = ConsoleLine::parse(line)? {
+        for line in ConsoleLine::parse_all(text)? {
+            if let ConsoleLine::Status(status) = line {
                 log.push(status)?;
             }
         }

@@ -25,7 +25,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use baton_guest::layout::{MAILBOX_OFFSET, REPORT_ADDRESS, REPORT_SIZE};
-use baton_guest::{CommandLine, ELF, Report, StatusLog};
+use baton_guest::{CommandLine, ConsoleLine, ELF, Report, StatusLog};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use linux_loader::loader::{KernelLoader, elf::Elf};
@@ -36,9 +36,6 @@ const GDT: u64 = 0x500;
 const ZERO_PAGE: u64 = 0x7000;
 const PAGE_TABLES: u64 = 0x9000;
 const COMMAND_LINE: u64 = 0x2_0000;
-/// RAM is [0, 3 GiB) and what is left from 4 GiB on.
-const GAP_START: u64 = 3 << 30;
-const GAP_END: u64 = 4 << 30;
 /// Long enough for an emulated ring on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -76,20 +73,19 @@ fn lock(ports: &Mutex<Ports>) -> MutexGuard<'_, Ports> {
     ports.lock().expect("no thread panicked with the ports")
 }
 
-/// RAM of that many bytes, blank.
-pub(crate) fn blank_memory(bytes: u64) -> GuestMemoryMmap<()> {
-    let low = bytes.min(GAP_START);
-    let mut ranges = vec![(GuestAddress(0), usize::try_from(low).unwrap())];
-    if bytes > low {
-        ranges.push((GuestAddress(GAP_END), usize::try_from(bytes - low).unwrap()));
-    }
+/// Blank RAM in ranges of guest-physical address and length, in bytes.
+pub(crate) fn blank_memory(ranges: &[(u64, u64)]) -> GuestMemoryMmap<()> {
+    let ranges: Vec<_> = ranges
+        .iter()
+        .map(|(start, bytes)| (GuestAddress(*start), usize::try_from(*bytes).unwrap()))
+        .collect();
     GuestMemoryMmap::from_ranges(&ranges).expect("address space for the guest's RAM")
 }
 
 impl Machine {
-    /// Boots the guest on blank RAM.
+    /// Boots the guest on that many bytes of blank RAM.
     pub(crate) fn boot(bytes: u64, vcpus: usize, line: CommandLine) -> Self {
-        Self::boot_on(blank_memory(bytes), vcpus, line)
+        Self::boot_on(blank_memory(&[(0, bytes)]), vcpus, line)
     }
 
     /// Boots the guest on RAM that may hold what an earlier guest left there.
@@ -226,6 +222,11 @@ impl Machine {
         Report::parse(&bytes).ok()
     }
 
+    /// What the guest reports while no vCPU runs.
+    pub(crate) fn stopped_report(&self) -> Report {
+        self.paused(|| self.report()).expect("the guest has booted")
+    }
+
     /// Waits for a report that `condition` likes.
     pub(crate) fn report_when(
         &self,
@@ -250,6 +251,10 @@ impl Machine {
 
     pub(crate) fn console(&self) -> String {
         String::from_utf8(lock(&self.ports).output.clone()).expect("the guest prints ASCII")
+    }
+
+    pub(crate) fn lines(&self) -> Vec<ConsoleLine> {
+        ConsoleLine::parse_all(&self.console()).unwrap()
     }
 
     pub(crate) fn status_lines(&self) -> StatusLog {
