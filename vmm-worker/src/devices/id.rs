@@ -1,0 +1,57 @@
+//! Names of devices in a saved VM.
+
+use std::fmt;
+
+/// What a device is. The number is its name in the saved state for all time: a number is never used again for another
+/// kind, and the kinds of all devices are listed here so that none is used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceKind(pub u16);
+
+impl DeviceKind {
+    /// [`super::power::PowerLatch`].
+    pub const POWER: DeviceKind = DeviceKind(1);
+    /// [`super::serial::SerialPort`].
+    pub const SERIAL: DeviceKind = DeviceKind(2);
+    /// [`super::i8042::I8042`].
+    pub const I8042: DeviceKind = DeviceKind(3);
+    /// [`super::acpi_pm::AcpiPm`].
+    pub const ACPI_PM: DeviceKind = DeviceKind(4);
+    /// [`super::rtc::Rtc`].
+    pub const RTC: DeviceKind = DeviceKind(5);
+
+    /// The name for people; a kind that is not listed here shows as its number only.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::POWER => "power",
+            DeviceKind::SERIAL => "serial",
+            DeviceKind::I8042 => "i8042",
+            DeviceKind::ACPI_PM => "acpi-pm",
+            DeviceKind::RTC => "rtc",
+            _ => "device",
+        }
+    }
+}
+
+/// One device of a VM: what it is, and which one of those.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// 0 for the first of its kind.
+    pub instance: u16,
+}
+
+impl DeviceId {
+    /// The `instance`th device of its kind.
+    #[must_use]
+    pub const fn new(kind: DeviceKind, instance: u16) -> Self {
+        DeviceId { kind, instance }
+    }
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}.{}]", self.kind.name(), self.kind.0, self.instance)
+    }
+}
