@@ -107,19 +107,27 @@ impl Seek for PreadFile<'_> {
 }
 
 impl ReadVolatile for PreadFile<'_> {
+    /// Fills `buf` unless the file ends: guest memory takes a short read for the end.
     fn read_volatile<B: BitmapSlice>(
         &mut self,
         buf: &mut VolatileSlice<B>,
     ) -> Result<usize, VolatileMemoryError> {
-        let want = buf.len().min(self.chunk.len());
-        let chunk = self.chunk.get_mut(..want).unwrap_or_default();
-        let n = self
-            .file
-            .read_at(chunk, self.position)
-            .map_err(VolatileMemoryError::IOError)?;
-        buf.copy_from(chunk.get(..n).unwrap_or_default());
-        self.position = self.position.saturating_add(n as u64);
-        Ok(n)
+        let mut done = 0;
+        while done < buf.len() {
+            let want = (buf.len() - done).min(self.chunk.len());
+            let chunk = self.chunk.get_mut(..want).unwrap_or_default();
+            let n = match self.file.read_at(chunk, self.position) {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(VolatileMemoryError::IOError(error)),
+            };
+            buf.subslice(done, n)?
+                .copy_from(chunk.get(..n).unwrap_or_default());
+            self.position = self.position.saturating_add(n as u64);
+            done += n;
+        }
+        Ok(done)
     }
 }
 
