@@ -110,8 +110,6 @@ pub enum DescriptorKind {
     Image,
     /// A connected `AF_UNIX` stream socket.
     Stream,
-    /// A regular file or block device that backs a disk.
-    Disk,
 }
 
 /// What a descriptor may be used for (O_ACCMODE, open(2)).
@@ -235,9 +233,6 @@ impl Description {
             }
             DescriptorKind::GuestRam | DescriptorKind::Image => file_type == FileType::RegularFile,
             DescriptorKind::Stream => file_type == FileType::Socket,
-            DescriptorKind::Disk => {
-                matches!(file_type, FileType::RegularFile | FileType::BlockDevice)
-            }
         };
         if !right {
             return Err(DescriptorError::Kind {
@@ -364,7 +359,6 @@ mod tests {
             DescriptorKind::GuestRam,
             DescriptorKind::Image,
             DescriptorKind::Stream,
-            DescriptorKind::Disk,
         ] {
             assert!(
                 matches!(

@@ -1,0 +1,88 @@
+//! One cgroup per VM, for all generations of its worker: guest RAM stays charged to it, and the number of tasks is bounded.
+//!
+//! Version 2 with a delegated `pids` controller is taken where there is one, else version 1's `pids` hierarchy
+//! (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/pids.rst).
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::unfit;
+
+const V2: &str = "/sys/fs/cgroup";
+const V1: &str = "/sys/fs/cgroup/pids";
+
+/// A VM's cgroup; removed when dropped, if nobody is left in it.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the VM's cgroup with room for this many tasks.
+    pub(crate) fn create(name: &str, tasks: u64) -> Result<Self> {
+        let parent = parent()?;
+        let path = parent.join(name);
+        fs::create_dir_all(&path).doing(format_args!("cannot make the cgroup {}", path.display()))?;
+        let cgroup = Self { path };
+        fs::write(cgroup.path.join("pids.max"), tasks.to_string())
+            .doing(format_args!("cannot limit the tasks of {}", cgroup.path.display()))?;
+        Ok(cgroup)
+    }
+
+    /// Moves a process in.
+    pub(crate) fn add(&self, pid: u32) -> Result<()> {
+        fs::write(self.path.join("cgroup.procs"), pid.to_string())
+            .doing(format_args!("cannot move process {pid} into {}", self.path.display()))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether /proc/PID/cgroup says that the process is in here.
+    pub(crate) fn holds(&self, pid: i32) -> bool {
+        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else {
+            return false;
+        };
+        text.lines().any(|line| {
+            line.splitn(3, ':').nth(2).is_some_and(|relative| {
+                let relative = relative.trim_start_matches('/');
+                Path::new(V2).join(relative) == self.path || Path::new(V1).join(relative) == self.path
+            })
+        })
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+fn parent() -> Result<PathBuf> {
+    let lists_pids = |file: &str| {
+        fs::read_to_string(Path::new(V2).join(file))
+            .is_ok_and(|words| words.split_whitespace().any(|word| word == "pids"))
+    };
+    if lists_pids("cgroup.controllers") {
+        let parent = Path::new(V2).join("baton");
+        if !lists_pids("cgroup.subtree_control") {
+            fs::write(Path::new(V2).join("cgroup.subtree_control"), "+pids")
+                .doing("cannot delegate the pids controller")?;
+        }
+        fs::create_dir_all(&parent).doing("cannot make the cgroup baton")?;
+        fs::write(parent.join("cgroup.subtree_control"), "+pids")
+            .doing("cannot delegate the pids controller to the cgroup baton")?;
+        return Ok(parent);
+    }
+    if Path::new(V1).join("cgroup.procs").exists() {
+        return Ok(Path::new(V1).join("baton"));
+    }
+    Err(unfit(
+        "no cgroup hierarchy has the pids controller",
+        "mount cgroup2 at /sys/fs/cgroup, or cgroup version 1's pids at /sys/fs/cgroup/pids",
+    ))
+}

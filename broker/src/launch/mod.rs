@@ -1,0 +1,71 @@
+//! Starting a confined process, in two stages of this same binary, without unsafe code.
+//!
+//! ```text
+//! broker                         stage 1 (`launch`)             stage 2 (`launch --confine`)
+//!   │ spawn ────────────────────►│                                │
+//!   │ into the VM's cgroup       │                                │
+//!   │ begin ────────────────────►│ unshare all namespaces         │
+//!   │                   unshared │                                │
+//!   │ write uid_map, gid_map     │                                │
+//!   │ mapped ───────────────────►│ become id 0 of the namespace   │
+//!   │                            │ spawn ────────────────────────►│ pid 1 of the new namespaces
+//!   │               spawned(pid) │ exit                           │ (reparented to the broker, a subreaper)
+//!   │ confine + sealed memfd ────┼───────────────────────────────►│ empty root, rlimits, no capabilities,
+//!   │                            │                                │ no_new_privs, Landlock, first filter,
+//!   │                            │                                │ execveat of the memfd
+//! ```
+//!
+//! Both stages hold three descriptors: 0 is the socket that becomes the worker's control socket, 1 and 2 the diagnostics
+//! pipe. Stage 1 runs before any confinement, stage 2 runs until it is complete; neither has seen a byte of the guest.
+
+mod spawn;
+mod stages;
+
+use serde::Deserialize;
+use serde::Serialize;
+
+pub(crate) use spawn::Launch;
+pub(crate) use spawn::LaunchPlan;
+pub(crate) use spawn::Launched;
+pub(crate) use stages::confine;
+pub(crate) use stages::unshare;
+
+/// What the broker tells the stages.
+#[derive(Debug, Serialize, Deserialize)]
+enum LaunchOrder {
+    /// To stage 1: the cgroup is right, unshare.
+    Begin,
+    /// To stage 1: the id maps are written.
+    Mapped,
+    /// To stage 2, with the sealed memfd to execute.
+    Confine(Confinement),
+}
+
+/// What the stages answer.
+#[derive(Debug, Serialize, Deserialize)]
+enum LaunchReport {
+    /// Stage 1 has left all namespaces.
+    Unshared,
+    /// Stage 2 runs, with this number in the broker's pid namespace.
+    Spawned(i32),
+    /// A step failed; the process exits.
+    Failed {
+        /// Which.
+        step: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What stage 2 has to put in place, all of it computed by the broker from the policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Confinement {
+    /// Soft and hard limits.
+    pub(crate) rlimits: baton_policy::Rlimits,
+    /// The capabilities that it keeps.
+    pub(crate) keep: baton_policy::Capabilities,
+    /// The least Landlock ABI.
+    pub(crate) landlock_floor: u32,
+    /// The build-phase filters, installed in this order.
+    pub(crate) filters: Vec<baton_policy::Program>,
+}

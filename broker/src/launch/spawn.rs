@@ -1,0 +1,177 @@
+//! The broker's side of a launch.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+
+use baton_ipc::Channel;
+use baton_ipc::FdSocket;
+use baton_ipc::Received;
+
+use super::Confinement;
+use super::LaunchOrder;
+use super::LaunchReport;
+use crate::cgroup::Cgroup;
+use crate::ids::HostIds;
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::unfit;
+
+/// Everything that a launch needs.
+#[derive(Debug)]
+pub(crate) struct LaunchPlan<'a> {
+    /// What stage 2 puts in place.
+    pub(crate) confinement: Confinement,
+    /// The ids that id 0 of the namespace stands for.
+    pub(crate) ids: HostIds,
+    /// The VM's cgroup.
+    pub(crate) cgroup: Option<&'a Cgroup>,
+    /// The sealed memfd to execute.
+    pub(crate) binary: BorrowedFd<'a>,
+}
+
+/// A launch under way. Dropped, its stages see a hang-up and exit.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    stage1: Child,
+    socket: Option<Channel<LaunchOrder, LaunchReport>>,
+    diagnostics: OwnedFd,
+    ids: HostIds,
+    confinement: Confinement,
+    binary: OwnedFd,
+}
+
+/// A process that has been started and is on its way to executing the worker.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    /// Its number in the broker's pid namespace.
+    pub(crate) pid: i32,
+    /// The broker's end of what becomes the control socket.
+    pub(crate) socket: FdSocket,
+    /// The read end of what it prints.
+    pub(crate) diagnostics: OwnedFd,
+    /// The inode of the worker's end of the control socket.
+    pub(crate) ids: HostIds,
+}
+
+impl Launch {
+    /// Starts stage 1.
+    pub(crate) fn start(plan: LaunchPlan<'_>) -> Result<Self> {
+        let (ours, theirs) = FdSocket::pair().doing("cannot make a control socket")?;
+        let (diagnostics, output) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing("cannot make a pipe")?;
+        rustix::io::ioctl_fionbio(&diagnostics, true).doing("cannot make a pipe")?;
+        let errors = output.try_clone().doing("cannot make a pipe")?;
+        // The running broker's own file, whatever lies at its path by now.
+        let stage1 = Command::new("/proc/self/exe")
+            .arg("launch")
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::from(output))
+            .stderr(Stdio::from(errors))
+            .spawn()
+            .doing("cannot start the launcher")?;
+        let launch = Self {
+            socket: Some(Channel::new(ours)),
+            diagnostics,
+            ids: plan.ids,
+            confinement: plan.confinement,
+            binary: plan.binary.try_clone_to_owned().doing("cannot hold the worker's binary")?,
+            stage1,
+        };
+        if let Some(cgroup) = plan.cgroup {
+            cgroup.add(launch.stage1.id())?;
+        }
+        launch.send(&LaunchOrder::Begin, &[])?;
+        Ok(launch)
+    }
+
+    fn send(&self, order: &LaunchOrder, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        self.socket
+            .as_ref()
+            .ok_or_else(|| unfit("the launch is over", ""))?
+            .send_with(order, descriptors)
+            .doing("cannot reach the launcher")
+    }
+
+    /// Goes on with what the stages have said; the process once it runs.
+    pub(crate) fn advance(&mut self) -> Result<Option<Launched>> {
+        loop {
+            let Some(socket) = &mut self.socket else {
+                return Ok(None);
+            };
+            match socket.receive().doing("cannot hear the launcher")? {
+                Received::Empty => return Ok(None),
+                Received::HungUp => {
+                    return Err(unfit("the launcher ended without a word", "its diagnostics are in the log"));
+                }
+                Received::Message(LaunchReport::Unshared, _) => {
+                    write_id_maps(self.stage1.id(), self.ids)?;
+                    self.send(&LaunchOrder::Mapped, &[])?;
+                    let order = LaunchOrder::Confine(self.confinement.clone());
+                    self.send(&order, &[self.binary.as_fd()])?;
+                }
+                Received::Message(LaunchReport::Spawned(pid), _) => {
+                    return self.spawned(pid).map(Some);
+                }
+                Received::Message(LaunchReport::Failed { step, reason }, _) => {
+                    return Err(unfit(
+                        format_args!("cannot confine the worker: {step}: {reason}"),
+                        "`baton doctor` says what this host lacks",
+                    ));
+                }
+            }
+        }
+    }
+
+    fn spawned(&mut self, pid: i32) -> Result<Launched> {
+        // Stage 1 exits right after this report; its child then belongs to this process, a subreaper.
+        self.stage1.wait().doing("cannot reap the launcher")?;
+        let socket = self.socket.take().ok_or_else(|| unfit("the launch is over", ""))?;
+        Ok(Launched {
+            pid,
+            socket: FdSocket::from(OwnedFd::from(socket)),
+            diagnostics: self.diagnostics.try_clone().doing("cannot hold the diagnostics pipe")?,
+            ids: self.ids,
+        })
+    }
+}
+
+impl AsFd for Launch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Some(socket) => socket.as_fd(),
+            None => self.diagnostics.as_fd(),
+        }
+    }
+}
+
+impl Drop for Launch {
+    fn drop(&mut self) {
+        if self.socket.take().is_some() {
+            // Not handed over: stage 1 may wait for an order. Its child, if there is one, sees the hang-up.
+            let _ = self.stage1.kill();
+            let _ = self.stage1.wait();
+        }
+    }
+}
+
+/// Maps id 0 of the namespace, and no other, to the VM's ids (user_namespaces(7)).
+fn write_id_maps(pid: u32, ids: HostIds) -> Result<()> {
+    let write = |file: &str, text: String| {
+        let path = PathBuf::from(format!("/proc/{pid}/{file}"));
+        fs::write(&path, text).doing(format_args!("cannot write {}", path.display()))
+    };
+    if ids.is_own() {
+        // Without privilege a group may be mapped only once setgroups is denied.
+        write("setgroups", "deny".to_owned())?;
+    }
+    write("uid_map", format!("0 {} 1", ids.uid))?;
+    write("gid_map", format!("0 {} 1", ids.gid))
+}

@@ -1,0 +1,172 @@
+//! The two stages themselves; see the module above. Errors go back over the socket, so nothing here prints.
+
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+use std::process::Command;
+
+use baton_ipc::Channel;
+use baton_ipc::Received;
+use nix::mount::MntFlags;
+use nix::mount::MsFlags;
+use nix::sched::CloneFlags;
+use nix::sys::signal::Signal;
+use nix::unistd::Gid;
+use nix::unistd::Uid;
+use rustix::fd::AsFd;
+
+use super::Confinement;
+use super::LaunchOrder;
+use super::LaunchReport;
+
+/// The namespaces that a worker has of its own.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
+    .union(CloneFlags::CLONE_NEWPID)
+    .union(CloneFlags::CLONE_NEWNET)
+    .union(CloneFlags::CLONE_NEWNS)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS)
+    .union(CloneFlags::CLONE_NEWCGROUP);
+
+type Socket = Channel<LaunchReport, LaunchOrder>;
+type StageResult = Result<(), (&'static str, String)>;
+
+/// Names the step that an error belongs to.
+trait Step<T> {
+    fn step(self, step: &'static str) -> Result<T, (&'static str, String)>;
+}
+
+impl<T, E: std::fmt::Display> Step<T> for Result<T, E> {
+    fn step(self, step: &'static str) -> Result<T, (&'static str, String)> {
+        self.map_err(|error| (step, error.to_string()))
+    }
+}
+
+/// Stage 1. Exits 0 when stage 2 runs.
+pub(crate) fn unshare() -> std::process::ExitCode {
+    report(|socket| {
+        expect(socket, |order| matches!(order, LaunchOrder::Begin))?;
+        nix::sched::unshare(NAMESPACES).step("unshare the namespaces")?;
+        socket.send(&LaunchReport::Unshared).step("report")?;
+        expect(socket, |order| matches!(order, LaunchOrder::Mapped))?;
+        // An ordinary user's namespace forbids setgroups; its broker has said so in the id map's denial.
+        if std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|word| word.trim() == "allow") {
+            nix::unistd::setgroups(&[]).step("drop supplementary groups")?;
+        }
+        let (group, user) = (Gid::from_raw(0), Uid::from_raw(0));
+        nix::unistd::setresgid(group, group, group).step("become the VM's group")?;
+        nix::unistd::setresuid(user, user, user).step("become the VM's user")?;
+        let child = Command::new("/proc/self/exe")
+            .args(["launch", "--confine"])
+            .env_clear()
+            .spawn()
+            .step("start the second stage")?;
+        let pid = i32::try_from(child.id()).step("start the second stage")?;
+        socket.send(&LaunchReport::Spawned(pid)).step("report")
+    })
+}
+
+/// Stage 2. Does not return when all went well.
+pub(crate) fn confine() -> std::process::ExitCode {
+    report(|socket| {
+        let (order, descriptors) = receive(socket)?;
+        let LaunchOrder::Confine(confinement) = order else {
+            return Err(("receive the confinement", "another order".to_owned()));
+        };
+        let [binary] = <[OwnedFd; 1]>::try_from(descriptors)
+            .map_err(|got| ("receive the worker's binary", format!("{} descriptors", got.len())))?;
+        put_in_place(&confinement)?;
+        let name = CString::from(c"baton-worker");
+        nix::unistd::execveat(
+            binary.as_fd(),
+            c"",
+            &[name],
+            &[] as &[CString],
+            nix::fcntl::AtFlags::AT_EMPTY_PATH,
+        )
+        .map(drop)
+        .step("execute the worker")
+    })
+}
+
+fn put_in_place(confinement: &Confinement) -> StageResult {
+    rustix::process::setsid().step("start a session")?;
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    nix::unistd::sethostname("baton").step("name the host")?;
+    empty_root().step("empty the root")?;
+    baton_policy::kernel::close_range_cloexec(3).step("close descriptors")?;
+    confinement.rlimits.apply().step("set resource limits")?;
+    baton_policy::capabilities::drop_all(confinement.keep).step("drop capabilities")?;
+    baton_policy::no_new_privs().step("set no_new_privs")?;
+    // The broker's death continues a stopped worker, which then decides by what is in its socket. Set after the
+    // credentials are final, since changing them clears it (prctl(2), PR_SET_PDEATHSIG).
+    nix::sys::prctl::set_pdeathsig(Signal::SIGCONT).step("set the parent-death signal")?;
+    baton_policy::landlock::restrict_nothing_allowed(confinement.landlock_floor)
+        .step("restrict by Landlock")?;
+    for filter in &confinement.filters {
+        filter.install().step("install the build filter")?;
+    }
+    Ok(())
+}
+
+/// Makes an empty, read-only file system the root, and detaches all others.
+fn empty_root() -> nix::Result<()> {
+    const NONE: Option<&str> = None;
+    nix::mount::mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+    // /proc is where a broker is certain to have a directory; nothing of it stays visible.
+    nix::mount::mount(
+        Some("empty"),
+        "/proc",
+        Some("tmpfs"),
+        MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("size=4k,nr_inodes=1,mode=0555"),
+    )?;
+    nix::unistd::chdir("/proc")?;
+    // The new root on top of the old one in the same place, then the old one away from under it: pivot_root(2).
+    nix::unistd::pivot_root(".", ".")?;
+    nix::mount::umount2(".", MntFlags::MNT_DETACH)?;
+    nix::unistd::chdir("/")
+}
+
+fn report(stage: impl FnOnce(&mut Socket) -> StageResult) -> std::process::ExitCode {
+    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else {
+        return std::process::ExitCode::FAILURE;
+    };
+    let mut socket = Socket::new(socket.into());
+    match stage(&mut socket) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err((step, reason)) => {
+            let _ = socket.send(&LaunchReport::Failed {
+                step: step.to_owned(),
+                reason,
+            });
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn expect(socket: &mut Socket, expected: fn(&LaunchOrder) -> bool) -> StageResult {
+    match receive(socket)? {
+        (order, descriptors) if expected(&order) && descriptors.is_empty() => Ok(()),
+        (order, _) => Err(("follow the broker", format!("unexpected {order:?}"))),
+    }
+}
+
+/// Waits for the next order. The broker bounds the whole launch in time, and closes the socket to end it.
+fn receive(socket: &mut Socket) -> Result<(LaunchOrder, Vec<OwnedFd>), (&'static str, String)> {
+    loop {
+        match socket.receive().step("hear the broker")? {
+            Received::Message(order, descriptors) => return Ok((order, descriptors)),
+            Received::HungUp => return Err(("hear the broker", "it has hung up".to_owned())),
+            Received::Empty => {
+                let mut poll = [rustix::event::PollFd::new(
+                    &*socket,
+                    rustix::event::PollFlags::IN,
+                )];
+                match rustix::event::poll(&mut poll, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(e) => return Err(("hear the broker", e.to_string())),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What the broker opens for a VM, once, through the paths that the VM file has and policy permits.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use baton_ipc::Access;
+use baton_ipc::Description;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::Registry;
+use baton_ipc::descriptor;
+use baton_ipc::descriptor::RAM_SEALS;
+use baton_ipc::worker::Pages;
+use baton_ipc::worker::RamRegion;
+use baton_policy::Policy;
+use baton_policy::Seal;
+use rustix::fs::MemfdFlags;
+use serde::Serialize;
+
+use crate::audit_log::AuditLog;
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::refused;
+use crate::refusal::unfit;
+use crate::vm_file::VmFile;
+use crate::vm_file::page_size;
+
+#[derive(Serialize)]
+struct Opened<'a> {
+    descriptor: &'a DescriptorKey,
+    kind: DescriptorKind,
+    path: String,
+}
+
+/// Opens everything but the console, which has a life of its own.
+pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<Registry> {
+    let mut opening = Opening {
+        registry: Registry::default(),
+        policy,
+        log,
+    };
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|e| {
+        unfit(
+            format_args!("cannot open /dev/kvm: {e}"),
+            "load kvm_intel, kvm_amd or kvm_pvm, and let this user read and write /dev/kvm (group kvm)",
+        )
+    })?;
+    opening.save(descriptor::KVM, 0, DescriptorKind::Kvm, kvm.into(), Path::new("/dev/kvm"))?;
+    opening.image(descriptor::KERNEL, &vm.boot.kernel, "boot.kernel")?;
+    if let Some(initrd) = &vm.boot.initrd {
+        opening.image(descriptor::INITRD, initrd, "boot.initrd")?;
+    }
+    let page = page_size(vm.memory.pages);
+    if vm.memory.size.0 % page != 0 {
+        return Err(unfit(
+            format_args!("memory.size of {} bytes is no multiple of the page size of {page} bytes", vm.memory.size.0),
+            "choose a multiple, or other memory.pages",
+        ));
+    }
+    for (id, region) in (0..).zip(vm.ram()) {
+        let memfd = guest_ram(region, vm.memory.pages)?;
+        opening.save(descriptor::RAM, id, DescriptorKind::GuestRam, memfd, Path::new("memfd:guest-ram"))?;
+    }
+    Ok(opening.registry)
+}
+
+struct Opening<'a> {
+    registry: Registry,
+    policy: &'a Policy,
+    log: &'a mut AuditLog,
+}
+
+impl Opening<'_> {
+    fn image(&mut self, name: &str, path: &Path, field: &str) -> Result<()> {
+        let file = File::open(path).map_err(|e| {
+            unfit(format_args!("cannot open {field} {}: {e}", path.display()), "mend the path in the VM file")
+        })?;
+        self.save(name, 0, DescriptorKind::Image, file.into(), path)
+    }
+
+    fn save(
+        &mut self,
+        name: &str,
+        id: u32,
+        kind: DescriptorKind,
+        fd: OwnedFd,
+        path: &Path,
+    ) -> Result<()> {
+        let key = DescriptorKey::new(name, id).doing("cannot name a descriptor")?;
+        // Where the kernel says that it is, whatever the path led through.
+        let resolved = match kind {
+            DescriptorKind::Image | DescriptorKind::Kvm => Some(
+                std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+                    .doing(format_args!("cannot resolve {}", path.display()))?,
+            ),
+            DescriptorKind::GuestRam | DescriptorKind::Stream => None,
+        };
+        let found = Description::of(kind, fd.as_fd())
+            .map_err(|e| unfit(format_args!("{}: {e}", path.display()), "mend the path in the VM file"))?;
+        check_grant(self.policy, &key, &found, resolved.as_deref())?;
+        let record = Opened {
+            descriptor: &key,
+            kind,
+            path: path.display().to_string(),
+        };
+        self.log.write("open", &record)?;
+        self.registry.save(key, kind, fd).doing("cannot hold a descriptor")
+    }
+}
+
+/// Asks policy whether a worker may hold a descriptor.
+pub(crate) fn check_grant(
+    policy: &Policy,
+    key: &DescriptorKey,
+    found: &Description,
+    path: Option<&Path>,
+) -> Result<()> {
+    let denied = |why: &dyn std::fmt::Display| {
+        refused(format_args!("policy {} does not grant {key}: {why}", policy.name), "")
+    };
+    let kind = match found.kind {
+        DescriptorKind::Kvm => baton_policy::Kind::Kvm,
+        DescriptorKind::GuestRam => baton_policy::Kind::Memfd,
+        DescriptorKind::Image => baton_policy::Kind::File,
+        DescriptorKind::Stream => baton_policy::Kind::StreamSocket,
+    };
+    // A registry holds guest RAM with all of these seals only.
+    let seals = match found.kind {
+        DescriptorKind::GuestRam => BTreeSet::from([Seal::Shrink, Seal::Grow, Seal::Seal]),
+        _ => BTreeSet::new(),
+    };
+    let candidate = baton_policy::Candidate {
+        name: key.name(),
+        index: key.id(),
+        kind,
+        access: match found.access {
+            Access::Read => baton_policy::Access::Read,
+            Access::Write => baton_policy::Access::Write,
+            Access::ReadWrite => baton_policy::Access::ReadWrite,
+        },
+        seals: &seals,
+        path,
+    };
+    policy
+        .grant(key.name())
+        .ok_or_else(|| denied(&"it has no grant of that name"))?
+        .permits(&candidate)
+        .map_err(|e| denied(&e))
+}
+
+/// One region of RAM: a memfd that can neither shrink, grow nor be sealed further, nor be executed.
+fn guest_ram(region: RamRegion, pages: Pages) -> Result<OwnedFd> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
+    if pages == Pages::Huge {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let remedy = match pages {
+        Pages::Huge => "reserve 2 MiB pages: sysctl vm.nr_hugepages",
+        Pages::Small | Pages::Transparent => "",
+    };
+    let failed = |e| unfit(format_args!("cannot make {} bytes of guest RAM: {e}", region.size), remedy);
+    let memfd = rustix::fs::memfd_create("guest-ram", flags).map_err(failed)?;
+    rustix::fs::ftruncate(&memfd, region.size).map_err(failed)?;
+    rustix::fs::fcntl_add_seals(&memfd, RAM_SEALS).map_err(failed)?;
+    Ok(memfd)
+}

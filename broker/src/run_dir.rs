@@ -1,0 +1,263 @@
+//! The run directory: one directory a VM, which says to everybody else that the VM exists.
+//!
+//! `DIR/NAME/` holds `lock` (flock(2), held by the broker for the VM's life), `state.json` and `control.sock`;
+//! `DIR/.audit/NAME.jsonl` outlives the VM.
+
+use std::fs;
+use std::fs::DirBuilder;
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_ipc::control::Exit;
+use baton_ipc::control::SOCKET;
+use rustix::fs::FlockOperation;
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::process::ProcessId;
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::refusal;
+use crate::refusal::unfit;
+use crate::vm_file::Name;
+
+/// What `state.json` tells those who find no broker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StateFile {
+    pub(crate) name: String,
+    #[serde(flatten)]
+    pub(crate) broker: BrokerProcess,
+    pub(crate) worker_pid: i32,
+    pub(crate) worker_start: u64,
+    pub(crate) generation: u32,
+    pub(crate) ram_bytes: u64,
+    pub(crate) cgroup: Option<PathBuf>,
+}
+
+/// The broker's part of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BrokerProcess {
+    pub(crate) broker_pid: i32,
+    pub(crate) broker_start: u64,
+}
+
+impl StateFile {
+    fn worker(&self) -> ProcessId {
+        ProcessId {
+            pid: self.worker_pid,
+            start: self.worker_start,
+        }
+    }
+}
+
+/// A VM's directory, owned by this broker until it is dropped, which removes it.
+#[derive(Debug)]
+pub(crate) struct VmDirectory {
+    path: PathBuf,
+    audit: PathBuf,
+    /// What was found of an earlier broker.
+    pub(crate) notes: Vec<String>,
+    _lock: File,
+}
+
+impl VmDirectory {
+    /// Takes the name.
+    ///
+    /// Refuses when the directory or the run directory is somebody else's or open to others, when another broker has the
+    /// name, and when an orphaned worker still runs under it.
+    pub(crate) fn claim(run_dir: &Path, name: &Name) -> Result<Self> {
+        private_directory(run_dir)?;
+        let audit = run_dir.join(".audit");
+        private_directory(&audit)?;
+        let path = run_dir.join(name.as_str());
+        private_directory(&path)?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(path.join("lock"))
+            .doing(format_args!("cannot lock {}", path.display()))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+            refusal(
+                Exit::Unfit,
+                format_args!("a VM named {} is running already", name.as_str()),
+                format_args!("`baton status {0}` shows it; `baton stop {0}` ends it", name.as_str()),
+            )
+        })?;
+        let mut directory = Self {
+            audit: audit.join(format!("{}.jsonl", name.as_str())),
+            path,
+            notes: Vec::new(),
+            _lock: lock,
+        };
+        match directory.clear_remains(name) {
+            Ok(()) => Ok(directory),
+            Err(refusal) => {
+                // The orphan's directory stays: it is how people find it.
+                directory.path = PathBuf::new();
+                Err(refusal)
+            }
+        }
+    }
+
+    fn clear_remains(&mut self, name: &Name) -> Result<()> {
+        let state = self.path.join("state.json");
+        let Ok(text) = fs::read_to_string(&state) else {
+            return Ok(());
+        };
+        if let Ok(found) = serde_json::from_str::<StateFile>(&text) {
+            if found.worker().is_alive() {
+                return Err(unfit(
+                    format_args!(
+                        "{} runs orphaned: its broker (process {}) is dead, its worker (process {}, generation {}) runs on",
+                        name.as_str(),
+                        found.broker.broker_pid,
+                        found.worker_pid,
+                        found.generation,
+                    ),
+                    format_args!("`baton stop --force {}` ends it", name.as_str()),
+                ));
+            }
+            if let Some(cgroup) = &found.cgroup {
+                let _ = fs::remove_dir(cgroup);
+            }
+            self.notes.push(format!(
+                "cleared what a dead broker (process {}) had left of {}, whose worker is dead too",
+                found.broker.broker_pid,
+                name.as_str()
+            ));
+        }
+        for stale in ["state.json", "state.new", SOCKET, "console.pty"] {
+            let _ = fs::remove_file(self.path.join(stale));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path.join(SOCKET)
+    }
+
+    pub(crate) fn audit_log(&self) -> &Path {
+        &self.audit
+    }
+
+    /// Replaces `state.json` whole.
+    pub(crate) fn publish(&self, state: &StateFile) -> Result<()> {
+        let text = serde_json::to_vec_pretty(state).doing("cannot write state.json")?;
+        let new = self.path.join("state.new");
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(true).write(true).mode(0o600);
+        options
+            .open(&new)
+            .and_then(|mut file| file.write_all(&text))
+            .and_then(|()| fs::rename(&new, self.path.join("state.json")))
+            .doing(format_args!("cannot write {}", new.display()))
+    }
+}
+
+impl Drop for VmDirectory {
+    fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        for file in ["state.json", "state.new", SOCKET, "console.pty", "broker.log", "lock"] {
+            let _ = fs::remove_file(self.path.join(file));
+        }
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// Makes a directory that only this user can enter, or checks that it is one.
+pub(crate) fn private_directory(path: &Path) -> Result<()> {
+    let shown = path.display();
+    match DirBuilder::new().recursive(true).mode(0o700).create(path) {
+        Ok(()) => {}
+        Err(e) => return Err(unfit(format_args!("cannot make the directory {shown}: {e}"), "name another with --run-dir")),
+    }
+    let metadata = fs::symlink_metadata(path).doing(format_args!("cannot examine {shown}"))?;
+    let me = rustix::process::geteuid().as_raw();
+    if !metadata.is_dir() || metadata.uid() != me || metadata.mode() & 0o022 != 0 {
+        return Err(unfit(
+            format_args!(
+                "{shown} is not safe to use: it belongs to user {} with mode {:o}",
+                metadata.uid(),
+                metadata.mode() & 0o7777
+            ),
+            format_args!("it has to be a directory of user {me} that nobody else can write; name another with --run-dir"),
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> Name {
+        Name::try_from("web1".to_owned()).unwrap()
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let first = VmDirectory::claim(&run_dir, &name()).unwrap();
+        let second = VmDirectory::claim(&run_dir, &name()).unwrap_err();
+        assert!(second.reason.contains("running already"), "{second}");
+        assert!(first.path().is_dir());
+        drop(first);
+        assert!(!run_dir.join("web1").exists());
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let error = VmDirectory::claim(dir.path(), &name()).unwrap_err();
+        assert!(error.reason.contains("not safe"), "{error}");
+    }
+
+    #[test]
+    fn a_stale_directory_is_cleared_and_an_orphan_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        let me = ProcessId::of_self().unwrap();
+        let mut state = StateFile {
+            name: "web1".into(),
+            broker: BrokerProcess { broker_pid: 1, broker_start: 1 },
+            worker_pid: me.pid,
+            worker_start: me.start + 1,
+            generation: 3,
+            ram_bytes: 0,
+            cgroup: None,
+        };
+        let leave_behind = |state: &StateFile| {
+            private_directory(&run_dir.join("web1")).unwrap();
+            fs::write(run_dir.join("web1/state.json"), serde_json::to_vec(state).unwrap()).unwrap();
+            fs::write(run_dir.join("web1").join(SOCKET), b"").unwrap();
+        };
+        leave_behind(&state);
+        let claimed = VmDirectory::claim(&run_dir, &name()).unwrap();
+        assert_eq!(claimed.notes.len(), 1, "another process has that number now");
+        assert!(!claimed.socket().exists());
+        drop(claimed);
+
+        state.worker_start = me.start;
+        leave_behind(&state);
+        let error = VmDirectory::claim(&run_dir, &name()).unwrap_err();
+        assert!(error.reason.contains("orphaned"), "{error}");
+        assert!(run_dir.join("web1/state.json").exists());
+    }
+}

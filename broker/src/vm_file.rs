@@ -1,0 +1,346 @@
+//! The VM file: one TOML document that describes one VM. It names paths, never descriptor numbers.
+
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_ipc::CpuFeature;
+use baton_ipc::worker::MAX_CMDLINE;
+use baton_ipc::worker::MAX_CPUS;
+use baton_ipc::worker::Pages;
+use baton_ipc::worker::RamRegion;
+use serde::Deserialize;
+
+use crate::refusal::Result;
+use crate::refusal::unfit;
+
+/// The longest VM file, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+/// The longest name: it is a directory's name and part of a socket path (sun_path has 108 bytes, unix(7)).
+const MAX_NAME: usize = 48;
+/// The least RAM, in bytes: what a kernel loaded at 1 MiB, its boot structures and the ACPI tables need.
+const MIN_RAM: u64 = 16 << 20;
+/// The most RAM, in bytes.
+const MAX_RAM: u64 = 16 << 30;
+/// Where RAM stops below 4 GiB: the last GiB holds the PCI windows, the interrupt controllers and the reset vector.
+const LOW_RAM_END: u64 = 0xc000_0000;
+/// Where the rest of RAM goes on.
+const HIGH_RAM_START: u64 = 1 << 32;
+
+/// A VM's description.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct VmFile {
+    #[serde(rename = "schema")]
+    _schema: Schema,
+    /// The VM's name, and its directory's under the run directory.
+    pub(crate) name: Name,
+    /// The worker binary; without it, the one beside the broker.
+    pub(crate) worker: Option<PathBuf>,
+    /// `default`, or a policy file's path.
+    #[serde(default = "default_policy")]
+    pub(crate) policy: PathBuf,
+    /// Processors.
+    #[serde(default)]
+    pub(crate) cpus: Cpus,
+    /// Guest RAM.
+    pub(crate) memory: Memory,
+    /// What the guest boots.
+    pub(crate) boot: Boot,
+    /// Where its console goes.
+    #[serde(default)]
+    pub(crate) console: Console,
+}
+
+fn default_policy() -> PathBuf {
+    PathBuf::from("default")
+}
+
+/// The version of the file's schema.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "u32")]
+struct Schema;
+
+impl TryFrom<u32> for Schema {
+    type Error = String;
+
+    fn try_from(version: u32) -> std::result::Result<Self, String> {
+        match version {
+            1 => Ok(Self),
+            other => Err(format!("schema {other} is not known; this broker reads schema 1")),
+        }
+    }
+}
+
+/// A VM's name.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Name(String);
+
+impl Name {
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = String;
+
+    fn try_from(name: String) -> std::result::Result<Self, String> {
+        let plain = name
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
+        let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+        if plain && first && name.len() <= MAX_NAME {
+            Ok(Self(name))
+        } else {
+            Err(format!(
+                "a name has 1 to {MAX_NAME} of A-Z a-z 0-9 . _ - and starts with a letter or a digit"
+            ))
+        }
+    }
+}
+
+/// `[cpus]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Cpus {
+    /// How many.
+    #[serde(default)]
+    pub(crate) count: CpuCount,
+    /// CPUID features that the guest does not see.
+    #[serde(default)]
+    pub(crate) hide: Vec<CpuFeature>,
+}
+
+/// 1 to [`MAX_CPUS`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "u32")]
+pub(crate) struct CpuCount(pub(crate) u8);
+
+impl Default for CpuCount {
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+impl TryFrom<u32> for CpuCount {
+    type Error = String;
+
+    fn try_from(count: u32) -> std::result::Result<Self, String> {
+        match u8::try_from(count) {
+            Ok(n @ 1..=MAX_CPUS) => Ok(Self(n)),
+            _ => Err(format!("{count} vCPUs; a VM has 1 to {MAX_CPUS}")),
+        }
+    }
+}
+
+/// `[memory]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Memory {
+    /// How much.
+    pub(crate) size: Size,
+    /// How it is backed.
+    #[serde(default = "small_pages")]
+    pub(crate) pages: Pages,
+}
+
+fn small_pages() -> Pages {
+    Pages::Small
+}
+
+/// A size with a binary unit, in bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Size(pub(crate) u64);
+
+impl TryFrom<String> for Size {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        let expected =
+            || format!("{text:?} is no size; write a whole number and K, M or G, as in \"512M\"");
+        let unit = text.chars().next_back().ok_or_else(expected)?;
+        let shift = match unit {
+            'K' => 10,
+            'M' => 20,
+            'G' => 30,
+            _ => return Err(expected()),
+        };
+        let number = text.strip_suffix(unit).unwrap_or_default();
+        let number: u64 = number.parse().map_err(|_| expected())?;
+        let bytes = number.checked_mul(1 << shift).ok_or_else(expected)?;
+        if (MIN_RAM..=MAX_RAM).contains(&bytes) {
+            Ok(Self(bytes))
+        } else {
+            Err(format!("{text} of guest RAM; a VM has 16M to 16G"))
+        }
+    }
+}
+
+/// `[boot]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Boot {
+    /// ELF or bzImage.
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk.
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[serde(default)]
+    pub(crate) cmdline: Cmdline,
+}
+
+/// A command line that a kernel can take.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Cmdline(pub(crate) String);
+
+impl TryFrom<String> for Cmdline {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        if text.len() > MAX_CMDLINE {
+            Err(format!("{} bytes of command line; at most {MAX_CMDLINE}", text.len()))
+        } else if text.bytes().any(|b| !(b' '..=b'~').contains(&b)) {
+            Err("a command line has printable ASCII characters only".to_owned())
+        } else {
+            Ok(Self(text))
+        }
+    }
+}
+
+/// `[console]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub(crate) enum Console {
+    /// Only those who attach see it.
+    #[default]
+    Socket,
+    /// Attached to whoever runs `baton run`.
+    Stdio,
+    /// A pseudo-terminal, whose path is in the VM's directory as `console.pty`.
+    Pty,
+    /// Appended to a file.
+    File {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl VmFile {
+    /// Reads and checks a VM file. Relative paths in it are relative to its directory.
+    pub(crate) fn load(path: &Path) -> Result<Self> {
+        let shown = path.display();
+        let metadata = std::fs::metadata(path)
+            .map_err(|e| unfit(format_args!("cannot read the VM file {shown}: {e}"), ""))?;
+        if !metadata.is_file() || metadata.len() > MAX_FILE {
+            return Err(unfit(format_args!("{shown} is no VM file: not a regular file of at most 1 MiB"), ""));
+        }
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| unfit(format_args!("cannot read the VM file {shown}: {e}"), ""))?;
+        let mut file = Self::parse(&text).map_err(|e| {
+            unfit(format_args!("{shown}: {e}"), "docs/vm-file.md describes every field")
+        })?;
+        let directory = std::path::absolute(path)
+            .ok()
+            .and_then(|path| path.parent().map(Path::to_owned))
+            .unwrap_or_default();
+        file.resolve(&directory);
+        Ok(file)
+    }
+
+    fn parse(text: &str) -> std::result::Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    fn resolve(&mut self, directory: &Path) {
+        let below = |path: &mut PathBuf| *path = directory.join(&path);
+        below(&mut self.boot.kernel);
+        self.boot.initrd.as_mut().map(below);
+        self.worker.as_mut().map(below);
+        if self.policy.as_os_str() != "default" {
+            below(&mut self.policy);
+        }
+        if let Console::File { path } = &mut self.console {
+            below(path);
+        }
+    }
+
+    /// Guest RAM, split around the 32-bit hole.
+    pub(crate) fn ram(&self) -> Vec<RamRegion> {
+        let total = self.memory.size.0;
+        let low = RamRegion {
+            address: 0,
+            size: total.min(LOW_RAM_END),
+        };
+        let high = RamRegion {
+            address: HIGH_RAM_START,
+            size: total - low.size,
+        };
+        [low, high].into_iter().filter(|region| region.size > 0).collect()
+    }
+}
+
+/// The page size that a region has to be a multiple of, in bytes.
+pub(crate) fn page_size(pages: Pages) -> u64 {
+    match pages {
+        Pages::Small => 4 << 10,
+        Pages::Huge | Pages::Transparent => 2 << 20,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+schema = 1
+name = "web1"
+[memory]
+size = "512M"
+[boot]
+kernel = "vmlinux"
+"#;
+
+    #[test]
+    fn a_small_file_has_defaults() {
+        let mut file = VmFile::parse(GOOD).unwrap();
+        file.resolve(Path::new("/srv/vm"));
+        assert_eq!(file.boot.kernel, Path::new("/srv/vm/vmlinux"));
+        assert_eq!((file.cpus.count.0, file.memory.pages), (1, Pages::Small));
+        assert_eq!(file.ram(), [RamRegion { address: 0, size: 512 << 20 }]);
+    }
+
+    #[test]
+    fn ram_is_split_around_the_hole() {
+        let file = VmFile::parse(&GOOD.replace("512M", "4G")).unwrap();
+        assert_eq!(
+            file.ram(),
+            [
+                RamRegion { address: 0, size: 3 << 30 },
+                RamRegion { address: 4 << 30, size: 1 << 30 }
+            ]
+        );
+    }
+
+    #[test]
+    fn every_mistake_names_its_line_and_what_was_expected() {
+        for (from, to, line, expected) in [
+            ("name", "nane", 3, "unknown field `nane`"),
+            ("web1", "../web1", 3, "a name has"),
+            ("512M", "512", 5, "is no size"),
+            ("512M", "1M", 5, "16M to 16G"),
+            ("512M", "99999999999999999999G", 5, "is no size"),
+            ("schema = 1", "schema = 2", 2, "reads schema 1"),
+            ("[boot]", "[cpus]\ncount = 9\n[boot]", 7, "1 to 8"),
+            ("[boot]", "[cpus]\nhide = [\"quantum\"]\n[boot]", 7, "known are: "),
+            ("[boot]", "[console]\nkind = \"radio\"\n[boot]", 6, "unknown variant `radio`"),
+            ("size = \"512M\"", "size = \"512M\"\npages = \"1G\"", 6, "unknown variant `1G`"),
+        ] {
+            let error = VmFile::parse(&GOOD.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(&format!("line {line}")), "{error}");
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
