@@ -3,6 +3,9 @@
 # shellcheck disable=SC2034 # what the sourcing scripts use
 # Sourced by `run` and `linux-guest`. Kernels come through apt, which checks their signatures, and are never installed.
 
+# A failure inside $(…) fails the script, too.
+shopt -s inherit_errexit
+
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 readonly here
 readonly repository=${here%/tests/svm-host}
@@ -110,7 +113,7 @@ newest_kernel_package() {
 #   lib/modules/RELEASE, with its dependencies worked out
 # A series is fetched once: remove the directory to have a newer one.
 kernel() {
-    local series=$1 found package build release
+    local series=$1 found package build modules release
     found=$(find "$cache" -maxdepth 1 -name "kernel-$series.*" | sort --version-sort | tail --lines=1)
     if [[ $found ]]; then
         echo "$found"
@@ -137,9 +140,11 @@ kernel() {
         (cd "$build" && get -o APT::Sandbox::User=root download "$package")
     }
     dpkg-deb --extract "$build"/*.deb "$build/deb"
-    release=$(basename "$build"/deb/lib/modules/*)
+    # Debian 13 has them in /usr/lib.
+    modules=$(find "$build/deb" -type d -path '*/lib/modules/*' -prune)
+    release=$(basename "$modules")
     mkdir --parents "$build/kernel/lib/modules"
-    mv "$build/deb/lib/modules/$release" "$build/kernel/lib/modules/"
+    mv "$modules" "$build/kernel/lib/modules/"
     mv "$build/deb/boot/config-$release" "$build/kernel/config"
     mv "$build/deb/boot/vmlinuz-$release" "$build/kernel/bzImage"
     echo "$release" >"$build/kernel/release"
@@ -154,11 +159,11 @@ kernel() {
 decompress_kernel() {
     local image=$1 offset length
     number() { od --address-radix=n --format="$1" --skip-bytes="$2" --read-bytes="$3" "$image" | tr --delete ' '; }
-    [[ $(number x4 0x202 4) != '' && $(number c 0x202 4) == HdrS ]] || die "$image is no bzImage"
+    [[ $(number c 0x202 4) == HdrS ]] || die "$image is no bzImage"
     offset=$((($(number u1 0x1f1 1) + 1) * 512 + $(number u4 0x248 4)))
     length=$(number u4 0x24c 4)
     # All formats but gzip are followed by the decompressed size, in four bytes.
-    payload() { tail --bytes=+$((offset + 1)) "$image" | head --bytes=$((length - $1)); }
+    payload() { dd if="$image" bs=1M iflag=skip_bytes,count_bytes skip="$offset" count=$((length - $1)) status=none; }
     case $(number x1 "$offset" 4) in
         1f8b*) payload 0 | gzip --decompress ;;
         28b52ffd) payload 4 | zstd --quiet --decompress ;;

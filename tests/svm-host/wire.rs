@@ -80,7 +80,7 @@ fn inside(port: &Path, directory: &Path) -> io::Result<()> {
             send(
                 &port,
                 STDERR,
-                format!("svm-host: {}: {error}\n", program.display()).as_bytes(),
+                format!("svm-host: {}: {error}\n", Path::new(program).display()).as_bytes(),
             )?;
             let missing = error.kind() == io::ErrorKind::NotFound;
             return send(&port, EXIT, &[if missing { 127 } else { 126 }]);
