@@ -132,6 +132,10 @@ impl ReadVolatile for PreadFile<'_> {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers in these tests are small"
+)]
 mod tests {
     use std::io::Write as _;
     use std::os::fd::AsFd as _;

@@ -151,6 +151,10 @@ impl std::fmt::Debug for Bus {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers in these tests are small"
+)]
 mod tests {
     use super::*;
 

@@ -114,6 +114,10 @@ impl Write for ConsoleOut {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers in these tests are small"
+)]
 mod tests {
     use super::*;
 

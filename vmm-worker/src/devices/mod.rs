@@ -26,3 +26,10 @@ pub use lifecycle::Device;
 pub use lifecycle::Devices;
 pub use signal::IrqLine;
 pub use signal::Trigger;
+
+#[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers in these tests are small"
+)]
+mod tests;

@@ -395,4 +395,8 @@ impl std::fmt::Debug for SerialPort {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers in these tests are small"
+)]
 mod tests;
