@@ -1,1 +1,43 @@
-//! Placeholder.
+//! What a worker may hold and do.
+//!
+//! A [`Policy`] is a file that a person reads in five minutes (`default.toml` is the built-in one). From it come
+//! the filters of every thread ([`Policy::compile`]), what the launcher does to itself before it executes a worker
+//! ([`Confinement`]), the list of binaries that may run ([`WorkerAllowList`]), and the descriptors that may be
+//! handed out ([`descriptors`]). [`procfs`] and [`proof`] compare what the kernel says of a running worker with it.
+//!
+//! The crate decides and applies; it opens no descriptor for a worker, starts no process, and depends on no other
+//! crate of this workspace. Its only unsafe code is in [`kernel`].
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+pub mod capabilities;
+pub mod compile;
+pub mod condition;
+mod confinement;
+pub mod constants;
+pub mod descriptors;
+mod digest;
+pub mod kernel;
+pub mod landlock;
+mod parse;
+mod policy;
+pub mod procfs;
+mod program;
+pub mod proof;
+pub mod rlimits;
+pub mod syscalls;
+mod trusted;
+pub mod workers;
+
+pub use capabilities::Capabilities;
+pub use compile::{CompileError, Compiled};
+pub use confinement::{Confinement, ConfinementError, no_new_privs};
+pub use digest::{Digest, DigestError};
+pub use parse::{MAX_TEXT, Place, PolicyError, Problem};
+pub use policy::{
+    BUILTIN, Ids, LandlockPolicy, Namespace, Policy, Refusal, Role, RolePolicy, Rule, SCHEMA,
+    Threads, Violation, Workers,
+};
+pub use program::{Instruction, MAX_INSTRUCTIONS, Program, ProgramError};
+pub use syscalls::Syscall;
+pub use trusted::TrustError;
+pub use workers::WorkerAllowList;

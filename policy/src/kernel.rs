@@ -1,0 +1,194 @@
+//! The system calls that no crate of this workspace offers safely. The only unsafe code of this package, so that
+//! the broker needs none.
+//!
+//! Every function here is safe to call with any argument: pointers that go to the kernel are to memory that lives
+//! through the call and is as long as the kernel is told.
+#![expect(
+    unsafe_code,
+    reason = "seccomp(2), ptrace(2), TUNSETIFF and close_range(2) have no safe wrapper"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use crate::program::{Instruction, MAX_INSTRUCTIONS, Program};
+
+/// `PTRACE_SECCOMP_GET_FILTER` (`linux/ptrace.h`).
+const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+/// `TUNSETIFF` (`linux/if_tun.h`).
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+/// A tap, with frames and without the four bytes of packet information (`linux/if_tun.h`).
+pub const IFF_TAP: u16 = 0x0002;
+/// No packet information before each frame.
+pub const IFF_NO_PI: u16 = 0x1000;
+/// A `virtio_net_hdr` before each frame.
+pub const IFF_VNET_HDR: u16 = 0x4000;
+/// Several queues, one descriptor each.
+pub const IFF_MULTI_QUEUE: u16 = 0x0100;
+
+/// Puts `program` on the calling thread (`SECCOMP_SET_MODE_FILTER`, no flags).
+///
+/// # Errors
+///
+/// As [`Program::install`].
+pub fn seccomp_install(program: &Program) -> io::Result<()> {
+    let mut filter: Vec<libc::sock_filter> = program
+        .instructions()
+        .map(|Instruction { code, jt, jf, k }| libc::sock_filter { code, jt, jf, k })
+        .collect();
+    let len =
+        u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let fprog = libc::sock_fprog {
+        len,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: `fprog` points at `len` initialised instructions that live until the end of this function; the kernel
+    // copies them and keeps no pointer. Installing a filter changes no memory of this process.
+    let outcome = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const fprog,
+        )
+    };
+    if outcome == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Reads filter number `index` of thread `tid`; 0 is the one that was installed first.
+///
+/// # Errors
+///
+/// ENOENT when the thread has no such filter; ESRCH when the thread is not stopped under the caller's ptrace;
+/// EACCES when the caller lacks CAP_SYS_ADMIN in the initial user namespace or has a filter itself; EINVAL when the
+/// kernel was built without `CONFIG_CHECKPOINT_RESTORE`; `InvalidData` when the program changed between its length
+/// and its text.
+pub fn seccomp_get_filter(tid: i32, index: u32) -> io::Result<Program> {
+    let ask = |buffer: *mut libc::sock_filter| -> io::Result<usize> {
+        // SAFETY: with a null buffer the kernel only counts. Otherwise the buffer has room for MAX_INSTRUCTIONS,
+        // more than which no filter has, and lives through the call. The raw system call is used because glibc's
+        // wrapper takes the sign of a result for an error.
+        let count = unsafe {
+            libc::syscall(
+                libc::SYS_ptrace,
+                libc::c_long::from(PTRACE_SECCOMP_GET_FILTER),
+                libc::c_long::from(tid),
+                libc::c_long::from(index),
+                buffer,
+            )
+        };
+        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    };
+    let expected = ask(std::ptr::null_mut())?;
+    let empty = libc::sock_filter {
+        code: 0,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    };
+    let mut buffer = vec![empty; MAX_INSTRUCTIONS];
+    let got = ask(buffer.as_mut_ptr())?;
+    if got != expected {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{got} instructions, {expected} announced"),
+        ));
+    }
+    let instructions = buffer
+        .into_iter()
+        .take(got)
+        .map(|libc::sock_filter { code, jt, jf, k }| Instruction { code, jt, jf, k });
+    Program::from_instructions(instructions)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Makes `tun`, a fresh descriptor of `/dev/net/tun`, the tap called `name`, and returns the name that the kernel
+/// gave it (they differ when `name` has a `%d`). The interface is created when there is none of that name.
+///
+/// # Errors
+///
+/// EINVAL when `name` is empty, has a NUL or is longer than 15 bytes (`IFNAMSIZ` less its NUL), EPERM without
+/// CAP_NET_ADMIN over the network namespace (and without being the tap's owner), EBUSY when it is in use.
+pub fn tun_set_iff(tun: BorrowedFd<'_>, name: &str, flags: u16) -> io::Result<String> {
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    // `struct ifreq` (`linux/if.h`) is 40 bytes: the name in 16, then a union that starts with the flags.
+    let mut request = [0_u8; 40];
+    let (field, rest) = request.split_at_mut(libc::IFNAMSIZ);
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|byte| byte == 0) {
+        return Err(invalid());
+    }
+    field
+        .get_mut(..name.len())
+        .ok_or_else(invalid)?
+        .copy_from_slice(name.as_bytes());
+    rest.get_mut(..2)
+        .ok_or_else(invalid)?
+        .copy_from_slice(&flags.to_ne_bytes());
+    // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which is what `request` has room for, and keeps no
+    // pointer to it. On a descriptor of another kind the request is unknown (ENOTTY) and nothing is written.
+    let outcome = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let given = request
+        .iter()
+        .take(libc::IFNAMSIZ)
+        .copied()
+        .take_while(|byte| *byte != 0)
+        .collect();
+    String::from_utf8(given).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Marks every descriptor from `first` on close-on-exec: what an exec inherits is then exactly what is below, and
+/// what was unmarked afterwards on purpose.
+///
+/// # Errors
+///
+/// EINVAL for a negative `first` and on kernels before 5.11, ENOSYS before 5.9.
+pub fn close_range_cloexec(first: RawFd) -> io::Result<()> {
+    let first =
+        libc::c_uint::try_from(first).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    // SAFETY: only sets a flag of descriptors. No descriptor is closed before an exec, so no owner of one is left
+    // with a number that means something else.
+    let outcome = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if outcome == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_tap_name_must_fit_the_kernels_field() {
+        let file = File::open("/dev/null").unwrap();
+        for name in ["", "sixteen-letters!", "a\0b"] {
+            let error = tun_set_iff(file.as_fd(), name, IFF_TAP).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{name:?}");
+        }
+        let error = tun_set_iff(file.as_fd(), "tap0", IFF_TAP).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+    }
+
+    #[test]
+    fn a_filter_of_a_thread_that_is_not_traced_is_not_given() {
+        let error = seccomp_get_filter(1, 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
+}

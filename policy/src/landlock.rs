@@ -1,0 +1,122 @@
+//! Landlock: a domain in which nothing is allowed.
+//!
+//! It has no rules, so it takes no paths. Descriptors that are open already keep working (a right is bound to a
+//! descriptor when it is opened), and memfds may still be executed, so the launcher enters the domain before it
+//! executes the worker. What Landlock does not cover, `stat`, UDP, pathname sockets, is left to seccomp and to the
+//! empty root.
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
+    RulesetStatus, Scope,
+};
+use serde::{Deserialize, Serialize};
+
+/// The newest ABI that is asked for; what the kernel knows of it is enforced (Linux 7.2).
+const CEILING: ABI = ABI::V10;
+
+/// The domain that the calling thread is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LandlockStatus {
+    /// The ABI that is enforced in full: the kernel's, or the newest that the crate knows.
+    pub abi: u32,
+}
+
+/// The domain could not be entered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LandlockError {
+    /// The kernel does not know what the floor requires, or refused.
+    #[error(
+        "Landlock cannot deny everything at ABI {floor}: {source}; it takes Linux 6.12 or newer with \"landlock\" in its lsm= list"
+    )]
+    Refused {
+        /// The least ABI that was asked for.
+        floor: u32,
+        /// What the crate said.
+        source: Box<RulesetError>,
+    },
+    /// The kernel accepted the ruleset but did not enforce it.
+    #[error("Landlock is not enforced at ABI {floor}: the kernel offers {found}")]
+    NotEnforced {
+        /// The least ABI that was asked for.
+        floor: u32,
+        /// The status that the crate reports.
+        found: String,
+    },
+    /// A floor that this crate cannot require.
+    #[error("no Landlock floor: ABI {floor}; this version knows 6 to {}", CEILING as i32)]
+    Floor {
+        /// The floor.
+        floor: u32,
+    },
+}
+
+/// Puts the calling thread (and every thread and process that it makes from now on) into a domain where every
+/// access to files and to TCP, every signal to the outside and every connection to an outside abstract socket is
+/// denied. Sets `no_new_privs`.
+///
+/// What ABI `floor` has is required; what newer kernels add is taken where there is.
+///
+/// # Errors
+///
+/// When the kernel does not enforce all that `floor` stands for.
+pub fn restrict_nothing_allowed(floor: u32) -> Result<LandlockStatus, LandlockError> {
+    let required = floor_abi(floor).ok_or(LandlockError::Floor { floor })?;
+    let refused = |source: RulesetError| LandlockError::Refused {
+        floor,
+        source: Box::new(source),
+    };
+    let status = deny_all(required).map_err(refused)?;
+    let not_enforced = |found: String| LandlockError::NotEnforced { floor, found };
+    if status.ruleset == RulesetStatus::NotEnforced || !status.no_new_privs {
+        return Err(not_enforced(format!("{:?}", status.ruleset)));
+    }
+    match status.landlock {
+        landlock::LandlockStatus::Available { effective_abi, .. } if effective_abi >= required => {
+            // The enumeration's values are the ABI's numbers.
+            let abi =
+                u32::try_from(effective_abi as i32).map_err(|_| LandlockError::Floor { floor })?;
+            Ok(LandlockStatus { abi })
+        }
+        other => Err(not_enforced(format!("{other:?}"))),
+    }
+}
+
+/// The ABI with this number, when it can be a floor.
+pub(crate) fn floor_abi(number: u32) -> Option<ABI> {
+    let abi = ABI::from(i32::try_from(number).ok()?);
+    (number >= 6 && abi as i32 == i32::try_from(number).ok()?).then_some(abi)
+}
+
+fn deny_all(required: ABI) -> Result<landlock::RestrictionStatus, RulesetError> {
+    Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(required))?
+        .handle_access(AccessNet::from_all(required))?
+        .scope(Scope::from_all(required))?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(CEILING))?
+        .handle_access(AccessNet::from_all(CEILING))?
+        .scope(Scope::from_all(CEILING))?
+        .create()?
+        .restrict_self()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_abis_that_scope_can_be_a_floor() {
+        for floor in [0, 5, 11, u32::MAX] {
+            assert!(
+                matches!(
+                    restrict_nothing_allowed(floor),
+                    Err(LandlockError::Floor { .. })
+                ),
+                "{floor}"
+            );
+        }
+        assert_eq!(floor_abi(6), Some(ABI::V6));
+    }
+}
