@@ -1,0 +1,220 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::Parser;
+use clap::Subcommand;
+use clap::builder::Styles;
+use clap::builder::styling::AnsiColor;
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Yellow.on_default().bold())
+    .usage(AnsiColor::Yellow.on_default().bold())
+    .literal(AnsiColor::Green.on_default())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+const EXAMPLES: &str = "\
+Examples:
+  baton run web1.toml --detach            start a VM and leave it running
+  baton upgrade web1 --worker ./worker    replace its worker under the guest
+  baton upgrade --all --canary 2          replace every worker, two of them first
+
+Exit status:
+  0  done                   10  upgrade aborted, the old worker runs on
+  1  findings               20  the VM is lost
+  2  usage                  30  refused by policy
+  3  host, file or VM is    75  busy
+     not as needed";
+
+/// Runs KVM guests in confined workers, and replaces a worker under its running guest
+#[derive(Debug, Parser)]
+#[command(
+    name = "baton",
+    version,
+    styles = STYLES,
+    max_term_width = 100,
+    arg_required_else_help = true,
+    disable_help_subcommand = true,
+    after_help = EXAMPLES
+)]
+pub(crate) struct Arguments {
+    /// Print one JSON document on standard output
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Args)]
+pub(crate) struct Globals {
+    /// Where the VMs' directories are [default: /run/baton, or $XDG_RUNTIME_DIR/baton if not root]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Global options"
+    )]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// What a broker that this command starts writes to its log
+    #[arg(long, global = true, value_name = "LEVEL", help_heading = "Global options", value_parser = ["error", "warn", "info", "debug", "trace"])]
+    pub(crate) log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Run(Run),
+    /// List the VMs that run here
+    #[command(after_help = "\
+Examples:
+  baton list
+  baton list --json | jq -r '.[] | select(.generation == 1).name'")]
+    List,
+    /// Show how a VM is
+    #[command(after_help = "\
+Examples:
+  baton status web1
+  baton status web1 --json | jq .last_upgrade.blackout_us")]
+    Status {
+        /// The VM's name
+        vm: String,
+    },
+    Upgrade(Upgrade),
+    /// Attach this terminal to a VM's console
+    #[command(after_help = "\
+Ctrl-] detaches.
+
+Examples:
+  baton console web1
+  baton console web1 < /dev/null | grep -m1 'login:'    wait for a line")]
+    Console {
+        /// The VM's name
+        vm: String,
+    },
+    /// Prove a running VM's confinement against its policy, from the kernel's own records
+    #[command(after_help = "\
+Exit status 0: everything was compared, and agrees. 1: there are findings.
+
+Examples:
+  baton audit web1
+  baton audit web1 --json | jq .findings")]
+    Audit {
+        /// The VM's name
+        vm: String,
+    },
+    /// Stop a VM's vCPUs, until `baton resume`
+    #[command(after_help = "Example:\n  baton pause web1")]
+    Pause {
+        /// The VM's name
+        vm: String,
+    },
+    /// Let a paused VM's vCPUs run again
+    #[command(after_help = "Example:\n  baton resume web1")]
+    Resume {
+        /// The VM's name
+        vm: String,
+    },
+    /// Reset a VM's guest, as its reset button would
+    #[command(after_help = "Example:\n  baton reset web1")]
+    Reset {
+        /// The VM's name
+        vm: String,
+    },
+    /// End a VM: by its power button, or at once
+    #[command(after_help = "\
+Examples:
+  baton stop web1            the guest shuts down by itself
+  baton stop web1 --force    at once; what it has not written is lost")]
+    Stop {
+        /// The VM's name
+        vm: String,
+        /// End it at once, also when its broker is dead
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// Start a VM: a broker, and the first worker under it
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without --detach this command stays until the VM ends. Ctrl-C presses the
+guest's power button; a second Ctrl-C ends the VM at once.
+
+Examples:
+  baton run web1.toml
+  baton run web1.toml --detach --json | jq .worker_pid
+  baton run web1.toml --worker target/release/baton-worker")]
+pub(crate) struct Run {
+    /// The VM's description
+    #[arg(value_name = "VM.toml")]
+    pub(crate) file: PathBuf,
+    /// Leave the VM running and return
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// The worker to run [default: the description's, or baton-worker beside the broker]
+    #[arg(long, value_name = "BIN")]
+    pub(crate) worker: Option<PathBuf>,
+}
+
+/// Replace a VM's worker while its guest runs
+#[derive(Debug, Args)]
+#[command(after_help = "\
+An upgrade that fails ends with the old worker running on (exit status 10).
+Ctrl-C cancels an upgrade that is not committed yet.
+
+With --all, the first --canary VMs are upgraded one by one, and the first that
+is not committed is the last. Then come --parallel VMs at a time; a VM that is
+lost stops all that have not begun.
+
+Examples:
+  baton upgrade web1                      to the worker that its file names
+  baton upgrade web1 --worker ./baton-worker
+  baton upgrade web1 --dry-run            all that comes before the pause
+  baton upgrade --all --canary 2 --parallel 8 --worker ./baton-worker")]
+pub(crate) struct Upgrade {
+    /// The VM's name
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) vm: Option<String>,
+    /// The new worker [default: the one that the VM's description names, opened again]
+    #[arg(long, value_name = "BIN")]
+    pub(crate) worker: Option<PathBuf>,
+    /// Go through everything that comes before the pause, then let the new worker go
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Upgrade every VM that runs here
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// How many VMs to upgrade at a time
+    #[arg(long, value_name = "N", default_value_t = 4, conflicts_with = "vm", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) parallel: u16,
+    /// How many VMs to upgrade first, one by one
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "vm")]
+    pub(crate) canary: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        for command in Arguments::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string);
+            assert!(
+                help.is_some_and(|help| help.contains("Example")),
+                "{} has no example",
+                command.get_name()
+            );
+        }
+    }
+}

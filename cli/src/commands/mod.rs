@@ -1,0 +1,11 @@
+//! One module per command.
+
+pub(crate) mod audit;
+pub(crate) mod console;
+pub(crate) mod fleet;
+pub(crate) mod list;
+pub(crate) mod run;
+pub(crate) mod status;
+pub(crate) mod steer;
+pub(crate) mod stop;
+pub(crate) mod upgrade;

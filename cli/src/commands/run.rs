@@ -1,0 +1,290 @@
+//! `baton run`: starts a broker, hears from it how the start went, and stays until its end unless told to detach.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Child;
+use std::process::Command;
+use std::process::ExitStatus;
+use std::process::Stdio;
+
+use baton_ipc::Channel;
+use baton_ipc::FdSocket;
+use baton_ipc::Received;
+use baton_ipc::control::Exit;
+use baton_ipc::control::Refusal;
+use baton_ipc::control::StartReport;
+use baton_ipc::control::Started;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::process::PidfdFlags;
+use rustix::process::Signal;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::arguments::Globals;
+use crate::arguments::Run;
+use crate::broker_binary;
+use crate::console::Console;
+use crate::console::End;
+use crate::failure::failure;
+use crate::failure::unfit;
+use crate::output::Output;
+use crate::output::printable;
+use crate::run_dir::RunDir;
+use crate::signals::Signals;
+use crate::units;
+
+/// A started broker, and this process's end of the socket that is its standard input.
+#[derive(Debug)]
+pub(crate) struct Broker {
+    child: Child,
+    /// Becomes readable when the broker has ended.
+    pidfd: OwnedFd,
+    channel: Channel<(), StartReport>,
+}
+
+pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<Exit, Refusal> {
+    let stdio = !run.detach && console_is_stdio(&run.file);
+    if stdio && output.json() {
+        return Err(failure(
+            Exit::Usage,
+            "--json and a console of kind \"stdio\" both want standard output",
+            "pass --detach, or give the console another kind",
+        ));
+    }
+    let signals = Signals::take()?;
+    let run_dir = RunDir::resolve(globals.run_dir.as_deref())?;
+    let mut broker = Broker::spawn(globals, run, &run_dir)?;
+    let started = broker.started(&signals)?;
+    for note in &started.notes {
+        output.note(&printable(note));
+    }
+    let Started {
+        name,
+        broker_pid,
+        worker_pid,
+        generation,
+        directory: _,
+        start_us,
+        notes: _,
+    } = &started;
+    let sentence = format!(
+        "{name}: running; broker pid {broker_pid}, worker pid {worker_pid}, started in {}",
+        units::microseconds(*start_us)
+    );
+    if output.json() {
+        output.document(&json!({
+            "name": name,
+            "broker_pid": broker_pid,
+            "worker_pid": worker_pid,
+            "generation": generation,
+        }))?;
+    } else if stdio {
+        output.hint(&sentence);
+    } else {
+        output.text(&sentence)?;
+    }
+    if run.detach {
+        return Ok(Exit::Done);
+    }
+    broker.attend(&run_dir, name, stdio, &signals, output)
+}
+
+impl Broker {
+    /// Starts one.
+    pub(crate) fn spawn(globals: &Globals, run: &Run, run_dir: &RunDir) -> Result<Self, Refusal> {
+        let binary = broker_binary::find()?;
+        let (ours, theirs) = FdSocket::pair()
+            .map_err(|error| unfit(format!("cannot make a socket pair: {error}"), ""))?;
+        let mut command = Command::new(&binary);
+        command.arg("serve").arg("--run-dir").arg(run_dir.path());
+        if let Some(worker) = &run.worker {
+            command.arg("--worker").arg(worker);
+        }
+        if let Some(level) = &globals.log {
+            command.arg("--log").arg(level);
+        }
+        if run.detach {
+            command.arg("--detach");
+        }
+        let child = command
+            .arg(&run.file)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            // A group of its own: Ctrl-C reaches this process alone, which then asks the broker to stop the guest.
+            .process_group(0)
+            .spawn()
+            .map_err(|error| crate::failure::file("start the broker", &binary, &error))?;
+        // Closes this process's copy of the broker's end.
+        drop(command);
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pidfd = pid
+            .ok_or(Errno::SRCH)
+            .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
+            .map_err(|error| unfit(format!("cannot watch the broker: {error}"), ""))?;
+        Ok(Self {
+            child,
+            pidfd,
+            channel: Channel::new(ours),
+        })
+    }
+
+    /// Waits until it says that the VM runs, or why not. How long that may take is the broker's to bound.
+    pub(crate) fn started(&mut self, signals: &Signals) -> Result<Started, Refusal> {
+        let mut patience = true;
+        loop {
+            match self.channel.receive() {
+                Ok(Received::Message(StartReport::Started(started), _)) => return Ok(started),
+                Ok(Received::Message(StartReport::Failed(refusal), _)) => return Err(refusal),
+                Ok(Received::Empty) => {}
+                Ok(Received::HungUp) => {
+                    let status = self.wait()?;
+                    return Err(unfit(
+                        format!("the broker ended before the VM ran ({status})"),
+                        "its own messages are above; more with --log debug",
+                    ));
+                }
+                Err(error) => {
+                    return Err(unfit(
+                        format!("the broker's start report cannot be read: {error}"),
+                        "use the baton-broker that came with this program",
+                    ));
+                }
+            }
+            let mut sources = [
+                PollFd::new(&self.channel, PollFlags::IN),
+                PollFd::new(signals, PollFlags::IN),
+            ];
+            poll(&mut sources)?;
+            if signals.came() {
+                let signal = if patience { Signal::TERM } else { Signal::KILL };
+                patience = false;
+                // It may have ended meanwhile, which the next receive tells.
+                let _ = rustix::process::pidfd_send_signal(&self.pidfd, signal);
+            }
+        }
+    }
+
+    /// Stays until the broker ends: with the guest's console on standard input and output, when `stdio`.
+    fn attend(
+        &mut self,
+        run_dir: &RunDir,
+        vm: &str,
+        stdio: bool,
+        signals: &Signals,
+        output: &Output,
+    ) -> Result<Exit, Refusal> {
+        let mut console = None;
+        if stdio {
+            output.hint("Ctrl-] presses the guest's power button; twice ends the VM");
+            console = Some(Console::attach(run_dir.vm(vm)?.broker()?.console()?)?);
+        } else {
+            output.hint("Ctrl-C presses the guest's power button; twice ends the VM");
+        }
+        let mut asked = false;
+        loop {
+            let end = match &mut console {
+                Some(attached) => attached.copy(signals, Some(self.pidfd.as_fd()))?,
+                None => {
+                    let mut sources = [
+                        PollFd::new(&self.pidfd, PollFlags::IN),
+                        PollFd::new(signals, PollFlags::IN),
+                    ];
+                    poll(&mut sources)?;
+                    if signals.came() {
+                        End::Signal
+                    } else if sources.iter().take(1).any(|fd| !fd.revents().is_empty()) {
+                        End::Other
+                    } else {
+                        continue;
+                    }
+                }
+            };
+            match end {
+                End::Other => break,
+                End::HungUp => console = None,
+                End::Escape | End::Signal => {
+                    let stopped = run_dir
+                        .vm(vm)
+                        .and_then(|directory| directory.broker())
+                        .and_then(|mut client| client.stop(asked));
+                    match stopped {
+                        Ok(()) if asked => output.hint("ending the VM"),
+                        Ok(()) => {
+                            output.hint("asked the guest to power off; once more ends the VM")
+                        }
+                        Err(refusal) => output.note(&refusal.to_string()),
+                    }
+                    asked = true;
+                }
+            }
+        }
+        // The terminal is the shell's again before anything is said.
+        drop(console);
+        let status = self.wait()?;
+        self.exit(vm, status)
+    }
+
+    fn exit(&self, vm: &str, status: ExitStatus) -> Result<Exit, Refusal> {
+        let known = [
+            Exit::Done,
+            Exit::Findings,
+            Exit::Usage,
+            Exit::Unfit,
+            Exit::Aborted,
+            Exit::Lost,
+            Exit::Refused,
+            Exit::Busy,
+        ];
+        let exit = status.code().and_then(|code| {
+            known
+                .into_iter()
+                .find(|exit| i32::from(exit.code()) == code)
+        });
+        match exit {
+            Some(exit) => Ok(exit),
+            None if status.signal().is_some() => Err(unfit(
+                format!("the broker of {vm} was killed ({status})"),
+                format!("its worker may run on: baton status {vm}"),
+            )),
+            None => Err(unfit(format!("the broker of {vm} failed ({status})"), "")),
+        }
+    }
+
+    /// Waits for it to end.
+    pub(crate) fn wait(&mut self) -> Result<ExitStatus, Refusal> {
+        self.child
+            .wait()
+            .map_err(|error| unfit(format!("cannot wait for the broker: {error}"), ""))
+    }
+}
+
+fn poll(sources: &mut [PollFd<'_>]) -> Result<(), Refusal> {
+    match rustix::event::poll(sources, None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(unfit(format!("poll: {error}"), "")),
+    }
+}
+
+/// Whether the VM's description puts the console on standard input and output. The broker judges the description; one
+/// that cannot be read here is as good as any other.
+fn console_is_stdio(file: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Description {
+        console: Option<Console>,
+    }
+    #[derive(Deserialize)]
+    struct Console {
+        kind: String,
+    }
+    let text = fs::read_to_string(file).unwrap_or_default();
+    toml::from_str::<Description>(&text)
+        .ok()
+        .and_then(|description| description.console)
+        .is_some_and(|console| console.kind == "stdio")
+}

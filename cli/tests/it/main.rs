@@ -1,0 +1,12 @@
+//! The `baton` binary against a broker that answers as the test tells it to: no KVM, no privilege.
+#![expect(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test that goes wrong here is to panic"
+)]
+
+mod canned;
+mod commands;
+mod fleet;
+mod orphan;
+mod run;
