@@ -31,6 +31,7 @@ pub mod workers;
 pub use capabilities::Capabilities;
 pub use compile::{CompileError, Compiled};
 pub use confinement::{Confinement, ConfinementError, no_new_privs};
+pub use descriptors::{Access, Candidate, Grant, GrantError, Kind, PathPattern, Seal};
 pub use digest::{Digest, DigestError};
 pub use parse::{MAX_TEXT, Place, PolicyError, Problem};
 pub use policy::{
@@ -38,6 +39,7 @@ pub use policy::{
     Threads, Violation, Workers,
 };
 pub use program::{Instruction, MAX_INSTRUCTIONS, Program, ProgramError};
+pub use rlimits::{Limit, Resource, Rlimits};
 pub use syscalls::Syscall;
 pub use trusted::TrustError;
 pub use workers::WorkerAllowList;
