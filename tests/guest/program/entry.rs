@@ -6,14 +6,13 @@
 //! emulated. The other vCPUs arrive in real mode, by the start-up IPI, on a copy of `trampoline`.
 //!
 //! At CPL3 the program may use ports because the TSS has an I/O permission bitmap that permits all of them: IOPL is not
-//! enough, as kvm-pvm drops it on the way to CPL3. There is no IDT: an exception is a triple fault, which the VMM sees.
+//! enough, as kvm-pvm drops it on the way to CPL3. It cannot change RFLAGS.IF there either, so interrupts are enabled
+//! from the start, and none comes before `interrupts` asks for it.
 
 use core::arch::global_asm;
 
+use crate::interrupts::{AREA_SIZE, AREAS, IDT_LIMIT};
 use crate::layout::{MAX_VCPUS, TRAMPOLINE_ADDRESS};
-
-/// Bytes of stack for each vCPU.
-const STACK_SIZE: usize = 0x4000;
 
 global_asm!(
     r#"
@@ -45,7 +44,7 @@ _start:
     mov [rbp + 16], ebx
     mov [rbp + 20], ecx
 
-    // Every vCPU: its number in EDI, long mode, the tables of this image in CR3.
+    // Every vCPU: its number in EDI, long mode, the page tables of this image.
 enter_cpl3:
     mov eax, 0x80010033             // PG, WP, NE, ET, MP, PE; EM and TS clear, so that SSE works
     mov cr0, rax
@@ -58,15 +57,17 @@ enter_cpl3:
     mov byte ptr [rax + rcx + 5], 0x89
     add ecx, 0x30
     ltr cx
-    // Stacks grow down from the end of their slots.
+    // No interrupt from the 8259s: they are wired to the first vCPU's LINT0, open after a reset.
+    mov ecx, 0xfee00350
+    mov dword ptr [rcx], 0x10000
+    // The stack grows down from the end of the vCPU's area.
     lea eax, [rdi + 1]
-    imul eax, eax, {stack_size}
-    lea rcx, [rip + stacks]
-    add rax, rcx
+    imul eax, eax, {area_size}
+    add eax, {areas}
     mov rsp, rax
     push 0x23                       // SS: user data
     push rax
-    push 0x3002                     // IOPL 3, where it is honoured; no interrupts
+    push 0x3202                     // IOPL 3, where it is honoured; interrupts
     push 0x2b                       // CS: user code
     lea rax, [rip + user]
     push rax
@@ -154,12 +155,13 @@ gdt:
     .quad 0x00cf93000000ffff        // 0x18: data
     .quad 0x00cff3000000ffff        // 0x20: user data
     .quad 0x00affb000000ffff        // 0x28: user 64-bit code
-gdt_tss:                            // 0x30: a TSS a vCPU, all the same segment; the base lies below 16 MiB
+gdt_tss:                            // 0x30: a TSS at the start of each vCPU's area; with its bitmap 0x2069 bytes long
+    .set area, {areas}
     .rept {vcpus}
-    .word tss_end - tss - 1
-    .word tss_base_low
-    .byte tss_base_middle, 0x89, 0, 0
+    .word 0x2068, area & 0xffff
+    .byte (area >> 16) & 0xff, 0x89, 0, (area >> 24) & 0xff
     .quad 0
+    .set area, area + {area_size}
     .endr
 gdt_end:
     .balign 8
@@ -169,8 +171,8 @@ gdt_pointer:
     .quad gdt
     .word 0, 0, 0
 idt_pointer:
-    .word 0
-    .quad 0
+    .word {idt_limit}
+    .quad {idt}
 
     .balign 8
     .globl timing_leaves
@@ -179,23 +181,11 @@ timing_leaves:
     .globl starting_vcpu
 starting_vcpu:
     .quad 0
-
-    // A 64-bit TSS: 104 bytes, the last word of which is where the permission bitmap begins; a clear bit permits.
-    .balign 16
-    .globl tss
-tss:
-    .fill 102, 1, 0
-    .word 104
-    .fill 8192, 1, 0
-    .byte 0xff
-tss_end:
-
-    .section .noinit, "aw", @nobits
-    .balign 4096
-stacks:
-    .skip {stack_size} * {vcpus}
     "#,
-    stack_size = const STACK_SIZE,
+    areas = const AREAS,
+    area_size = const AREA_SIZE,
+    idt = sym crate::interrupts::IDT,
+    idt_limit = const IDT_LIMIT,
     vcpus = const MAX_VCPUS,
     trampoline_address = const TRAMPOLINE_ADDRESS,
     boot_main = sym crate::boot_main,

@@ -11,7 +11,7 @@ pub const REPORT_ADDRESS: u64 = 0x10_0000;
 pub const REPORT_SIZE: usize = 0x2000;
 /// First byte of the image, in guest-physical bytes (`link.ld`).
 pub const IMAGE_ADDRESS: u64 = 0x20_0000;
-/// First guest-physical byte that the memory walker touches; the image ends below it (`link.ld`).
+/// First guest-physical byte that the memory walker touches; the image ends and the vCPUs' stacks end below it.
 pub const WALK_ADDRESS: u64 = 0x40_0000;
 /// Guest-physical page that holds the start-up code of the other vCPUs, in bytes. Written before they are started,
 /// after the boot parameters have been read.
@@ -136,6 +136,20 @@ pub const LAST_GAP_ROUND_OFFSET: usize = 0x158;
 pub const LAST_GAP_ROUND_GAP_OFFSET: usize = 0x160;
 /// Slot: ticks of the slowest such round since the statistics were cleared.
 pub const CLEARED_MAX_GAP_ROUND_OFFSET: usize = 0x168;
+/// Slot: interrupts of the local timer, with `timer_us`.
+pub const TIMER_TICKS_OFFSET: usize = 0x180;
+/// Slot: TSC at which the vCPU saw the last of them.
+pub const TIMER_TSC_OFFSET: usize = 0x188;
+/// Slot: largest time between two of them, as the vCPU saw them, in ticks of the TSC.
+pub const TIMER_MAX_GAP_OFFSET: usize = 0x190;
+/// Slot: interrupts that this vCPU sent to the next one, with `ipi_us`. It sends none before the last has arrived.
+pub const IPIS_SENT_OFFSET: usize = 0x198;
+/// Slot: those of them that arrived.
+pub const IPIS_ARRIVED_OFFSET: usize = 0x1a0;
+/// Slot: interrupts that arrived at the next vCPU and were not sent.
+pub const IPIS_EXTRA_OFFSET: usize = 0x1a8;
+/// Slot: longest that one was under way, in ticks.
+pub const IPI_MAX_OFFSET: usize = 0x1b0;
 
 /// [`STATE_OFFSET`]: this vCPU was not started.
 pub const STATE_ABSENT: u64 = 0;

@@ -4,8 +4,9 @@
 //! addresses that the boot protocol and `layout` give their meaning, ports, and symbols of `entry`. Each file says which
 //! of these it touches.
 //!
-//! Every vCPU runs [`run`]: one turn of the heartbeat, one page of the walk, and on the first vCPU one step of the
-//! console, so that no work is long enough to look like a gap.
+//! Every vCPU runs [`run`]: one turn of the heartbeat, then a step of each mode that the command line asked for, a file
+//! each: one page of the walk, a look at its interrupts, on the first vCPU one byte of the console. So no work is long
+//! enough to look like a gap.
 
 #![no_std]
 #![no_main]
@@ -16,6 +17,7 @@ mod boot;
 mod console;
 mod entry;
 mod heartbeat;
+mod interrupts;
 #[expect(dead_code, reason = "some of it only the host side reads")]
 mod layout;
 mod memory;
@@ -29,6 +31,7 @@ mod walker;
 
 use boot::BootParameters;
 use heartbeat::Heartbeat;
+use interrupts::Interrupts;
 use options::Options;
 use walker::Walker;
 
@@ -53,6 +56,8 @@ fn machine() -> &'static Machine {
 /// The boot vCPU, at CPL3.
 extern "C" fn boot_main(zero_page: u64) -> ! {
     let start = heartbeat::tsc();
+    interrupts::fill_table();
+    interrupts::prepare(0);
     let parameters = BootParameters::new(zero_page);
     let options = Options::parse(parameters.command_line());
     let (tsc_khz, tsc_source) = boot::tsc_frequency(options.tsc_khz);
@@ -87,6 +92,7 @@ extern "C" fn boot_main(zero_page: u64) -> ! {
 
 /// Every other vCPU, at CPL3.
 extern "C" fn other_main(vcpu: u64) -> ! {
+    interrupts::prepare(vcpu as usize);
     run(vcpu as usize)
 }
 
@@ -94,10 +100,12 @@ fn run(vcpu: usize) -> ! {
     let machine = machine();
     let mut heart = Heartbeat::new(vcpu, machine.gap_ticks);
     let mut walker = Walker::new(vcpu, machine.options.vcpus, machine.nonce, &machine.memory);
+    let mut interrupts = Interrupts::new(vcpu, &machine.options);
     let mut console = (vcpu == 0).then(|| console::Console::new(&machine.options, machine.nonce));
     loop {
         let turn = heart.turn();
         walker.step(&turn);
+        interrupts.step(&turn);
         if let Some(console) = &mut console {
             console.step(&turn);
             power::obey(report::take_mailbox());

@@ -11,6 +11,8 @@ pub struct Options {
     pub period_ms: u64,
     pub gap_us: u64,
     pub tsc_khz: Option<u64>,
+    pub timer_us: Option<u64>,
+    pub ipi_us: Option<u64>,
     pub reset_after_lines: Option<u64>,
     pub off_after_lines: Option<u64>,
 }
@@ -24,6 +26,8 @@ impl Options {
             period_ms: 100,
             gap_us: 100,
             tsc_khz: None,
+            timer_us: None,
+            ipi_us: None,
             reset_after_lines: None,
             off_after_lines: None,
         };
@@ -41,6 +45,8 @@ impl Options {
                 (b"period_ms", Some(Some(ms))) => options.period_ms = ms.max(1),
                 (b"gap_us", Some(Some(us))) => options.gap_us = us.max(1),
                 (b"tsc_khz", Some(Some(khz))) if khz != 0 => options.tsc_khz = Some(khz),
+                (b"timer_us", Some(Some(us))) if us != 0 => options.timer_us = Some(us),
+                (b"ipi_us", Some(us @ Some(_))) => options.ipi_us = us,
                 (b"reset_after_lines", Some(lines @ Some(_))) => options.reset_after_lines = lines,
                 (b"off_after_lines", Some(lines @ Some(_))) => options.off_after_lines = lines,
                 _ => {}

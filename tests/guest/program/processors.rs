@@ -1,18 +1,13 @@
-//! Starts the other vCPUs through the local APIC's memory-mapped registers (Intel SDM volume 3A, 11.4 and 9.4.4), one
-//! after the other, on a copy of `entry`'s trampoline below 1 MiB.
+//! Starts the other vCPUs with INIT and start-up interrupts (Intel SDM volume 3A, 9.4.4), one after the other, on a copy
+//! of `entry`'s trampoline below 1 MiB.
 
 use core::ptr;
 
 use crate::heartbeat::tsc;
+use crate::interrupts::send;
 use crate::layout::*;
 use crate::report::{self, Slot};
 
-/// The local APIC's registers: spurious vector, and interrupt command.
-const SPURIOUS_VECTOR: u64 = 0xfee0_00f0;
-const COMMAND_LOW: u64 = 0xfee0_0300;
-const COMMAND_HIGH: u64 = 0xfee0_0310;
-/// Software enable, and a vector that is never used.
-const ENABLE: u32 = 0x1ff;
 /// INIT, level, assert; start-up, level, assert.
 const INIT: u32 = 0x4500;
 const START_UP: u32 = 0x4600;
@@ -23,12 +18,6 @@ unsafe extern "C" {
     static trampoline: u8;
     static trampoline_end: u8;
     static mut starting_vcpu: u64;
-}
-
-fn write(register: u64, value: u32) {
-    // SAFETY: a register of the local APIC, mapped by `entry`; writing it changes no memory but through a vCPU that
-    // starts on its own stack.
-    unsafe { ptr::write_volatile(register as *mut u32, value) };
 }
 
 fn wait(ticks: u64) {
@@ -50,15 +39,12 @@ pub fn start_others(vcpus: usize, tsc_khz: u64) {
         let length = (&raw const trampoline_end).offset_from(start) as usize;
         ptr::copy_nonoverlapping(start, TRAMPOLINE_ADDRESS as *mut u8, length);
     }
-    write(SPURIOUS_VECTOR, ENABLE);
     for vcpu in 1..vcpus {
         // SAFETY: read by the vCPU that is started next, by nobody else.
         unsafe { ptr::write_volatile(&raw mut starting_vcpu, vcpu as u64) };
-        write(COMMAND_HIGH, (vcpu as u32) << 24);
-        write(COMMAND_LOW, INIT);
+        send(vcpu, INIT);
         wait(tsc_khz * 10);
-        write(COMMAND_HIGH, (vcpu as u32) << 24);
-        write(COMMAND_LOW, START_UP | (TRAMPOLINE_ADDRESS >> 12) as u32);
+        send(vcpu, START_UP | (TRAMPOLINE_ADDRESS >> 12) as u32);
         let (slot, start) = (Slot::new(vcpu), tsc());
         while slot.read(STATE_OFFSET) != STATE_RUNNING {
             if tsc().wrapping_sub(start) > tsc_khz * START_MS {

@@ -1,6 +1,6 @@
 //! The memory walker: each page of its share holds a record that it verifies and rewrites, sweep after sweep.
 //!
-//! It touches RAM that nothing else uses: above the image, usable by the VMM's own map.
+//! It touches RAM that nothing else uses: above the image and the vCPUs' areas, usable by the VMM's own map.
 
 use core::ptr;
 

@@ -65,6 +65,18 @@ impl CommandLine {
         self.word(format!("tsc_khz={khz}"))
     }
 
+    /// Has each vCPU interrupted by its local timer, each so many microseconds (up to 4 s).
+    #[must_use]
+    pub fn timer_us(self, period: u32) -> Self {
+        self.word(format!("timer_us={period}"))
+    }
+
+    /// Has each vCPU interrupt the next one, at most once in so many microseconds.
+    #[must_use]
+    pub fn ipi_us(self, period: u32) -> Self {
+        self.word(format!("ipi_us={period}"))
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

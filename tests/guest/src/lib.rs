@@ -9,17 +9,33 @@
 //!
 //! An ELF kernel, loaded at its physical addresses (2 MiB up), entered at `e_entry` by the 64-bit Linux boot protocol
 //! (Documentation/arch/x86/boot.rst): long mode, CPL0, the low 4 GiB mapped one to one, interrupts off, RSI at the zero
-//! page, whose e820 table and command line pointer are read. It brings its own descriptor and page tables. It never
-//! enables interrupts and needs no device but the local APIC (with `cpus=`) and the serial port (with `console`).
-//! RFLAGS.IOPL may be 0: ports are open to it by its TSS.
+//! page, whose e820 table and command line pointer are read. It brings its own descriptor and page tables.
 //!
-//! The pages [`layout::REPORT_ADDRESS`], [`layout::TRAMPOLINE_ADDRESS`] (with `cpus=`) and the image's must be RAM.
+//! It needs in-kernel local APICs, memory-mapped, with ids 0, 1, 2, … and the boot vCPU's 0, and with `console` a serial
+//! port. It shuts LINT0 and runs with interrupts enabled, but none comes without `timer_us` or `ipi_us`. RFLAGS.IOPL may
+//! be 0: ports are open to it by its TSS.
+//!
+//! RAM must be what lies from 1 MiB to [`layout::WALK_ADDRESS`], and with `cpus=` the page at
+//! [`layout::TRAMPOLINE_ADDRESS`], whether e820 says so or not. A reset may leave RAM as it is, but has to load the image
+//! again.
 //!
 //! # What it does
 //!
 //! It leaves CPL0 after some fifty instructions, because kvm-pvm emulates that ring, and each vCPU then takes turns at
 //! CPL3, for ever: one heartbeat, one page of the memory walk (or a pause), and on the first vCPU one byte of the
 //! console. It polls and never halts, so every vCPU keeps its processor busy.
+//!
+//! # How fast it is
+//!
+//! By the example `measure`, one vCPU, on a 2-core AMD EPYC virtual machine whose KVM is kvm-pvm, RAM in 4 KiB pages:
+//!
+//! | what | time |
+//! |---|---|
+//! | a turn without a walk | 32 ns |
+//! | the first sweep, over blank RAM | 1.5 to 2.2 ms a MiB (6 to 8 µs a page) |
+//! | a warm sweep of 16 MiB | 3.6 µs a MiB (14 ns a page) |
+//! | a warm sweep of 256 MiB | 7.2 µs a MiB (28 ns a page) |
+//! | an interrupt to itself, sent to counted | 14 µs |
 
 mod command_line;
 mod console;
@@ -29,7 +45,9 @@ mod report;
 
 pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
-pub use report::{GapRound, Report, ReportError, Slot, TscSource, TurnState, Walk, WalkError};
+pub use report::{
+    GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
+};
 
 /// The guest: a static ELF64 image for x86-64, entered in 64-bit mode.
 pub static ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));

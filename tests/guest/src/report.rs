@@ -85,6 +85,35 @@ pub struct Slot {
     pub clears: u64,
     /// The walk over this vCPU's share of RAM.
     pub walk: Walk,
+    /// The local timer, with `timer_us`.
+    pub timer: Timer,
+    /// Interrupts to the next vCPU, with `ipi_us`.
+    pub ipis: Ipis,
+}
+
+/// A vCPU's local timer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timer {
+    /// Interrupts taken.
+    pub ticks: u64,
+    /// TSC at which the vCPU saw the last one.
+    pub last_tsc: u64,
+    /// Largest time between two of them, as the vCPU saw them, in ticks of the TSC.
+    pub max_gap: u64,
+}
+
+/// Interrupts from one vCPU to the next in a ring, or to itself when it is alone; each is sent when the one before has
+/// arrived, so a lost one ends the counting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipis {
+    /// Those sent.
+    pub sent: u64,
+    /// Those of them that arrived.
+    pub arrived: u64,
+    /// Those that arrived though nobody sent them.
+    pub extra: u64,
+    /// Longest that one was under way, in ticks.
+    pub max_ticks: u64,
 }
 
 /// The state of a walk.
@@ -282,14 +311,22 @@ impl Report {
             .unwrap_or_default()
     }
 
-    /// What no upgrade may cause, over all vCPUs: pages found wrong, broken sequences, steps of the TSC backwards.
+    /// What no upgrade may cause, over all vCPUs: pages found wrong, broken sequences, steps of the TSC backwards,
+    /// interrupts that nobody sent.
     #[must_use]
     pub fn faults(&self) -> u64 {
-        self.slots.iter().fold(0_u64, |sum, slot| {
-            sum.saturating_add(slot.walk.errors)
-                .saturating_add(slot.breaks)
-                .saturating_add(slot.backwards)
-        })
+        let faults = |slot: &Slot| {
+            [
+                slot.walk.errors,
+                slot.breaks,
+                slot.backwards,
+                slot.ipis.extra,
+            ]
+        };
+        self.slots
+            .iter()
+            .flat_map(faults)
+            .fold(0, u64::saturating_add)
     }
 
     /// Whether every vCPU has cleared its statistics as often as it was told to.
@@ -352,6 +389,17 @@ impl Slot {
                 gap_rounds,
                 last_gap_round: (gap_rounds != 0).then_some(last_gap_round),
                 cleared_max_gap_round: at(CLEARED_MAX_GAP_ROUND_OFFSET)?,
+            },
+            timer: Timer {
+                ticks: at(TIMER_TICKS_OFFSET)?,
+                last_tsc: at(TIMER_TSC_OFFSET)?,
+                max_gap: at(TIMER_MAX_GAP_OFFSET)?,
+            },
+            ipis: Ipis {
+                sent: at(IPIS_SENT_OFFSET)?,
+                arrived: at(IPIS_ARRIVED_OFFSET)?,
+                extra: at(IPIS_EXTRA_OFFSET)?,
+                max_ticks: at(IPI_MAX_OFFSET)?,
             },
         })
     }

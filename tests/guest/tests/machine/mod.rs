@@ -26,7 +26,9 @@ use std::time::{Duration, Instant};
 
 use baton_guest::layout::{MAILBOX_OFFSET, REPORT_ADDRESS, REPORT_SIZE};
 use baton_guest::{CommandLine, ConsoleLine, ELF, Report, StatusLog};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, kvm_msi, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use linux_loader::loader::{KernelLoader, elf::Elf};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -64,7 +66,7 @@ pub(crate) struct Machine {
     pause: Arc<AtomicBool>,
     paused: Arc<AtomicUsize>,
     vcpus: Vec<JoinHandle<()>>,
-    _vm: VmFd,
+    vm: VmFd,
 }
 
 extern "C" fn interrupted(_: libc::c_int) {}
@@ -132,7 +134,7 @@ impl Machine {
             pause: Arc::default(),
             paused: Arc::default(),
             vcpus: Vec::new(),
-            _vm: vm,
+            vm,
         };
         machine.vcpus = vcpus.into_iter().map(|vcpu| machine.spawn(vcpu)).collect();
         machine
@@ -172,6 +174,16 @@ impl Machine {
             // SAFETY: the thread is not joined yet, so its id is still its own.
             unsafe { libc::pthread_kill(vcpu.as_pthread_t(), libc::SIGUSR1) };
         }
+    }
+
+    /// Interrupts a vCPU as a device would.
+    pub(crate) fn interrupt(&self, vcpu: u32, vector: u32) {
+        let message = kvm_msi {
+            address_lo: 0xfee0_0000 | vcpu << 12,
+            data: vector,
+            ..Default::default()
+        };
+        assert_eq!(self.vm.signal_msi(message).unwrap(), 1, "not delivered");
     }
 
     /// Holds every vCPU outside the guest while `during` runs.
