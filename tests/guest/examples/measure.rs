@@ -52,4 +52,13 @@ fn main() {
             "{what} sweep of {mib} MiB: {us:.0} us, {per_mib:.2} us a MiB, {per_page:.1} ns a page"
         );
     }
+
+    let machine = Machine::boot(16 << 20, 1, CommandLine::new().ipi_us(0));
+    let ipis = |report: &Report| (report.slots[0].ipis.arrived, report.slots[0].last_tsc);
+    let report = machine.report_when("interrupts come", |report| ipis(report).0 > 100);
+    let (first, start) = ipis(&report);
+    let report = machine.report_when("more come", |report| ipis(report).0 > 20_000);
+    let (last, end) = ipis(&report);
+    let each = us(&report, end - start) / (last - first) as f64;
+    println!("interrupts to itself, one after the other: {each:.1} us each");
 }

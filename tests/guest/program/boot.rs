@@ -88,7 +88,7 @@ pub fn tsc_frequency(command_line: Option<u64>) -> (u64, u64) {
     if let Some(khz) = command_line {
         return (khz, TSC_FROM_COMMAND_LINE);
     }
-    if hypervisor_max >= 0x4000_0010 && hypervisor_max < 0x4001_0000 && hypervisor_khz != 0 {
+    if (0x4000_0010..0x4001_0000).contains(&hypervisor_max) && hypervisor_khz != 0 {
         return (u64::from(hypervisor_khz), TSC_FROM_HYPERVISOR);
     }
     if max >= 0x15 && denominator != 0 && numerator != 0 && crystal_hz != 0 {

@@ -32,10 +32,10 @@
 //! | what | time |
 //! |---|---|
 //! | a turn without a walk | 32 ns |
-//! | the first sweep, over blank RAM | 1.5 to 2.2 ms a MiB (6 to 8 µs a page) |
-//! | a warm sweep of 16 MiB | 3.6 µs a MiB (14 ns a page) |
-//! | a warm sweep of 256 MiB | 7.2 µs a MiB (28 ns a page) |
-//! | an interrupt to itself, sent to counted | 14 µs |
+//! | the first sweep, over blank RAM | 1.1 to 2.2 ms a MiB (4 to 8 µs a page) |
+//! | a warm sweep of 16 MiB | 2.6 to 3.6 µs a MiB (10 to 14 ns a page) |
+//! | a warm sweep of 256 MiB | 7 to 9 µs a MiB (28 to 37 ns a page) |
+//! | an interrupt to itself, sent to counted | 14 to 19 µs |
 
 mod command_line;
 mod console;
