@@ -135,6 +135,14 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+    /// Look whether VMs can run on this host, and what to do if not
+    #[command(after_help = "\
+Exit status 0: VMs run here. 3: something that every VM needs is missing.
+
+Examples:
+  baton doctor
+  baton doctor --json | jq -r '.checks[] | select(.level != \"ok\").remedy'")]
+    Doctor,
 }
 
 /// Start a VM: a broker, and the first worker under it

@@ -9,6 +9,7 @@ mod broker_binary;
 mod client;
 mod commands;
 mod console;
+mod doctor;
 mod failure;
 mod output;
 mod process;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Upgrade(upgrade) => commands::upgrade::execute(globals, &upgrade, &output),
         Command::Console { vm } => commands::console::execute(globals, &vm, &output),
         Command::Audit { vm } => commands::audit::execute(globals, &vm, &output),
+        Command::Doctor => commands::doctor::execute(&output),
         Command::Pause { vm } => commands::steer::pause(globals, &vm, &output),
         Command::Resume { vm } => commands::steer::resume(globals, &vm, &output),
         Command::Reset { vm } => commands::steer::reset(globals, &vm, &output),

@@ -158,11 +158,6 @@ impl VmDirectory {
         &self.name
     }
 
-    /// Its path.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// What is there.
     pub(crate) fn look(&self) -> Result<Found, Refusal> {
         match Client::connect(&self.name, &self.path) {
