@@ -43,9 +43,7 @@ const LEGACY_DEVICES: u16 = 1 << 0;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 /// MADT flags (5.2.12): there are two 8259s, too.
 const PCAT_COMPAT: u32 = 1;
-/// MPS INTI flags (5.2.12.5): active high, edge-triggered.
-const ACTIVE_HIGH_EDGE: u16 = 0b0101;
-/// MPS INTI flags: active high, level-triggered.
+/// MPS INTI flags (5.2.12.5): active high, level-triggered.
 const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 
 /// What other devices add to the tables.
@@ -183,8 +181,8 @@ fn madt(cpus: u8) -> Sdt {
         ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled).to_aml_bytes(&mut body);
     }
     IoApic::new(0, io_apic, 0).to_aml_bytes(&mut body);
-    // The PIT comes in at pin 2, as KVM's irqchip wires it.
-    body.extend(source_override(0, 2, ACTIVE_HIGH_EDGE));
+    // KVM's default routing wires ISA interrupt N, the PIT's 0 included, to pin N (`default_routing`,
+    // arch/x86/kvm/irq_comm.c). So there is no override of 0 by 2, which PCs have.
     body.extend(source_override(9, layout::SCI_IRQ, ACTIVE_HIGH_LEVEL));
     // Local APIC NMI (5.2.12.7): all processors, default polarity and trigger, LINT1.
     body.extend([4, 6, 0xFF, 0, 0, 1]);

@@ -130,7 +130,6 @@ fn the_madt_lists_processors_and_overrides() {
             others,
             [
                 vec![1, 12, 0, 0, 0, 0, 0xC0, 0xFE, 0, 0, 0, 0],
-                vec![2, 10, 0, 0, 2, 0, 0, 0, 5, 0],
                 vec![2, 10, 0, 9, 9, 0, 0, 0, 13, 0],
                 vec![4, 6, 0xFF, 0, 0, 1],
             ]
