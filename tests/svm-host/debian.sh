@@ -5,6 +5,8 @@
 
 # A failure inside $(…) fails the script, too.
 shopt -s inherit_errexit
+# The output of apt and dpkg is read.
+export LC_ALL=C.UTF-8
 
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 readonly here
