@@ -179,8 +179,9 @@ fn rule(conjunction: &[Comparison]) -> Result<SeccompRule, seccompiler::BackendE
 
 fn condition(comparison: &Comparison) -> Result<SeccompCondition, seccompiler::BackendError> {
     let width = match comparison.width {
-        Width::Dword => SeccompCmpArgLen::Dword,
-        Width::Qword => SeccompCmpArgLen::Qword,
+        // Bits that are not compared need not be loaded.
+        Width::Qword if comparison.mask > u64::from(u32::MAX) => SeccompCmpArgLen::Qword,
+        Width::Qword | Width::Dword => SeccompCmpArgLen::Dword,
     };
     let operator = if comparison.is_equality() {
         SeccompCmpOp::Eq

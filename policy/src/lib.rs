@@ -9,6 +9,8 @@
 //! crate of this workspace. Its only unsafe code is in [`kernel`].
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+mod bounds;
+pub mod bpf;
 pub mod capabilities;
 pub mod compile;
 pub mod condition;
@@ -16,6 +18,7 @@ mod confinement;
 pub mod constants;
 pub mod descriptors;
 mod digest;
+pub mod judge;
 pub mod kernel;
 pub mod landlock;
 mod parse;

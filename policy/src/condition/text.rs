@@ -1,4 +1,4 @@
-//! Conditions of rules: `prot lacks PROT_EXEC`, `request in KVM_RUN, KVM_GET_REGS`.
+//! The text of conditions: `prot lacks PROT_EXEC`, `request in KVM_RUN, KVM_GET_REGS`.
 //!
 //! ```text
 //! condition  = test *( "and" test )
@@ -10,29 +10,14 @@
 //! term       = NAME / decimal / 0xHEX
 //! ```
 //!
-//! ARGUMENT is the kernel's name of an argument of the call, NAME a constant of its family. A condition is kept as
-//! it compiles, as alternatives of conjunctions of masked comparisons, and judges a call by the same definition.
+//! ARGUMENT is the kernel's name of an argument of the call, NAME a constant of its family.
 
 use std::fmt;
 
-use crate::constants::{self, Family};
-use crate::syscalls::{Argument, Syscall, Width};
-
-/// One comparison: the call is let through when `argument & mask == value`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Comparison {
-    /// Which argument, 0 to 5.
-    pub index: u8,
-    /// How much of it the kernel looks at. `mask` and `value` have no bits beyond.
-    pub width: Width,
-    /// The bits that are compared. All bits of the width: plain equality.
-    pub mask: u64,
-    /// What they must be.
-    pub value: u64,
-}
-
-/// Comparisons that must all hold, sorted.
-pub type Conjunction = Vec<Comparison>;
+use super::spelling::nearest;
+use super::{Comparison, Conjunction};
+use crate::constants;
+use crate::syscalls::{Argument, Syscall};
 
 /// The most alternatives of one condition.
 pub(crate) const MAX_ALTERNATIVES: usize = 512;
@@ -105,106 +90,6 @@ pub enum ConditionProblem {
 fn did_you_mean(suggestion: Option<&str>) -> String {
     suggestion.map_or_else(String::new, |name| format!("; did you mean {name}?"))
 }
-
-impl Comparison {
-    fn all_bits(width: Width) -> u64 {
-        match width {
-            Width::Dword => u64::from(u32::MAX),
-            Width::Qword => u64::MAX,
-        }
-    }
-
-    /// Whether every bit of the argument is compared.
-    #[must_use]
-    pub fn is_equality(&self) -> bool {
-        self.mask == Self::all_bits(self.width)
-    }
-
-    /// Whether the comparison holds of these arguments.
-    #[must_use]
-    pub fn holds(&self, arguments: &[u64; 6]) -> bool {
-        arguments
-            .get(usize::from(self.index))
-            .is_some_and(|argument| argument & self.mask == self.value)
-    }
-
-    /// The comparison in words, with symbolic names where there are any.
-    #[must_use]
-    pub fn describe(&self, call: Syscall) -> String {
-        let argument = call
-            .arguments()
-            .iter()
-            .find(|argument| argument.index == self.index);
-        let name = argument.map_or_else(
-            || format!("arg{}", self.index),
-            |argument| argument.name.to_owned(),
-        );
-        let family = argument.map_or(Family::Number, |argument| argument.family);
-        let all = Self::all_bits(self.width);
-        if self.mask == all {
-            format!("{name} is {}", symbolic(family, self.value))
-        } else if self.value == 0 && self.mask.count_ones() <= 16 {
-            format!("{name} lacks {}", symbolic(family, self.mask))
-        } else if self.value == 0 {
-            format!("{name} within {}", symbolic(family, all & !self.mask))
-        } else if self.value == self.mask {
-            format!("{name} has {}", symbolic(family, self.value))
-        } else {
-            format!("{name} & {:#x} is {:#x}", self.mask, self.value)
-        }
-    }
-}
-
-/// A conjunction in words.
-#[must_use]
-pub fn describe(call: Syscall, conjunction: &[Comparison]) -> String {
-    conjunction
-        .iter()
-        .map(|comparison| comparison.describe(call))
-        .collect::<Vec<_>>()
-        .join(" and ")
-}
-
-/// Whether every call that `narrow` holds of, `wide` holds of too. Exact, as every comparison is of masked bits and
-/// no conjunction contradicts itself: `wide` must ask for no bit that `narrow` does not fix to the same value.
-#[must_use]
-pub fn implies(narrow: &[Comparison], wide: &[Comparison]) -> bool {
-    wide.iter().all(|asked| {
-        narrow.iter().any(|fixed| {
-            fixed.index == asked.index
-                && asked.mask & !fixed.mask == 0
-                && fixed.value & asked.mask == asked.value
-        })
-    })
-}
-
-/// `value` as the constants of `family`: one by name, or one and single bits, or a number.
-#[must_use]
-pub fn symbolic(family: Family, value: u64) -> String {
-    let mut bits: Vec<_> = constants::of_family(family)
-        .filter(|(_, bits)| bits.count_ones() == 1)
-        .collect();
-    bits.sort_by_key(|(_, bit)| std::cmp::Reverse(*bit));
-    let mut rest = value;
-    let mut names = Vec::new();
-    for (name, bit) in bits {
-        if constants::name(family, rest).is_some() {
-            break;
-        }
-        if rest & bit != 0 {
-            names.insert(0, name);
-            rest &= !bit;
-        }
-    }
-    match constants::name(family, rest) {
-        Some(name) if names.is_empty() || rest != 0 => names.insert(0, name),
-        _ if rest == 0 && !names.is_empty() => {}
-        _ if value < 10 => return value.to_string(),
-        _ => return format!("{value:#x}"),
-    }
-    names.join("|")
-}
-
 /// Reads a condition on `call` into alternatives, each a conjunction; sorted, without duplicates.
 pub(crate) fn parse(call: Syscall, text: &str) -> Result<Vec<Conjunction>, ConditionError> {
     let mut tokens = Tokens { text, at: 0 };
@@ -377,41 +262,6 @@ fn number(text: &str) -> Option<u64> {
         _ => None,
     }
 }
-
-/// The candidate that needs the fewest edits to become `name`, when they are few.
-pub(crate) fn nearest<'a>(
-    name: &str,
-    candidates: impl Iterator<Item = &'a str>,
-) -> Option<&'a str> {
-    let limit = name.len().min(80) / 3 + 1;
-    let name = name.to_ascii_lowercase();
-    candidates
-        .map(|candidate| (edits(&name, &candidate.to_ascii_lowercase()), candidate))
-        .filter(|(distance, _)| *distance <= limit)
-        .min()
-        .map(|(_, candidate)| candidate)
-}
-
-/// Levenshtein's distance. Names are short, except hostile ones, which are cut.
-fn edits(from: &str, to: &str) -> usize {
-    let to: Vec<u8> = to.bytes().take(80).collect();
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (i, a) in from.bytes().take(80).enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        let mut next = vec![left];
-        for (above, b) in row.iter().skip(1).zip(&to) {
-            left = (diagonal + usize::from(a != *b))
-                .min(left + 1)
-                .min(above + 1);
-            next.push(left);
-            diagonal = *above;
-        }
-        row = next;
-    }
-    row.last().copied().unwrap_or(0)
-}
-
 struct Tokens<'a> {
     text: &'a str,
     at: usize,

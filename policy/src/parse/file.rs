@@ -1,0 +1,129 @@
+//! The tables of the file, as TOML has them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::descriptors::{Access, Kind, Seal};
+use crate::policy::{Namespace, Role, Violation};
+use crate::rlimits::Resource;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    #[serde(rename = "schema")]
+    pub(super) _schema: u32,
+    pub(super) name: Spanned<String>,
+    pub(super) workers: FileWorkers,
+    pub(super) ids: Spanned<FileIds>,
+    pub(super) namespaces: FileNamespaces,
+    pub(super) threads: FileThreads,
+    pub(super) rlimits: BTreeMap<Resource, Spanned<FileLimit>>,
+    pub(super) capabilities: FileCapabilities,
+    pub(super) landlock: FileLandlock,
+    pub(super) descriptor: Vec<FileGrant>,
+    pub(super) roles: BTreeMap<Role, FileRole>,
+    #[serde(default)]
+    pub(super) refuse: Vec<FileRefusal>,
+    pub(super) allow: Vec<FileTopic>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileWorkers {
+    pub(super) digests: Vec<Spanned<String>>,
+    pub(super) directory: Option<PathBuf>,
+    pub(super) beside_broker: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileIds {
+    pub(super) first: u32,
+    pub(super) count: u32,
+    pub(super) unprivileged_broker: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileNamespaces {
+    pub(super) required: Vec<Namespace>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileThreads {
+    pub(super) headroom: NonZeroU32,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub(super) enum FileLimit {
+    At(i64),
+    Word(String),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileCapabilities {
+    pub(super) keep: Vec<Spanned<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileLandlock {
+    pub(super) floor_abi: Spanned<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileGrant {
+    pub(super) name: Spanned<String>,
+    pub(super) kinds: Spanned<Vec<Kind>>,
+    pub(super) access: Access,
+    #[serde(default)]
+    pub(super) seals: BTreeSet<Seal>,
+    #[serde(default = "one")]
+    pub(super) count: NonZeroU32,
+    #[serde(default)]
+    pub(super) paths: Vec<Spanned<String>>,
+    pub(super) why: Spanned<String>,
+}
+
+fn one() -> NonZeroU32 {
+    NonZeroU32::MIN
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileRole {
+    pub(super) violation: Violation,
+    pub(super) why: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileRefusal {
+    pub(super) call: Spanned<String>,
+    pub(super) errno: Spanned<String>,
+    pub(super) why: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileTopic {
+    pub(super) topic: Spanned<String>,
+    pub(super) to: Spanned<Vec<Role>>,
+    pub(super) calls: Vec<FileRule>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileRule {
+    pub(super) call: Spanned<String>,
+    pub(super) when: Option<Spanned<String>>,
+    pub(super) why: Spanned<String>,
+}
