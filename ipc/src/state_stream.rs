@@ -108,8 +108,9 @@ pub struct Machine {
     pub cpus: u8,
     /// RAM: (guest physical address, bytes), ascending.
     pub ram: Vec<(u64, u64)>,
-    /// SHA-256 of the CPUID tables of all vCPUs.
-    pub cpuid: [u8; 32],
+    /// CPUID features that the guest does not see, by name, ascending. (The tables themselves are compared by the new
+    /// worker, once it holds `/dev/kvm`: the answer's preview has the old worker's.)
+    pub hidden: Vec<String>,
     /// The devices, in order.
     pub devices: Vec<SectionId>,
 }

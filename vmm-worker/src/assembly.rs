@@ -1,0 +1,236 @@
+//! Making a VM of what the broker handed over: everything that is expensive, before any pause.
+//!
+//! The same for a cold start and for an upgrade, but for what `StartMode` says: a worker that takes a running guest over
+//! uses `/dev/kvm` and the mappings of RAM, and nothing else of what it was handed.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use baton_ipc::DescriptorError;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::Registry;
+use baton_ipc::RegistryError;
+use baton_ipc::descriptor;
+use baton_ipc::worker::BuildTimes;
+use baton_ipc::worker::MAX_CMDLINE;
+use baton_ipc::worker::MAX_CPUS;
+use baton_ipc::worker::WorkerConfig;
+use baton_policy::Program;
+use baton_policy::ProgramError;
+use kvm_bindings::CpuId;
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+
+use crate::boot;
+use crate::boot::AcpiExtras;
+use crate::boot::BootError;
+use crate::boot::BootParams;
+use crate::boot::RamContent;
+use crate::clock;
+use crate::console::Console;
+use crate::cpuid;
+use crate::cpuid::Processors;
+use crate::cpuid::Told;
+use crate::devices::Trigger;
+use crate::devices::lifecycle::LifecycleError;
+use crate::fail_point::fail_point;
+use crate::memory;
+use crate::memory::MemoryError;
+use crate::platform;
+use crate::platform::Platform;
+use crate::platform::PlatformError;
+use crate::vcpu::Inventory;
+use crate::vcpu::Rendezvous;
+use crate::vcpu::VcpuError;
+use crate::vcpu::VcpuStateError;
+use crate::vcpu::Vcpus;
+use crate::vm;
+use crate::vm::VmError;
+
+/// The most regions of RAM.
+const MAX_REGIONS: usize = 64;
+
+/// Why a VM cannot be made.
+#[derive(Debug, Error)]
+pub(crate) enum BuildError {
+    /// The configuration has an impossible value.
+    #[error("configuration: {field} is {value}")]
+    Config {
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// A filter is none.
+    #[error("configuration: {0}")]
+    Filter(#[from] ProgramError),
+    /// A descriptor is missing, of another kind, or nobody's.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A descriptor's name.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A vCPU's state.
+    #[error(transparent)]
+    VcpuState(#[from] VcpuStateError),
+    /// A vCPU's thread.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The devices.
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
+    /// The devices' set-up.
+    #[error(transparent)]
+    Lifecycle(#[from] LifecycleError),
+    /// A fault for a test.
+    #[error("{0}")]
+    FailPoint(String),
+}
+
+/// A VM in which nothing has run yet in this worker.
+pub(crate) struct Machinery {
+    pub(crate) memory: &'static GuestMemoryMmap,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) vcpus: Vcpus,
+    pub(crate) inventory: Arc<Inventory>,
+    pub(crate) platform: Platform,
+    pub(crate) cpuid: Told,
+    pub(crate) console: Console,
+    kernel: File,
+    initrd: Option<File>,
+    cmdline: String,
+    cpus: u8,
+}
+
+/// The last filters, parsed.
+pub(crate) struct LastFilters {
+    pub(crate) control: Program,
+    pub(crate) vcpu: Program,
+}
+
+/// Checks what no broker of ours would say.
+///
+/// # Errors
+///
+/// [`BuildError::Config`] and [`BuildError::Filter`].
+pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
+    let wrong = |field, value: String| Err(BuildError::Config { field, value });
+    if config.cpus == 0 || config.cpus > MAX_CPUS {
+        return wrong("cpus", config.cpus.to_string());
+    }
+    if config.generation == 0 {
+        return wrong("generation", "0".to_owned());
+    }
+    if config.ram.is_empty() || config.ram.len() > MAX_REGIONS {
+        return wrong("ram", format!("{} regions", config.ram.len()));
+    }
+    if !config.ram.is_sorted_by_key(|region| region.address) {
+        return wrong("ram", "not ascending".to_owned());
+    }
+    if config.cmdline.len() > MAX_CMDLINE {
+        return wrong("cmdline", format!("{} bytes long", config.cmdline.len()));
+    }
+    Ok(LastFilters {
+        control: Program::from_bytes(&config.filters.control)?,
+        vcpu: Program::from_bytes(&config.filters.vcpu)?,
+    })
+}
+
+/// Builds the VM. `wake` tells the control thread to look after devices and vCPUs; `origin_ns` is when this worker
+/// began.
+///
+/// # Errors
+///
+/// [`BuildError`].
+pub(crate) fn build(
+    config: &WorkerConfig,
+    mut registry: Registry,
+    wake: &Arc<dyn Trigger>,
+    origin_ns: u64,
+) -> Result<(Machinery, BuildTimes), BuildError> {
+    let mut times = BuildTimes::default();
+    let since = || clock::monotonic_ns().saturating_sub(origin_ns) / 1000;
+    let mut claim = |name: &str, id, kind| -> Result<OwnedFd, BuildError> {
+        Ok(registry.claim(&DescriptorKey::new(name, id)?, kind)?)
+    };
+    let kvm = claim(descriptor::KVM, 0, DescriptorKind::Kvm)?;
+    let memfds = (0..)
+        .zip(&config.ram)
+        .map(|(id, _)| claim(descriptor::RAM, id, DescriptorKind::GuestRam))
+        .collect::<Result<Vec<_>, _>>()?;
+    let kernel = claim(descriptor::KERNEL, 0, DescriptorKind::Image)?;
+    let initrd = config.initrd.then(|| claim(descriptor::INITRD, 0, DescriptorKind::Image)).transpose()?;
+    let console = claim(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
+    registry.finish()?;
+
+    // The mapping is the VM's, and the VM lives as long as this process.
+    let memory: &'static GuestMemoryMmap =
+        Box::leak(Box::new(memory::map(&config.ram, memfds, config.pages, config.mode)?));
+    times.memory_us = since();
+    fail_point!(Build).map_err(BuildError::FailPoint)?;
+
+    let (vm, host) = vm::create(kvm)?;
+    vm::add_memory(&vm, memory)?;
+    let vm = Arc::new(vm);
+    let vcpus = vm::add_processors(&vm, config.cpus)?;
+    let first = vcpus.first().ok_or_else(|| BuildError::Config { field: "cpus", value: "0".to_owned() })?;
+    let tsc_khz = first.get_tsc_khz().map_err(vm::ioctl("KVM_GET_TSC_KHZ"))?;
+    let processors =
+        Processors { count: config.cpus, hide: &config.hide, tsc_khz, tsc_deadline: host.tsc_deadline };
+    let tables = cpuid::tables(&host.cpuid, processors);
+    for (vcpu, table) in vcpus.iter().zip(&tables) {
+        let table = CpuId::from_entries(table)
+            .map_err(|_| BuildError::Config { field: "CPUID entries", value: table.len().to_string() })?;
+        vcpu.set_cpuid2(&table).map_err(vm::ioctl("KVM_SET_CPUID2"))?;
+    }
+    let inventory = Arc::new(Inventory::of(first, &host.msrs, host.xsave)?);
+    let mut platform = platform::build(&vm, wake)?;
+    platform.devices.setup(config.mode)?;
+    let rendezvous = Rendezvous::new(Arc::clone(wake));
+    let vcpus = Vcpus::spawn(vcpus, &inventory, &platform.exits, rendezvous)?;
+    times.vm_us = since();
+
+    let machinery = Machinery {
+        memory,
+        vm,
+        vcpus,
+        inventory,
+        console: Console::new(console, Arc::clone(&platform.serial)),
+        platform,
+        cpuid: Told::of(&tables),
+        kernel: kernel.into(),
+        initrd: initrd.map(File::from),
+        cmdline: config.cmdline.clone(),
+        cpus: config.cpus,
+    };
+    Ok((machinery, times))
+}
+
+impl Machinery {
+    /// Writes the kernel and all that belongs to it into guest RAM, and says where the first vCPU enters it.
+    ///
+    /// # Errors
+    ///
+    /// [`BootError`].
+    pub(crate) fn load_kernel(&self, ram: RamContent) -> Result<boot::Loaded, BootError> {
+        let params = BootParams {
+            kernel: &self.kernel,
+            initrd: self.initrd.as_ref(),
+            cmdline: &self.cmdline,
+            cpus: self.cpus,
+            ram,
+            acpi: AcpiExtras::default(),
+        };
+        boot::load(self.memory, &params)
+    }
+}
+

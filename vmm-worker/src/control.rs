@@ -1,0 +1,419 @@
+//! The control thread: the broker's orders, the other worker's bytes, what vCPUs and devices want, the console.
+//!
+//! One thread, one poll(2), and nothing that waits past a deadline. What a worker may do depends on its [`Phase`]; an
+//! order that does not fit is answered with `failed` and changes nothing, one that cannot be parsed ends the process.
+//!
+//! ```text
+//! cold start:  Built ── start ──► Running ⇄ Paused (operator)
+//!                                   │  ▲
+//! old worker:                 park  ▼  │ rollback, or the broker's death
+//!                                 Parked ── ceded ──► Ceded (only rollback leads back)
+//! new worker:  Receiving ── whole stream ──► Loaded ── commit ──► Running
+//! anywhere:    the guest powers off or gets stuck ──► Off
+//! ```
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use baton_ipc::Channel;
+use baton_ipc::ChannelError;
+use baton_ipc::Received;
+use baton_ipc::SocketError;
+use baton_ipc::StartMode;
+use baton_ipc::VmId;
+use baton_ipc::state_stream::Machine;
+use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::Report;
+use baton_ipc::worker::WorkerStatus;
+use libc::c_int;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+
+use crate::assembly::Machinery;
+use crate::diagnostics::log;
+use crate::platform::Wake;
+use crate::rehearsal::ResetState;
+use crate::transfer::incoming::Incoming;
+use crate::transfer::main_channel::MainChannel;
+use crate::transfer::outgoing::Outgoing;
+use crate::transfer::outgoing::Progress;
+
+/// Reports kept for a broker that does not read; more are dropped, and said to be.
+const MAX_UNSENT: usize = 64;
+
+/// The exit status of a worker that is no longer needed.
+const EXIT_DONE: c_int = 0;
+/// The exit status of a worker that could not do its work; its `failed` report says why.
+pub(crate) const EXIT_FAILED: c_int = 1;
+
+/// How far this worker is with its guest.
+pub(crate) enum Phase {
+    /// Built; the guest begins here.
+    Built,
+    /// Built; the guest runs in another worker, and its state will come.
+    Receiving(Incoming),
+    /// The guest's state is here, and may not run.
+    Loaded,
+    /// The guest runs here.
+    Running,
+    /// The guest stands still at the operator's wish.
+    Paused,
+    /// The guest stands still, and its state went to another worker.
+    Parked(MainChannel),
+    /// Another worker may run the guest.
+    Ceded(MainChannel),
+    /// The guest has ended.
+    Off,
+}
+
+impl Phase {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Built => "built",
+            Self::Receiving(_) => "waiting for the guest's state",
+            Self::Loaded => "loaded",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Parked(_) => "parked",
+            Self::Ceded(_) => "ceded",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// The process is to end, with this status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exit(pub(crate) c_int);
+
+/// A worker with its VM.
+pub(crate) struct Worker {
+    /// The broker; none when it has died.
+    pub(crate) control: Option<Channel<Report, Order>>,
+    unsent: VecDeque<Report>,
+    pub(crate) vm: VmId,
+    pub(crate) generation: u32,
+    pub(crate) machine: Machine,
+    pub(crate) machinery: Machinery,
+    pub(crate) reset: ResetState,
+    wake: Arc<Wake>,
+    pub(crate) phase: Phase,
+    pub(crate) outgoing: Outgoing,
+    /// The vCPUs were released for the first time, and have not all begun.
+    pub(crate) first_run_due: bool,
+}
+
+/// What [`Worker::wait`] found.
+#[derive(Default)]
+struct Ready {
+    control: bool,
+    main: bool,
+    wake: bool,
+    input: bool,
+    output: bool,
+}
+
+impl Worker {
+    #[expect(clippy::too_many_arguments, reason = "the parts that a build results in, named at the one call")]
+    pub(crate) fn new(
+        control: Channel<Report, Order>,
+        vm: VmId,
+        generation: u32,
+        machine: Machine,
+        machinery: Machinery,
+        reset: ResetState,
+        wake: Arc<Wake>,
+        phase: Phase,
+    ) -> Self {
+        Self {
+            control: Some(control),
+            unsent: VecDeque::new(),
+            vm,
+            generation,
+            machine,
+            machinery,
+            reset,
+            wake,
+            phase,
+            outgoing: Outgoing::Idle,
+            first_run_due: false,
+        }
+    }
+
+    /// Serves until the process is to end.
+    pub(crate) fn run(mut self) -> c_int {
+        loop {
+            self.flush();
+            let Exit(status) = match self.turn() {
+                Ok(()) => continue,
+                Err(exit) => exit,
+            };
+            self.flush();
+            return status;
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), Exit> {
+        let ready = self.wait()?;
+        if ready.wake {
+            self.wake.clear();
+            self.look_after_guest();
+        }
+        if ready.main {
+            self.serve_main()?;
+        }
+        if ready.control {
+            self.serve_control()?;
+        }
+        if ready.input {
+            self.machinery.console.feed();
+        }
+        if ready.output {
+            self.machinery.console.drain();
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<Ready, Exit> {
+        let main = match &self.phase {
+            Phase::Receiving(incoming) => Some(incoming.channel()),
+            _ => self.outgoing.awaited(),
+        };
+        let mut fds = Vec::with_capacity(4);
+        let mut slots = Vec::with_capacity(4);
+        let mut add = |slot: Slot, fd| {
+            fds.push(fd);
+            slots.push(slot);
+        };
+        add(Slot::Wake, PollFd::new(&self.wake, PollFlags::IN));
+        if let Some(control) = &self.control {
+            let flags = if self.unsent.is_empty() { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
+            add(Slot::Control, PollFd::from_borrowed_fd(control.as_fd(), flags));
+        }
+        if let Some(main) = main {
+            add(Slot::Main, PollFd::from_borrowed_fd(main.as_fd(), PollFlags::IN));
+        }
+        if self.serves_console() {
+            let interest = self.machinery.console.interest();
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, interest.input);
+            flags.set(PollFlags::OUT, interest.output);
+            // Without an interest it is left out: poll(2) reports a hang-up whether asked or not.
+            if !flags.is_empty() {
+                add(Slot::Console, PollFd::from_borrowed_fd(self.machinery.console.as_fd(), flags));
+            }
+        }
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Ready::default()),
+            Err(error) => {
+                log!("poll: {error}");
+                return Err(Exit(EXIT_FAILED));
+            }
+        }
+        let mut ready = Ready::default();
+        for (slot, fd) in slots.iter().zip(&fds) {
+            let events = fd.revents();
+            let broken = events.intersects(PollFlags::HUP | PollFlags::ERR);
+            match slot {
+                Slot::Wake => ready.wake = !events.is_empty(),
+                Slot::Control => ready.control = events.contains(PollFlags::IN) || broken,
+                Slot::Main => ready.main = !events.is_empty(),
+                Slot::Console => {
+                    ready.input = events.contains(PollFlags::IN) || broken;
+                    ready.output = events.contains(PollFlags::OUT) || broken;
+                }
+            }
+        }
+        Ok(ready)
+    }
+
+    /// Whether the console's socket is this worker's to use: not before a commit, not while parked.
+    fn serves_console(&self) -> bool {
+        matches!(self.phase, Phase::Running | Phase::Off)
+    }
+
+    /// Looks after everything that `wake` may mean.
+    fn look_after_guest(&mut self) {
+        if self.first_run_due {
+            if let Some(last_run_ns) = self.machinery.vcpus.last_run_ns() {
+                self.first_run_due = false;
+                self.report(Report::FirstRun { last_run_ns });
+            }
+        }
+        if let Phase::Running = self.phase {
+            if let Some(reason) = self.machinery.vcpus.notice() {
+                self.stuck(reason);
+            } else if let Some(event) = self.machinery.platform.power.take() {
+                self.power_event(event);
+            }
+        }
+        if self.serves_console() {
+            self.machinery.console.drain();
+        }
+    }
+
+    fn serve_main(&mut self) -> Result<(), Exit> {
+        if let Phase::Receiving(incoming) = &mut self.phase {
+            return match incoming.advance() {
+                Ok(None) => Ok(()),
+                Ok(Some(stream)) => self.load(stream),
+                Err(error) => self.give_up("load", &error),
+            };
+        }
+        match self.outgoing.advance(&self.machine, &self.machinery.cpuid) {
+            Progress::Waiting => {}
+            Progress::Agreed => self.report(Report::Agreed),
+            Progress::Ended(reason) => self.fail("agree", reason),
+        }
+        Ok(())
+    }
+
+    fn serve_control(&mut self) -> Result<(), Exit> {
+        while let Some(control) = &mut self.control {
+            match control.receive() {
+                Ok(Received::Message(order, descriptors)) => self.obey(order, descriptors)?,
+                Ok(Received::Empty) => break,
+                Ok(Received::HungUp) => return self.orphaned(),
+                Err(error) => {
+                    log!("the broker's order: {error}");
+                    return Err(Exit(EXIT_FAILED));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
+        let main = if matches!(order, Order::Transfer) { descriptors.pop() } else { None };
+        if !descriptors.is_empty() {
+            log!("{} descriptors came with an order that has none", descriptors.len());
+            return Err(Exit(EXIT_FAILED));
+        }
+        match (order, &self.phase) {
+            (Order::Query, _) => {
+                let status = WorkerStatus {
+                    tsc_khz: self.machinery.inventory.tsc_khz(),
+                    exits: self.machinery.vcpus.exits(),
+                    console_dropped: self.machinery.console.dropped(),
+                };
+                self.report(Report::Status(status));
+            }
+            #[cfg(feature = "fail-points")]
+            (Order::Fail(fault), _) => crate::fail_point::arm(fault),
+            (Order::Start, Phase::Built) => return self.start(),
+            (Order::Commit, Phase::Loaded) => return self.commit(),
+            (Order::Pause, Phase::Running) => self.pause(),
+            (Order::Resume, Phase::Paused) => self.resume(),
+            (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
+            (Order::PowerButton, Phase::Running) => self.press_power_button(),
+            (Order::Transfer, Phase::Running) => match main {
+                Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
+                None => self.fail("transfer", "no main channel came with the order".to_owned()),
+            },
+            (Order::Park, Phase::Running) => match std::mem::replace(&mut self.outgoing, Outgoing::Idle) {
+                Outgoing::Agreed(main) => self.park(main),
+                other => {
+                    self.outgoing = other;
+                    self.fail("park", "no new worker has been agreed with".to_owned());
+                }
+            },
+            (Order::Rollback, Phase::Running) => {
+                self.outgoing = Outgoing::Idle;
+                self.report(Report::Resumed);
+            }
+            (Order::Rollback, Phase::Parked(_) | Phase::Ceded(_)) => self.unpark(),
+            (Order::Ceded, Phase::Parked(_)) => {
+                if let Phase::Parked(main) = std::mem::replace(&mut self.phase, Phase::Off) {
+                    self.phase = Phase::Ceded(main);
+                }
+            }
+            (order, phase) => {
+                let mut order = format!("{order:?}");
+                order.truncate(order.find(['(', ' ']).unwrap_or(order.len()));
+                let reason = format!("order {order} does not fit: this worker is {}", phase.name());
+                self.fail("order", reason);
+            }
+        }
+        Ok(())
+    }
+
+    /// The broker has died, and everything that it had sent was obeyed.
+    fn orphaned(&mut self) -> Result<(), Exit> {
+        self.control = None;
+        self.unsent.clear();
+        self.outgoing = Outgoing::Idle;
+        match self.phase {
+            // Never run without an order to.
+            Phase::Built | Phase::Receiving(_) | Phase::Loaded => Err(Exit(EXIT_DONE)),
+            // Another worker may run, or nobody needs this one any more.
+            Phase::Ceded(_) | Phase::Off => Err(Exit(EXIT_DONE)),
+            Phase::Running | Phase::Paused => Ok(()),
+            Phase::Parked(_) => {
+                self.unpark();
+                Ok(())
+            }
+        }
+    }
+
+    /// Says that an order could not be carried out; this worker goes on.
+    pub(crate) fn fail(&mut self, step: &str, reason: String) {
+        log!("{step}: {reason}");
+        self.report(Report::Failed { step: step.to_owned(), reason });
+    }
+
+    /// Says why this worker cannot take a guest over, and ends.
+    pub(crate) fn give_up<T>(&mut self, step: &str, reason: &dyn std::fmt::Display) -> Result<T, Exit> {
+        self.machinery.platform.devices.failed(StartMode::CprTransfer);
+        self.fail(step, reason.to_string());
+        Err(Exit(EXIT_FAILED))
+    }
+
+    /// Says something to the broker: now, or when it has read what was said before.
+    pub(crate) fn report(&mut self, report: Report) {
+        if self.control.is_none() {
+            return;
+        }
+        if self.unsent.len() >= MAX_UNSENT {
+            log!("the broker does not read; dropped: {report:?}");
+            return;
+        }
+        self.unsent.push_back(report);
+        self.flush();
+    }
+
+    fn flush(&mut self) {
+        while let (Some(report), Some(control)) = (self.unsent.front(), &self.control) {
+            match control.send(report) {
+                Ok(()) => {
+                    self.unsent.pop_front();
+                }
+                // Not now; or never, which receiving will show once everything queued was received.
+                Err(ChannelError::Socket(SocketError::Full | SocketError::HungUp)) => return,
+                Err(error) => {
+                    log!("a report could not be sent: {error}");
+                    self.unsent.pop_front();
+                }
+            }
+        }
+    }
+
+    /// Says "running". The vCPUs may be released if and only if this succeeds.
+    pub(crate) fn say_running(&mut self) -> Result<(), Exit> {
+        self.flush();
+        let sent = self.unsent.is_empty() && self.control.as_ref().is_some_and(|c| c.send(&Report::Running).is_ok());
+        if sent { Ok(()) } else { Err(Exit(EXIT_FAILED)) }
+    }
+}
+
+/// What a descriptor that is waited for is.
+#[derive(Clone, Copy)]
+enum Slot {
+    Wake,
+    Control,
+    Main,
+    Console,
+}

@@ -1,0 +1,178 @@
+//! What the control thread does to its guest: start, commit, pause, reset, and what the guest does to itself.
+
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use baton_ipc::StartMode;
+use baton_ipc::state_stream::StateStream;
+use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::Report;
+
+use crate::boot::RamContent;
+use crate::control::EXIT_FAILED;
+use crate::control::Exit;
+use crate::control::Phase;
+use crate::control::Worker;
+use crate::devices::lifecycle;
+use crate::devices::power::PowerEvent;
+use crate::diagnostics::log;
+use crate::fail_point::fail_point;
+use crate::transfer::incoming;
+use crate::vcpu::Command;
+use crate::vcpu::Purpose;
+
+/// How long vCPUs may take to stop when no upgrade's deadline is running.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+impl Worker {
+    /// A cold start: writes the kernel into blank RAM and runs it.
+    pub(crate) fn start(&mut self) -> Result<(), Exit> {
+        if let Err(reason) = self.enter_kernel(RamContent::Blank) {
+            self.fail("start", reason);
+            return Err(Exit(EXIT_FAILED));
+        }
+        if let Err(error) = self.machinery.platform.devices.resume(StartMode::None) {
+            self.fail("start", error.to_string());
+            return Err(Exit(EXIT_FAILED));
+        }
+        self.say_running()?;
+        self.machinery.vcpus.release(false);
+        self.phase = Phase::Running;
+        self.first_run_due = true;
+        Ok(())
+    }
+
+    fn enter_kernel(&mut self, ram: RamContent) -> Result<(), String> {
+        let loaded = self.machinery.load_kernel(ram).map_err(|error| error.to_string())?;
+        self.machinery.vcpus.command_one(0, Command::Enter(loaded.entry)).map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    /// Takes over a guest whose state is here whole.
+    pub(crate) fn load(&mut self, stream: StateStream) -> Result<(), Exit> {
+        match incoming::load(&mut self.machinery, stream) {
+            Ok(digest) => {
+                self.phase = Phase::Loaded;
+                // No route or BAR can differ from the preview: there are none that a guest can change yet.
+                self.report(Report::Loaded { digest, changed: 0 });
+                Ok(())
+            }
+            Err(error) => self.give_up("load", &error),
+        }
+    }
+
+    /// Runs the guest that was loaded.
+    ///
+    /// Nothing that can fail comes between "running" and the vCPUs: the devices, which keep until then what the guest
+    /// does to them, go on after.
+    pub(crate) fn commit(&mut self) -> Result<(), Exit> {
+        let lie = match fail_point!(Commit) {
+            Ok(lie) => lie,
+            Err(error) => return self.give_up("commit", &error),
+        };
+        self.say_running()?;
+        if lie || fail_point!(Running).is_err() {
+            // Claimed to run, and does not.
+            self.phase = Phase::Off;
+            return Ok(());
+        }
+        self.machinery.vcpus.release(true);
+        self.phase = Phase::Running;
+        self.first_run_due = true;
+        if let Err(error) = self.machinery.platform.devices.resume(StartMode::CprTransfer) {
+            self.fail("run", error.to_string());
+        }
+        Ok(())
+    }
+
+    /// Stops the guest at the operator's wish.
+    pub(crate) fn pause(&mut self) {
+        match self.stop() {
+            Ok(None) => {
+                self.phase = Phase::Paused;
+                self.report(Report::Paused);
+            }
+            Ok(Some(reason)) => self.end(GuestEvent::Stuck(reason)),
+            Err(reason) => self.fail("pause", reason),
+        }
+    }
+
+    /// Lets a guest run again that the operator stopped.
+    pub(crate) fn resume(&mut self) {
+        self.go_on();
+        self.report(Report::Resumed);
+    }
+
+    fn go_on(&mut self) {
+        if let Err(error) = self.machinery.platform.devices.resume(StartMode::None) {
+            self.fail("resume", error.to_string());
+        }
+        self.machinery.vcpus.release(true);
+        self.phase = Phase::Running;
+    }
+
+    /// Stops all vCPUs and parks the devices. Why the guest cannot go on, if it cannot.
+    fn stop(&mut self) -> Result<Option<String>, String> {
+        let stopped = self.machinery.vcpus.stop(STOP_TIMEOUT).map_err(|error| error.to_string())?;
+        if self.machinery.platform.devices.phase() == lifecycle::Phase::Running {
+            self.machinery.platform.devices.park(StartMode::None).map_err(|error| error.to_string())?;
+        }
+        Ok(stopped.stuck)
+    }
+
+    pub(crate) fn press_power_button(&mut self) {
+        self.machinery.platform.acpi_pm.lock().unwrap_or_else(PoisonError::into_inner).press_power_button();
+    }
+
+    /// What the guest did to itself.
+    pub(crate) fn power_event(&mut self, event: PowerEvent) {
+        match event {
+            PowerEvent::Reset => self.reset(GuestEvent::Reset),
+            PowerEvent::TripleFault => self.reset(GuestEvent::TripleFault),
+            PowerEvent::Shutdown => {
+                if let Err(reason) = self.machinery.vcpus.stop(STOP_TIMEOUT) {
+                    log!("after a shutdown: {reason}");
+                }
+                self.end(GuestEvent::Shutdown);
+            }
+        }
+    }
+
+    /// A vCPU cannot go on, so the guest cannot.
+    pub(crate) fn stuck(&mut self, reason: String) {
+        if let Err(error) = self.machinery.vcpus.stop(STOP_TIMEOUT) {
+            log!("after a vCPU got stuck: {error}");
+        }
+        self.end(GuestEvent::Stuck(reason));
+    }
+
+    /// The guest has ended. Its last output still goes out.
+    fn end(&mut self, event: GuestEvent) {
+        self.phase = Phase::Off;
+        self.report(Report::Guest(event));
+    }
+
+    /// Resets the machine, and lets it run on if it ran.
+    pub(crate) fn reset(&mut self, event: GuestEvent) {
+        let paused = matches!(self.phase, Phase::Paused);
+        match self.reset_machine() {
+            Ok(()) => {
+                self.report(Report::Guest(event));
+                if !paused {
+                    self.go_on();
+                }
+            }
+            Err(reason) => self.end(GuestEvent::Stuck(format!("the reset failed: {reason}"))),
+        }
+    }
+
+    fn reset_machine(&mut self) -> Result<(), String> {
+        self.stop()?;
+        self.machinery.platform.devices.setup(StartMode::None).map_err(|error| error.to_string())?;
+        let vcpus = self.reset.vcpus.clone();
+        self.machinery.vcpus.load(vcpus, Purpose::Reset).map_err(|error| error.to_string())?;
+        self.machinery.vcpus.unstick();
+        self.reset.vm.load(&self.machinery.vm, Purpose::Reset).map_err(|error| error.to_string())?;
+        self.enter_kernel(RamContent::Used)
+    }
+}

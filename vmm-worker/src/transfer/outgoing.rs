@@ -1,0 +1,99 @@
+//! The old side: how far a worker is with handing its guest over.
+//!
+//! ```text
+//! Idle ── transfer ──► Offered ── offer accepted ──► Agreed ── park ──► (the control thread's phase Parked)
+//!   ▲                     │ refused, hang-up            │
+//!   └─────── rollback ────┴─────────────────────────────┘
+//! ```
+
+use std::time::Duration;
+
+use baton_ipc::state_stream::Answer;
+use baton_ipc::state_stream::Frame;
+use baton_ipc::state_stream::Machine;
+use baton_ipc::state_stream::Offer;
+use serde::Deserialize;
+use serde::Serialize;
+
+use super::main_channel::MainChannel;
+use crate::cpuid::Told;
+use crate::sections;
+
+/// How long the other worker may take to read an answer or a state that fits its socket's buffer.
+pub(crate) const SEND_TIMEOUT: Duration = Duration::from_millis(50);
+
+/// What the old worker tells the new one before the pause. There are no interrupt routes or BARs that a guest could have
+/// changed yet; when there are, they belong here.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Preview {
+    /// What the guest sees as its processors.
+    pub(crate) cpuid: Told,
+}
+
+/// How far it is.
+pub(crate) enum Outgoing {
+    /// No transfer.
+    Idle,
+    /// The offer has not come whole.
+    Offered(MainChannel, Frame),
+    /// Both sides agree.
+    Agreed(MainChannel),
+}
+
+/// What came of bytes on the main channel.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// More has to come.
+    Waiting,
+    /// The offer was accepted.
+    Agreed,
+    /// It was refused, or broke off; why. There is no transfer any more.
+    Ended(String),
+}
+
+impl Outgoing {
+    /// Begins.
+    pub(crate) fn begin(main: MainChannel) -> Self {
+        Self::Offered(main, Frame::default())
+    }
+
+    /// The main channel, while there is something to wait for on it.
+    pub(crate) fn awaited(&self) -> Option<&MainChannel> {
+        match self {
+            Self::Offered(main, _) => Some(main),
+            Self::Idle | Self::Agreed(_) => None,
+        }
+    }
+
+    /// Takes what has come.
+    pub(crate) fn advance(&mut self, ours: &Machine, cpuid: &Told) -> Progress {
+        let Self::Offered(main, frame) = self else { return Progress::Waiting };
+        let received = match main.receive() {
+            Ok(Some(bytes)) => frame.push::<Offer>(bytes).map_err(|e| e.to_string()),
+            Ok(None) => Err("the new worker has closed the main channel before its offer".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        let refused = match received {
+            Ok(None) => return Progress::Waiting,
+            Ok(Some(offer)) => sections::judge(ours, &offer),
+            Err(error) => Err(error),
+        };
+        let answer = match &refused {
+            Ok(()) => postcard::to_stdvec(&Preview { cpuid: cpuid.clone() })
+                .map(|preview| Answer::Accept { preview })
+                .map_err(|e| e.to_string()),
+            Err(reason) => Ok(Answer::Refuse(reason.clone())),
+        };
+        let sent = answer
+            .and_then(|answer| Frame::encode(&answer).map_err(|e| e.to_string()))
+            .and_then(|bytes| main.send(&bytes, SEND_TIMEOUT).map_err(|e| e.to_string()));
+        match (refused.and(sent), std::mem::replace(self, Self::Idle)) {
+            (Ok(()), Self::Offered(main, _)) => {
+                *self = Self::Agreed(main);
+                Progress::Agreed
+            }
+            (Ok(()), _) => Progress::Waiting,
+            (Err(reason), _) => Progress::Ended(reason),
+        }
+    }
+}
