@@ -91,7 +91,7 @@ impl fmt::Display for Protocol {
 /// A guest in RAM, ready to be entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Loaded {
-    /// Where the boot vCPU begins; [`registers`] makes its registers of it.
+    /// Where the boot vCPU begins; [`registers()`] makes its registers of it.
     pub entry: Entry,
     /// How it was loaded, for people to read.
     pub protocol: Protocol,
