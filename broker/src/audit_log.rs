@@ -61,14 +61,22 @@ impl AuditLog {
             .open(path)
             .doing(format_args!("cannot open the audit log {}", path.display()))?;
         let mut text = Vec::new();
-        file.read_to_end(&mut text).doing("cannot read the audit log")?;
-        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        file.read_to_end(&mut text)
+            .doing("cannot read the audit log")?;
+        let whole = text
+            .iter()
+            .rposition(|&byte| byte == b'\n')
+            .map_or(0, |at| at + 1);
         let lines = text.get(..whole).unwrap_or_default();
-        let last = lines.split(|&byte| byte == b'\n').rfind(|line| !line.is_empty());
+        let last = lines
+            .split(|&byte| byte == b'\n')
+            .rfind(|line| !line.is_empty());
         let sequence = lines.iter().filter(|&&byte| byte == b'\n').count();
         // A line that a crash cut short is no record.
         let end = u64::try_from(whole).unwrap_or(0);
-        file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).doing("cannot extend the audit log")?;
+        file.set_len(end)
+            .and_then(|()| file.seek(SeekFrom::Start(end)))
+            .doing("cannot extend the audit log")?;
         Ok(Self {
             file,
             vm: vm.to_owned(),
@@ -80,7 +88,10 @@ impl AuditLog {
 
     /// Makes sure that an upgrade's records will fit.
     pub(crate) fn reserve(&mut self) -> Result<()> {
-        let at = self.file.stream_position().doing("cannot extend the audit log")?;
+        let at = self
+            .file
+            .stream_position()
+            .doing("cannot extend the audit log")?;
         rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, at, RESERVE).map_err(|e| {
             unfit(
                 format_args!("the audit log has no space left for an upgrade: {e}"),
@@ -92,7 +103,9 @@ impl AuditLog {
     /// Writes a record.
     pub(crate) fn write(&mut self, event: &str, fields: &impl Serialize) -> Result<()> {
         let record = Record {
-            time_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis()),
+            time_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |time| time.as_millis()),
             seq: self.sequence,
             prev: self.previous.to_string(),
             vm: &self.vm,
@@ -102,7 +115,9 @@ impl AuditLog {
         let mut line = serde_json::to_vec(&record).doing("cannot write an audit record")?;
         let digest = Digest::of(&line);
         line.push(b'\n');
-        self.file.write_all(&line).doing("cannot write to the audit log")?;
+        self.file
+            .write_all(&line)
+            .doing("cannot write to the audit log")?;
         self.previous = digest;
         self.sequence += 1;
         if self.echo {
@@ -149,7 +164,12 @@ mod tests {
         log.write("open", &Fields { fd: 3 }).unwrap();
         log.write_synced("grant", &Fields { fd: 4 }).unwrap();
         drop(log);
-        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"torn").unwrap();
+        OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"{\"torn")
+            .unwrap();
         let mut log = AuditLog::open(&path, "web1", false).unwrap();
         log.reserve().unwrap();
         log.write("open", &Fields { fd: 5 }).unwrap();

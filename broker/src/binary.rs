@@ -43,15 +43,22 @@ impl WorkerBinary {
 
     /// Copies a binary into a memfd that nobody can change, and checks that copy.
     pub(crate) fn admit(file: File, allowed: &WorkerAllowList) -> Result<Self> {
-        let metadata = file.metadata().doing("cannot examine the worker's binary")?;
+        let metadata = file
+            .metadata()
+            .doing("cannot examine the worker's binary")?;
         if !metadata.is_file() || metadata.size() > MAX_SIZE {
             return Err(unfit(
-                format_args!("the worker's binary is no regular file of at most {} MiB", MAX_SIZE >> 20),
+                format_args!(
+                    "the worker's binary is no regular file of at most {} MiB",
+                    MAX_SIZE >> 20
+                ),
                 "",
             ));
         }
         let mut bytes = Vec::with_capacity(usize::try_from(metadata.size()).unwrap_or(0));
-        file.take(MAX_SIZE + 1).read_to_end(&mut bytes).doing("cannot read the worker's binary")?;
+        file.take(MAX_SIZE + 1)
+            .read_to_end(&mut bytes)
+            .doing("cannot read the worker's binary")?;
         if u64::try_from(bytes.len()).is_ok_and(|size| size > MAX_SIZE) {
             return Err(unfit("the worker's binary grew while it was read", ""));
         }
@@ -74,7 +81,8 @@ impl WorkerBinary {
         )
         .doing("cannot make a memfd for the worker's binary")?;
         let mut copy = File::from(memfd);
-        copy.write_all(&bytes).doing("cannot copy the worker's binary")?;
+        copy.write_all(&bytes)
+            .doing("cannot copy the worker's binary")?;
         rustix::fs::fcntl_add_seals(
             &copy,
             SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
@@ -123,7 +131,9 @@ fn is_static_elf(bytes: &[u8]) -> bool {
         }
         Some(count > 0)
     };
-    field(0, 6) == Some(b"\x7fELF\x02\x01") && field(18, 2) == Some(&[0x3e, 0]) && segments() == Some(true)
+    field(0, 6) == Some(b"\x7fELF\x02\x01")
+        && field(18, 2) == Some(&[0x3e, 0])
+        && segments() == Some(true)
 }
 
 #[cfg(test)]

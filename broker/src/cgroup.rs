@@ -25,17 +25,22 @@ impl Cgroup {
     pub(crate) fn create(name: &str, tasks: u64) -> Result<Self> {
         let parent = parent()?;
         let path = parent.join(name);
-        fs::create_dir_all(&path).doing(format_args!("cannot make the cgroup {}", path.display()))?;
+        fs::create_dir_all(&path)
+            .doing(format_args!("cannot make the cgroup {}", path.display()))?;
         let cgroup = Self { path };
-        fs::write(cgroup.path.join("pids.max"), tasks.to_string())
-            .doing(format_args!("cannot limit the tasks of {}", cgroup.path.display()))?;
+        fs::write(cgroup.path.join("pids.max"), tasks.to_string()).doing(format_args!(
+            "cannot limit the tasks of {}",
+            cgroup.path.display()
+        ))?;
         Ok(cgroup)
     }
 
     /// Moves a process in.
     pub(crate) fn add(&self, pid: u32) -> Result<()> {
-        fs::write(self.path.join("cgroup.procs"), pid.to_string())
-            .doing(format_args!("cannot move process {pid} into {}", self.path.display()))
+        fs::write(self.path.join("cgroup.procs"), pid.to_string()).doing(format_args!(
+            "cannot move process {pid} into {}",
+            self.path.display()
+        ))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -50,7 +55,8 @@ impl Cgroup {
         text.lines().any(|line| {
             line.splitn(3, ':').nth(2).is_some_and(|relative| {
                 let relative = relative.trim_start_matches('/');
-                Path::new(V2).join(relative) == self.path || Path::new(V1).join(relative) == self.path
+                Path::new(V2).join(relative) == self.path
+                    || Path::new(V1).join(relative) == self.path
             })
         })
     }

@@ -88,10 +88,13 @@ impl Console {
     /// Attaches a listener: the end of a stream that is for it, with the recent past in it.
     pub(crate) fn attach(&mut self) -> Result<OwnedFd> {
         if self.listeners.len() >= MAX_LISTENERS {
-            return Err(busy(format_args!("{MAX_LISTENERS} are attached to this console already")));
+            return Err(busy(format_args!(
+                "{MAX_LISTENERS} are attached to this console already"
+            )));
         }
         let (ours, theirs) = UnixStream::pair().doing("cannot attach to the console")?;
-        ours.set_nonblocking(true).doing("cannot attach to the console")?;
+        ours.set_nonblocking(true)
+            .doing("cannot attach to the console")?;
         let mut listener = Listener {
             stream: File::from(OwnedFd::from(ours)),
             behind: self.scrollback.clone(),
@@ -120,8 +123,12 @@ impl Console {
         }
         let mut index = 0;
         while let Some(listener) = self.listeners.get_mut(index) {
-            let room = SCROLLBACK.saturating_sub(self.typed.len()).min(buffer.len());
-            let typed = listener.stream.read(buffer.get_mut(..room).unwrap_or_default());
+            let room = SCROLLBACK
+                .saturating_sub(self.typed.len())
+                .min(buffer.len());
+            let typed = listener
+                .stream
+                .read(buffer.get_mut(..room).unwrap_or_default());
             listener.flush();
             let keep = match typed {
                 Ok(0) if room > 0 => listener.permanent,
@@ -129,7 +136,9 @@ impl Console {
                     self.typed.extend(buffer.iter().take(count));
                     true
                 }
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => true,
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    true
+                }
                 Err(_) => listener.permanent,
             };
             if keep && listener.behind.len() <= MAX_BEHIND {
@@ -199,13 +208,15 @@ fn open_file(path: &Path) -> Result<File> {
 
 fn open_pty(link: &Path) -> Result<File> {
     let failed = "cannot make the console's terminal";
-    let master = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
-        .doing(failed)?;
+    let master =
+        rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+            .doing(failed)?;
     rustix::pty::grantpt(&master).doing(failed)?;
     rustix::pty::unlockpt(&master).doing(failed)?;
     let mut attributes = rustix::termios::tcgetattr(&master).doing(failed)?;
     attributes.make_raw();
-    rustix::termios::tcsetattr(&master, rustix::termios::OptionalActions::Now, &attributes).doing(failed)?;
+    rustix::termios::tcsetattr(&master, rustix::termios::OptionalActions::Now, &attributes)
+        .doing(failed)?;
     rustix::io::ioctl_fionbio(&master, true).doing(failed)?;
     let name = rustix::pty::ptsname(&master, Vec::new()).doing(failed)?;
     let name = name.into_string().doing(failed)?;

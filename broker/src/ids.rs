@@ -81,8 +81,7 @@ impl VmIds {
                 continue;
             }
             // The file may have been removed by its last holder between the open and the lock.
-            let same = fs::metadata(&path)
-                .is_ok_and(|there| is_same_file(&there, &lock));
+            let same = fs::metadata(&path).is_ok_and(|there| is_same_file(&there, &lock));
             if same && !runs_orphaned(&mut lock) {
                 return Ok(Self {
                     ids: HostIds { uid: id, gid: id },

@@ -1,2 +1,161 @@
-//! Placeholder.
-fn main() {}
+//! `baton-broker`: the privileged process of one VM. It opens what the VM file names, spawns and verifies workers, hands them
+//! descriptors, arbitrates upgrades and keeps the audit log. It maps no guest RAM and parses no device state.
+#![forbid(unsafe_code)]
+
+mod audit;
+mod audit_log;
+mod binary;
+mod broker;
+mod cgroup;
+mod clients;
+mod console;
+mod deadlines;
+mod fail_point;
+mod ids;
+mod launch;
+mod nascent;
+mod pause;
+mod phase_clock;
+mod process;
+mod proof;
+mod refusal;
+mod resources;
+mod rules;
+mod run_dir;
+mod serve;
+mod signals;
+mod upgrade;
+mod vm_file;
+mod worker;
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use baton_ipc::Channel;
+use baton_ipc::FdSocket;
+use baton_ipc::control::StartReport;
+use clap::Parser;
+use clap::Subcommand;
+use rustix::net::SocketType;
+
+use crate::broker::Broker;
+use crate::broker::Options;
+use crate::refusal::Doing;
+use crate::refusal::Result;
+
+/// What clients are told this is.
+pub(crate) const BUILD: &str = concat!("baton-broker ", env!("CARGO_PKG_VERSION"));
+
+/// The privileged process of one VM. `baton run` starts it; people seldom do.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Example:\n  baton-broker serve --run-dir /run/baton /srv/vm/web1.toml"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a VM, and serve its control socket until it ends.
+    Serve {
+        /// The VM file.
+        vm: PathBuf,
+        /// Where VMs have their directories.
+        #[arg(long, default_value = "/run/baton")]
+        run_dir: PathBuf,
+        /// Another worker than the VM file's.
+        #[arg(long)]
+        worker: Option<PathBuf>,
+        /// Go on without whoever started it.
+        #[arg(long)]
+        detach: bool,
+        /// Repeat every audit record on standard error.
+        #[arg(long)]
+        log: bool,
+        /// Multiply every deadline, for hosts that are emulated.
+        #[arg(long, default_value_t = 1, value_name = "N")]
+        slow_host: u32,
+    },
+    /// A stage of a worker's launch.
+    #[command(hide = true)]
+    Launch {
+        /// The second stage.
+        #[arg(long)]
+        confine: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let began = Instant::now();
+    match Arguments::parse().command {
+        Command::Launch { confine: false } => launch::unshare(),
+        Command::Launch { confine: true } => launch::confine(),
+        Command::Serve {
+            vm,
+            run_dir,
+            worker,
+            detach,
+            log,
+            slow_host,
+        } => {
+            let options = Options {
+                vm_file: vm,
+                run_dir,
+                worker,
+                detach,
+                log,
+                slowness: slow_host,
+            };
+            serve(options, began)
+        }
+    }
+}
+
+fn serve(options: Options, began: Instant) -> ExitCode {
+    #[cfg(feature = "fail-points")]
+    if let Err(error) = fail_point::arm() {
+        eprintln!("baton-broker: {}: {error}", fail_point::VARIABLE);
+        return ExitCode::from(2);
+    }
+    let starter = starter();
+    if options.detach {
+        if let Err(refusal) = leave_terminal() {
+            broker::report_failure(starter.as_ref(), &refusal);
+            return ExitCode::from(refusal.exit.code());
+        }
+    }
+    match Broker::start(options, began) {
+        Ok(broker) => ExitCode::from(broker.run(starter).code()),
+        Err(refusal) => {
+            broker::report_failure(starter.as_ref(), &refusal);
+            ExitCode::from(refusal.exit.code())
+        }
+    }
+}
+
+/// Standard input, when it is the socket that `baton run` makes.
+fn starter() -> Option<Channel<StartReport, ()>> {
+    let stdin = std::io::stdin();
+    let kind = rustix::net::sockopt::socket_type(&stdin).ok()?;
+    let socket = stdin.as_fd().try_clone_to_owned().ok()?;
+    (kind == SocketType::SEQPACKET).then(|| Channel::new(FdSocket::from(socket)))
+}
+
+/// Leaves the session and the standard streams of whoever started this.
+fn leave_terminal() -> Result<()> {
+    // A process group's leader cannot make a session; then it has one of its own already.
+    let _ = rustix::process::setsid();
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .doing("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null)
+        .and_then(|()| rustix::stdio::dup2_stdout(&null))
+        .doing("cannot leave the terminal")
+}

@@ -50,7 +50,13 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
             "load kvm_intel, kvm_amd or kvm_pvm, and let this user read and write /dev/kvm (group kvm)",
         )
     })?;
-    opening.save(descriptor::KVM, 0, DescriptorKind::Kvm, kvm.into(), Path::new("/dev/kvm"))?;
+    opening.save(
+        descriptor::KVM,
+        0,
+        DescriptorKind::Kvm,
+        kvm.into(),
+        Path::new("/dev/kvm"),
+    )?;
     opening.image(descriptor::KERNEL, &vm.boot.kernel, "boot.kernel")?;
     if let Some(initrd) = &vm.boot.initrd {
         opening.image(descriptor::INITRD, initrd, "boot.initrd")?;
@@ -58,13 +64,22 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
     let page = page_size(vm.memory.pages);
     if vm.memory.size.0 % page != 0 {
         return Err(unfit(
-            format_args!("memory.size of {} bytes is no multiple of the page size of {page} bytes", vm.memory.size.0),
+            format_args!(
+                "memory.size of {} bytes is no multiple of the page size of {page} bytes",
+                vm.memory.size.0
+            ),
             "choose a multiple, or other memory.pages",
         ));
     }
     for (id, region) in (0..).zip(vm.ram()) {
         let memfd = guest_ram(region, vm.memory.pages)?;
-        opening.save(descriptor::RAM, id, DescriptorKind::GuestRam, memfd, Path::new("memfd:guest-ram"))?;
+        opening.save(
+            descriptor::RAM,
+            id,
+            DescriptorKind::GuestRam,
+            memfd,
+            Path::new("memfd:guest-ram"),
+        )?;
     }
     Ok(opening.registry)
 }
@@ -78,7 +93,10 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn image(&mut self, name: &str, path: &Path, field: &str) -> Result<()> {
         let file = File::open(path).map_err(|e| {
-            unfit(format_args!("cannot open {field} {}: {e}", path.display()), "mend the path in the VM file")
+            unfit(
+                format_args!("cannot open {field} {}: {e}", path.display()),
+                "mend the path in the VM file",
+            )
         })?;
         self.save(name, 0, DescriptorKind::Image, file.into(), path)
     }
@@ -100,8 +118,12 @@ impl Opening<'_> {
             ),
             DescriptorKind::GuestRam | DescriptorKind::Stream => None,
         };
-        let found = Description::of(kind, fd.as_fd())
-            .map_err(|e| unfit(format_args!("{}: {e}", path.display()), "mend the path in the VM file"))?;
+        let found = Description::of(kind, fd.as_fd()).map_err(|e| {
+            unfit(
+                format_args!("{}: {e}", path.display()),
+                "mend the path in the VM file",
+            )
+        })?;
         check_grant(self.policy, &key, &found, resolved.as_deref())?;
         let record = Opened {
             descriptor: &key,
@@ -109,7 +131,9 @@ impl Opening<'_> {
             path: path.display().to_string(),
         };
         self.log.write("open", &record)?;
-        self.registry.save(key, kind, fd).doing("cannot hold a descriptor")
+        self.registry
+            .save(key, kind, fd)
+            .doing("cannot hold a descriptor")
     }
 }
 
@@ -121,7 +145,10 @@ pub(crate) fn check_grant(
     path: Option<&Path>,
 ) -> Result<()> {
     let denied = |why: &dyn std::fmt::Display| {
-        refused(format_args!("policy {} does not grant {key}: {why}", policy.name), "")
+        refused(
+            format_args!("policy {} does not grant {key}: {why}", policy.name),
+            "",
+        )
     };
     let kind = match found.kind {
         DescriptorKind::Kvm => baton_policy::Kind::Kvm,
@@ -163,7 +190,12 @@ fn guest_ram(region: RamRegion, pages: Pages) -> Result<OwnedFd> {
         Pages::Huge => "reserve 2 MiB pages: sysctl vm.nr_hugepages",
         Pages::Small | Pages::Transparent => "",
     };
-    let failed = |e| unfit(format_args!("cannot make {} bytes of guest RAM: {e}", region.size), remedy);
+    let failed = |e| {
+        unfit(
+            format_args!("cannot make {} bytes of guest RAM: {e}", region.size),
+            remedy,
+        )
+    };
     let memfd = rustix::fs::memfd_create("guest-ram", flags).map_err(failed)?;
     rustix::fs::ftruncate(&memfd, region.size).map_err(failed)?;
     rustix::fs::fcntl_add_seals(&memfd, RAM_SEALS).map_err(failed)?;

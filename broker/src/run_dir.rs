@@ -88,7 +88,10 @@ impl VmDirectory {
             refusal(
                 Exit::Unfit,
                 format_args!("a VM named {} is running already", name.as_str()),
-                format_args!("`baton status {0}` shows it; `baton stop {0}` ends it", name.as_str()),
+                format_args!(
+                    "`baton status {0}` shows it; `baton stop {0}` ends it",
+                    name.as_str()
+                ),
             )
         })?;
         let mut directory = Self {
@@ -171,7 +174,14 @@ impl Drop for VmDirectory {
         if self.path.as_os_str().is_empty() {
             return;
         }
-        for file in ["state.json", "state.new", SOCKET, "console.pty", "broker.log", "lock"] {
+        for file in [
+            "state.json",
+            "state.new",
+            SOCKET,
+            "console.pty",
+            "broker.log",
+            "lock",
+        ] {
             let _ = fs::remove_file(self.path.join(file));
         }
         let _ = fs::remove_dir(&self.path);
@@ -183,7 +193,12 @@ pub(crate) fn private_directory(path: &Path) -> Result<()> {
     let shown = path.display();
     match DirBuilder::new().recursive(true).mode(0o700).create(path) {
         Ok(()) => {}
-        Err(e) => return Err(unfit(format_args!("cannot make the directory {shown}: {e}"), "name another with --run-dir")),
+        Err(e) => {
+            return Err(unfit(
+                format_args!("cannot make the directory {shown}: {e}"),
+                "name another with --run-dir",
+            ));
+        }
     }
     let metadata = fs::symlink_metadata(path).doing(format_args!("cannot examine {shown}"))?;
     let me = rustix::process::geteuid().as_raw();
@@ -194,7 +209,9 @@ pub(crate) fn private_directory(path: &Path) -> Result<()> {
                 metadata.uid(),
                 metadata.mode() & 0o7777
             ),
-            format_args!("it has to be a directory of user {me} that nobody else can write; name another with --run-dir"),
+            format_args!(
+                "it has to be a directory of user {me} that nobody else can write; name another with --run-dir"
+            ),
         ));
     }
     Ok(())
@@ -236,7 +253,10 @@ mod tests {
         let me = ProcessId::of_self().unwrap();
         let mut state = StateFile {
             name: "web1".into(),
-            broker: BrokerProcess { broker_pid: 1, broker_start: 1 },
+            broker: BrokerProcess {
+                broker_pid: 1,
+                broker_start: 1,
+            },
             worker_pid: me.pid,
             worker_start: me.start + 1,
             generation: 3,
@@ -245,12 +265,20 @@ mod tests {
         };
         let leave_behind = |state: &StateFile| {
             private_directory(&run_dir.join("web1")).unwrap();
-            fs::write(run_dir.join("web1/state.json"), serde_json::to_vec(state).unwrap()).unwrap();
+            fs::write(
+                run_dir.join("web1/state.json"),
+                serde_json::to_vec(state).unwrap(),
+            )
+            .unwrap();
             fs::write(run_dir.join("web1").join(SOCKET), b"").unwrap();
         };
         leave_behind(&state);
         let claimed = VmDirectory::claim(&run_dir, &name()).unwrap();
-        assert_eq!(claimed.notes.len(), 1, "another process has that number now");
+        assert_eq!(
+            claimed.notes.len(),
+            1,
+            "another process has that number now"
+        );
         assert!(!claimed.socket().exists());
         drop(claimed);
 

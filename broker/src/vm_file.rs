@@ -66,7 +66,9 @@ impl TryFrom<u32> for Schema {
     fn try_from(version: u32) -> std::result::Result<Self, String> {
         match version {
             1 => Ok(Self),
-            other => Err(format!("schema {other} is not known; this broker reads schema 1")),
+            other => Err(format!(
+                "schema {other} is not known; this broker reads schema 1"
+            )),
         }
     }
 }
@@ -89,7 +91,10 @@ impl TryFrom<String> for Name {
         let plain = name
             .bytes()
             .all(|b| matches!(b, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
-        let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+        let first = name
+            .bytes()
+            .next()
+            .is_some_and(|b| b.is_ascii_alphanumeric());
         if plain && first && name.len() <= MAX_NAME {
             Ok(Self(name))
         } else {
@@ -201,7 +206,10 @@ impl TryFrom<String> for Cmdline {
 
     fn try_from(text: String) -> std::result::Result<Self, String> {
         if text.len() > MAX_CMDLINE {
-            Err(format!("{} bytes of command line; at most {MAX_CMDLINE}", text.len()))
+            Err(format!(
+                "{} bytes of command line; at most {MAX_CMDLINE}",
+                text.len()
+            ))
         } else if text.bytes().any(|b| !(b' '..=b'~').contains(&b)) {
             Err("a command line has printable ASCII characters only".to_owned())
         } else {
@@ -235,12 +243,18 @@ impl VmFile {
         let metadata = std::fs::metadata(path)
             .map_err(|e| unfit(format_args!("cannot read the VM file {shown}: {e}"), ""))?;
         if !metadata.is_file() || metadata.len() > MAX_FILE {
-            return Err(unfit(format_args!("{shown} is no VM file: not a regular file of at most 1 MiB"), ""));
+            return Err(unfit(
+                format_args!("{shown} is no VM file: not a regular file of at most 1 MiB"),
+                "",
+            ));
         }
         let text = std::fs::read_to_string(path)
             .map_err(|e| unfit(format_args!("cannot read the VM file {shown}: {e}"), ""))?;
         let mut file = Self::parse(&text).map_err(|e| {
-            unfit(format_args!("{shown}: {e}"), "docs/vm-file.md describes every field")
+            unfit(
+                format_args!("{shown}: {e}"),
+                "docs/vm-file.md describes every field",
+            )
         })?;
         let directory = std::path::absolute(path)
             .ok()
@@ -278,7 +292,10 @@ impl VmFile {
             address: HIGH_RAM_START,
             size: total - low.size,
         };
-        [low, high].into_iter().filter(|region| region.size > 0).collect()
+        [low, high]
+            .into_iter()
+            .filter(|region| region.size > 0)
+            .collect()
     }
 }
 
@@ -309,7 +326,13 @@ kernel = "vmlinux"
         file.resolve(Path::new("/srv/vm"));
         assert_eq!(file.boot.kernel, Path::new("/srv/vm/vmlinux"));
         assert_eq!((file.cpus.count.0, file.memory.pages), (1, Pages::Small));
-        assert_eq!(file.ram(), [RamRegion { address: 0, size: 512 << 20 }]);
+        assert_eq!(
+            file.ram(),
+            [RamRegion {
+                address: 0,
+                size: 512 << 20
+            }]
+        );
     }
 
     #[test]
@@ -318,8 +341,14 @@ kernel = "vmlinux"
         assert_eq!(
             file.ram(),
             [
-                RamRegion { address: 0, size: 3 << 30 },
-                RamRegion { address: 4 << 30, size: 1 << 30 }
+                RamRegion {
+                    address: 0,
+                    size: 3 << 30
+                },
+                RamRegion {
+                    address: 4 << 30,
+                    size: 1 << 30
+                }
             ]
         );
     }
@@ -334,11 +363,28 @@ kernel = "vmlinux"
             ("512M", "99999999999999999999G", 5, "is no size"),
             ("schema = 1", "schema = 2", 2, "reads schema 1"),
             ("[boot]", "[cpus]\ncount = 9\n[boot]", 7, "1 to 8"),
-            ("[boot]", "[cpus]\nhide = [\"quantum\"]\n[boot]", 7, "known are: "),
-            ("[boot]", "[console]\nkind = \"radio\"\n[boot]", 6, "unknown variant `radio`"),
-            ("size = \"512M\"", "size = \"512M\"\npages = \"1G\"", 6, "unknown variant `1G`"),
+            (
+                "[boot]",
+                "[cpus]\nhide = [\"quantum\"]\n[boot]",
+                7,
+                "known are: ",
+            ),
+            (
+                "[boot]",
+                "[console]\nkind = \"radio\"\n[boot]",
+                6,
+                "unknown variant `radio`",
+            ),
+            (
+                "size = \"512M\"",
+                "size = \"512M\"\npages = \"1G\"",
+                6,
+                "unknown variant `1G`",
+            ),
         ] {
-            let error = VmFile::parse(&GOOD.replace(from, to)).unwrap_err().to_string();
+            let error = VmFile::parse(&GOOD.replace(from, to))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(&format!("line {line}")), "{error}");
             assert!(error.contains(expected), "{error}");
         }

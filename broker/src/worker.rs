@@ -178,7 +178,9 @@ impl Worker {
                 self.diagnostics = None;
                 String::new()
             }
-            Some(Ok(count)) => String::from_utf8_lossy(buffer.get(..count).unwrap_or_default()).into_owned(),
+            Some(Ok(count)) => {
+                String::from_utf8_lossy(buffer.get(..count).unwrap_or_default()).into_owned()
+            }
             Some(Err(_)) | None => String::new(),
         }
     }
@@ -194,14 +196,18 @@ impl Worker {
         order: &Order,
         descriptors: &[BorrowedFd<'_>],
     ) -> std::result::Result<(), WorkerFault> {
-        self.channel.send_with(order, descriptors).map_err(WorkerFault::Deaf)
+        self.channel
+            .send_with(order, descriptors)
+            .map_err(WorkerFault::Deaf)
     }
 
     /// The next thing that it said, if it may say that now.
     pub(crate) fn hear(&mut self) -> std::result::Result<Option<Report>, WorkerFault> {
         match self.channel.receive() {
             Ok(Received::Empty) => Ok(None),
-            Ok(Received::HungUp) => Err(WorkerFault::Died("it closed its control socket".to_owned())),
+            Ok(Received::HungUp) => {
+                Err(WorkerFault::Died("it closed its control socket".to_owned()))
+            }
             Ok(Received::Message(_, descriptors)) if !descriptors.is_empty() => {
                 Err(WorkerFault::Descriptors(descriptors.len()))
             }
@@ -285,7 +291,8 @@ impl Drop for Worker {
         self.kill();
         if self.reap().is_none() {
             // It is being torn down. Waiting here would hold up a guest; a retired worker is kept until it is gone.
-            let _ = rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
+            let _ =
+                rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
         }
     }
 }

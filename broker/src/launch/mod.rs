@@ -38,7 +38,7 @@ enum LaunchOrder {
     /// To stage 1: the id maps are written.
     Mapped,
     /// To stage 2, with the sealed memfd to execute.
-    Confine(Confinement),
+    Confine(baton_policy::Confinement),
 }
 
 /// What the stages answer.
@@ -55,17 +55,4 @@ enum LaunchReport {
         /// Why.
         reason: String,
     },
-}
-
-/// What stage 2 has to put in place, all of it computed by the broker from the policy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Confinement {
-    /// Soft and hard limits.
-    pub(crate) rlimits: baton_policy::Rlimits,
-    /// The capabilities that it keeps.
-    pub(crate) keep: baton_policy::Capabilities,
-    /// The least Landlock ABI.
-    pub(crate) landlock_floor: u32,
-    /// The build-phase filters, installed in this order.
-    pub(crate) filters: Vec<baton_policy::Program>,
 }

@@ -12,8 +12,8 @@ use std::process::Stdio;
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
+use baton_policy::Confinement;
 
-use super::Confinement;
 use super::LaunchOrder;
 use super::LaunchReport;
 use crate::cgroup::Cgroup;
@@ -55,7 +55,7 @@ pub(crate) struct Launched {
     pub(crate) socket: FdSocket,
     /// The read end of what it prints.
     pub(crate) diagnostics: OwnedFd,
-    /// The inode of the worker's end of the control socket.
+    /// The host ids that it runs under.
     pub(crate) ids: HostIds,
 }
 
@@ -63,8 +63,8 @@ impl Launch {
     /// Starts stage 1.
     pub(crate) fn start(plan: LaunchPlan<'_>) -> Result<Self> {
         let (ours, theirs) = FdSocket::pair().doing("cannot make a control socket")?;
-        let (diagnostics, output) =
-            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing("cannot make a pipe")?;
+        let (diagnostics, output) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .doing("cannot make a pipe")?;
         rustix::io::ioctl_fionbio(&diagnostics, true).doing("cannot make a pipe")?;
         let errors = output.try_clone().doing("cannot make a pipe")?;
         // The running broker's own file, whatever lies at its path by now.
@@ -82,7 +82,10 @@ impl Launch {
             diagnostics,
             ids: plan.ids,
             confinement: plan.confinement,
-            binary: plan.binary.try_clone_to_owned().doing("cannot hold the worker's binary")?,
+            binary: plan
+                .binary
+                .try_clone_to_owned()
+                .doing("cannot hold the worker's binary")?,
             stage1,
         };
         if let Some(cgroup) = plan.cgroup {
@@ -109,7 +112,10 @@ impl Launch {
             match socket.receive().doing("cannot hear the launcher")? {
                 Received::Empty => return Ok(None),
                 Received::HungUp => {
-                    return Err(unfit("the launcher ended without a word", "its diagnostics are in the log"));
+                    return Err(unfit(
+                        "the launcher ended without a word",
+                        "its diagnostics are in the log",
+                    ));
                 }
                 Received::Message(LaunchReport::Unshared, _) => {
                     write_id_maps(self.stage1.id(), self.ids)?;
@@ -133,11 +139,17 @@ impl Launch {
     fn spawned(&mut self, pid: i32) -> Result<Launched> {
         // Stage 1 exits right after this report; its child then belongs to this process, a subreaper.
         self.stage1.wait().doing("cannot reap the launcher")?;
-        let socket = self.socket.take().ok_or_else(|| unfit("the launch is over", ""))?;
+        let socket = self
+            .socket
+            .take()
+            .ok_or_else(|| unfit("the launch is over", ""))?;
         Ok(Launched {
             pid,
             socket: FdSocket::from(OwnedFd::from(socket)),
-            diagnostics: self.diagnostics.try_clone().doing("cannot hold the diagnostics pipe")?,
+            diagnostics: self
+                .diagnostics
+                .try_clone()
+                .doing("cannot hold the diagnostics pipe")?,
             ids: self.ids,
         })
     }

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use baton_ipc::Channel;
 use baton_ipc::Received;
+use baton_policy::Confinement;
 use nix::mount::MntFlags;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
@@ -14,7 +15,6 @@ use nix::unistd::Gid;
 use nix::unistd::Uid;
 use rustix::fd::AsFd;
 
-use super::Confinement;
 use super::LaunchOrder;
 use super::LaunchReport;
 
@@ -49,7 +49,8 @@ pub(crate) fn unshare() -> std::process::ExitCode {
         socket.send(&LaunchReport::Unshared).step("report")?;
         expect(socket, |order| matches!(order, LaunchOrder::Mapped))?;
         // An ordinary user's namespace forbids setgroups; its broker has said so in the id map's denial.
-        if std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|word| word.trim() == "allow") {
+        if std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|word| word.trim() == "allow")
+        {
             nix::unistd::setgroups(&[]).step("drop supplementary groups")?;
         }
         let (group, user) = (Gid::from_raw(0), Uid::from_raw(0));
@@ -72,8 +73,12 @@ pub(crate) fn confine() -> std::process::ExitCode {
         let LaunchOrder::Confine(confinement) = order else {
             return Err(("receive the confinement", "another order".to_owned()));
         };
-        let [binary] = <[OwnedFd; 1]>::try_from(descriptors)
-            .map_err(|got| ("receive the worker's binary", format!("{} descriptors", got.len())))?;
+        let [binary] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|got| {
+            (
+                "receive the worker's binary",
+                format!("{} descriptors", got.len()),
+            )
+        })?;
         put_in_place(&confinement)?;
         let name = CString::from(c"baton-worker");
         nix::unistd::execveat(
@@ -94,18 +99,10 @@ fn put_in_place(confinement: &Confinement) -> StageResult {
     nix::unistd::sethostname("baton").step("name the host")?;
     empty_root().step("empty the root")?;
     baton_policy::kernel::close_range_cloexec(3).step("close descriptors")?;
-    confinement.rlimits.apply().step("set resource limits")?;
-    baton_policy::capabilities::drop_all(confinement.keep).step("drop capabilities")?;
-    baton_policy::no_new_privs().step("set no_new_privs")?;
-    // The broker's death continues a stopped worker, which then decides by what is in its socket. Set after the
-    // credentials are final, since changing them clears it (prctl(2), PR_SET_PDEATHSIG).
+    // The broker's death continues a stopped worker, which then decides by what is in its socket. The ids are final, and
+    // losing capabilities does not clear it (prctl(2), PR_SET_PDEATHSIG).
     nix::sys::prctl::set_pdeathsig(Signal::SIGCONT).step("set the parent-death signal")?;
-    baton_policy::landlock::restrict_nothing_allowed(confinement.landlock_floor)
-        .step("restrict by Landlock")?;
-    for filter in &confinement.filters {
-        filter.install().step("install the build filter")?;
-    }
-    Ok(())
+    confinement.enter().map(drop).step("confine the process")
 }
 
 /// Makes an empty, read-only file system the root, and detaches all others.

@@ -1,0 +1,156 @@
+//! The audit of a running worker: the kernel's records of its threads and descriptors beside what it was granted.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use baton_ipc::control::AuditDescriptor;
+use baton_ipc::control::AuditReport;
+use baton_ipc::control::AuditThread;
+use baton_ipc::control::Finding;
+use baton_ipc::control::Verdict;
+use baton_policy::proof::Evidence;
+use serde_json::json;
+
+use crate::broker::Broker;
+use crate::refusal::Result;
+use crate::refusal::unfit;
+
+/// Anonymous objects that a worker makes for itself, by what /proc calls them.
+const OWN: &[(&str, &str)] = &[
+    ("anon_inode:kvm-vm", "made by the worker: its VM"),
+    ("anon_inode:kvm-vcpu:", "made by the worker: a vCPU"),
+    (
+        "anon_inode:[eventfd]",
+        "made by the worker: an event counter",
+    ),
+    (
+        "anon_inode:[eventpoll]",
+        "made by the worker: its event loop",
+    ),
+    ("anon_inode:[timerfd]", "made by the worker: a timer"),
+];
+
+impl Broker {
+    /// Compares everything anew.
+    pub(crate) fn audit(&mut self) -> Result<AuditReport> {
+        let worker = self
+            .worker
+            .as_ref()
+            .ok_or_else(|| unfit("there is no worker to audit", ""))?;
+        let pid = worker.process.pid;
+        let verdict = self.prover.threads(&self.rules, worker, self.settled());
+        let filters = u32::try_from(self.rules.compiled.build.len()).unwrap_or(0) + 1;
+        let proof = match (verdict.evidence, &self.prover.unreadable) {
+            (Evidence::Bytes, _) => "compared byte for byte".to_owned(),
+            (Evidence::Counted, Some(why)) => format!("by construction: {why}"),
+            (Evidence::Counted, None) => "not compared".to_owned(),
+        };
+        let threads = verdict
+            .roles
+            .iter()
+            .map(|(&tid, role)| AuditThread {
+                tid,
+                role: role.to_string(),
+                filters,
+                proof: proof.clone(),
+            })
+            .collect();
+        let mut findings: Vec<Finding> = verdict
+            .findings
+            .iter()
+            .map(|finding| Finding {
+                rule: "confinement".to_owned(),
+                subject: finding
+                    .tid
+                    .map_or_else(|| format!("process {pid}"), |tid| format!("thread {tid}")),
+                declared: "as policy says".to_owned(),
+                found: finding.what.to_string(),
+            })
+            .collect();
+        let descriptors = self.descriptors(pid, &mut findings)?;
+        let weaker = match &self.prover.unreadable {
+            Some(why) => vec![format!("the filters' bytes cannot be read back: {why}")],
+            None => Vec::new(),
+        };
+        let report = AuditReport {
+            verdict: if findings.is_empty() {
+                Verdict::Proven
+            } else {
+                Verdict::Findings
+            },
+            worker_pid: pid.unsigned_abs(),
+            threads,
+            descriptors,
+            findings,
+            weaker,
+        };
+        self.log.write(
+            "audit",
+            &json!({"verdict": report.verdict, "findings": report.findings}),
+        )?;
+        Ok(report)
+    }
+
+    fn descriptors(&self, pid: i32, findings: &mut Vec<Finding>) -> Result<Vec<AuditDescriptor>> {
+        let directory = format!("/proc/{pid}/fd");
+        let entries = fs::read_dir(&directory).map_err(|e| {
+            unfit(
+                format_args!("cannot list the worker's descriptors: {e}"),
+                "",
+            )
+        })?;
+        let mut all = Vec::new();
+        for entry in entries.flatten() {
+            let Some(fd) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<u32>().ok())
+            else {
+                continue;
+            };
+            let target = fs::read_link(entry.path())
+                .map(|path| path.display().to_string())
+                .unwrap_or_default();
+            // Through the link: device and inode of the open file itself.
+            let identity = fs::metadata(entry.path())
+                .ok()
+                .map(|file| (file.dev(), file.ino()));
+            let granted = self.registry.iter().find(|(_, description, _)| {
+                identity == Some((description.device, description.inode))
+            });
+            let own = OWN.iter().find(|(prefix, _)| target.starts_with(prefix));
+            let (grant, kind, access) = match (granted, own, fd) {
+                (Some((key, description, _)), ..) => (
+                    key.to_string(),
+                    Some(description.kind),
+                    Some(description.access),
+                ),
+                (None, Some((_, what)), _) => ((*what).to_owned(), None, None),
+                (None, None, 0) if target.starts_with("socket:") => {
+                    ("control socket".to_owned(), None, None)
+                }
+                (None, None, 1 | 2) if target.starts_with("pipe:") => {
+                    ("diagnostics".to_owned(), None, None)
+                }
+                (None, None, _) => {
+                    findings.push(Finding {
+                        rule: "descriptor".to_owned(),
+                        subject: format!("descriptor {fd}"),
+                        declared: "nothing".to_owned(),
+                        found: target.clone(),
+                    });
+                    ("unexplained".to_owned(), None, None)
+                }
+            };
+            all.push(AuditDescriptor {
+                fd,
+                target,
+                grant,
+                kind,
+                access,
+            });
+        }
+        all.sort_by_key(|descriptor| descriptor.fd);
+        Ok(all)
+    }
+}

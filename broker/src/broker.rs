@@ -1,0 +1,654 @@
+//! The broker of one VM: one thread, one loop, everything that it holds in one value.
+//!
+//! The loop waits for readiness and then asks every source; none of them blocks. The one exception is the pause of an
+//! upgrade, in which nothing else is served (see `pause`).
+
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+use std::time::Instant;
+
+use baton_ipc::Channel;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::Registry;
+use baton_ipc::StartMode;
+use baton_ipc::VmId;
+use baton_ipc::control::Exit;
+use baton_ipc::control::Refusal;
+use baton_ipc::control::Reply;
+use baton_ipc::control::StartReport;
+use baton_ipc::control::Started;
+use baton_ipc::control::UpgradeOutcome;
+use baton_ipc::control::VmState;
+use baton_ipc::control::VmStatus;
+use baton_ipc::descriptor;
+use baton_ipc::worker::Filters;
+use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::Report;
+use baton_ipc::worker::WorkerConfig;
+use baton_ipc::worker::WorkerStatus;
+use baton_policy::Compiled;
+use baton_policy::Policy;
+use baton_policy::Role;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::time::Timespec;
+use serde_json::json;
+
+use crate::audit_log::AuditLog;
+use crate::audit_log::quoted;
+use crate::cgroup::Cgroup;
+use crate::clients::Awaiting;
+use crate::clients::Clients;
+use crate::console::Console;
+use crate::deadlines::Deadlines;
+use crate::ids::VmIds;
+use crate::nascent::Advance;
+use crate::nascent::Nascent;
+use crate::process::ProcessId;
+use crate::proof::Prover;
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::refusal;
+use crate::refusal::unfit;
+use crate::resources;
+use crate::run_dir::BrokerProcess;
+use crate::run_dir::StateFile;
+use crate::run_dir::VmDirectory;
+use crate::signals::Signals;
+use crate::upgrade::Upgrade;
+use crate::vm_file::VmFile;
+use crate::worker::Phase;
+use crate::worker::Worker;
+
+/// How long a guest may take to power off before it is ended anyway.
+const POWER_OFF: Duration = Duration::from_secs(30);
+
+/// What `baton run` has asked for.
+#[derive(Debug)]
+pub(crate) struct Options {
+    pub(crate) vm_file: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) worker: Option<PathBuf>,
+    pub(crate) detach: bool,
+    pub(crate) log: bool,
+    pub(crate) slowness: u32,
+}
+
+/// What a worker's privileges come from: a policy as it was read for that worker.
+#[derive(Debug)]
+pub(crate) struct Rules {
+    pub(crate) policy: Policy,
+    pub(crate) compiled: Compiled,
+}
+
+/// The broker.
+#[derive(Debug)]
+pub(crate) struct Broker {
+    pub(crate) options: Options,
+    pub(crate) vm: VmFile,
+    pub(crate) id: VmId,
+    pub(crate) log: AuditLog,
+    pub(crate) state: VmState,
+    /// The worker that holds the guest.
+    pub(crate) worker: Option<Worker>,
+    /// What it is held to.
+    pub(crate) rules: Rc<Rules>,
+    pub(crate) upgrade: Option<Upgrade>,
+    /// Killed, and not yet gone.
+    pub(crate) retired: Vec<Worker>,
+    pub(crate) registry: Registry,
+    pub(crate) ids: VmIds,
+    pub(crate) cgroup: Option<Cgroup>,
+    pub(crate) prover: Prover,
+    pub(crate) deadlines: Deadlines,
+    pub(crate) clients: Clients,
+    pub(crate) last_upgrade: Option<UpgradeOutcome>,
+    console: Console,
+    signals: Signals,
+    directory: VmDirectory,
+    first: Option<Nascent>,
+    starter: Option<Channel<StartReport, ()>>,
+    began: Instant,
+    status: WorkerStatus,
+    power_off_by: Option<Instant>,
+    end: Option<Exit>,
+}
+
+impl Broker {
+    /// Opens everything that the VM file names, and launches the first worker.
+    pub(crate) fn start(options: Options, began: Instant) -> Result<Self> {
+        let vm = VmFile::load(&options.vm_file)?;
+        if options.detach && matches!(vm.console, crate::vm_file::Console::Stdio) {
+            return Err(refusal(
+                Exit::Usage,
+                "a detached VM cannot have its console on standard input and output",
+                "choose another console.kind, or run it without --detach",
+            ));
+        }
+        let signals = Signals::new()?;
+        nix::sys::prctl::set_child_subreaper(true).doing("cannot adopt workers")?;
+        let directory = VmDirectory::claim(&options.run_dir, &vm.name)?;
+        let mut log = AuditLog::open(directory.audit_log(), vm.name.as_str(), options.log)?;
+        let rules = crate::rules::load(&vm)?;
+        let ids = VmIds::claim(&rules.policy)?;
+        let cgroup = make_cgroup(&vm, &rules.policy)?;
+        log.write("vm-start", &json!({
+            "vm_file": options.vm_file, "policy": rules.policy.name, "policy_digest": rules.policy.digest,
+            "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
+        }))?;
+        let mut registry = resources::open(&vm, &rules.policy, &mut log)?;
+        let (console, end) = Console::open(&vm.console, directory.path())?;
+        let key = DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
+        registry
+            .save(key, DescriptorKind::Stream, end)
+            .doing("cannot hold the console")?;
+        let mut id = [0; 16];
+        rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+            .doing("cannot choose an identity for the VM")?;
+        let mut broker = Self {
+            deadlines: Deadlines::new(vm.memory.size.0, options.slowness),
+            id: VmId(id),
+            state: VmState::Starting,
+            worker: None,
+            rules: Rc::new(rules),
+            upgrade: None,
+            retired: Vec::new(),
+            registry,
+            ids,
+            cgroup,
+            prover: Prover::new(),
+            clients: Clients::listen(&directory.socket())?,
+            last_upgrade: None,
+            console,
+            signals,
+            directory,
+            first: None,
+            starter: None,
+            began,
+            status: WorkerStatus::default(),
+            power_off_by: None,
+            end: None,
+            options,
+            vm,
+            log,
+        };
+        let binary =
+            crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)?;
+        let config = broker.config(1, StartMode::None, &broker.rules.compiled)?;
+        broker.first = Some(broker.launch(binary, config, &broker.rules)?);
+        Ok(broker)
+    }
+
+    /// Serves until the VM has ended. `starter` is told how the start went, and in the foreground its end is the VM's.
+    pub(crate) fn run(mut self, starter: Option<Channel<StartReport, ()>>) -> Exit {
+        self.starter = starter;
+        loop {
+            self.wait();
+            if let Err(refusal) = self.turn() {
+                self.fail_start(&refusal);
+                self.end.get_or_insert(refusal.exit);
+            }
+            if let Some(exit) = self.end {
+                self.farewell(exit);
+                return exit;
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(16);
+        let mut watch = |fd, flags| fds.push(PollFd::from_borrowed_fd(fd, flags));
+        watch(self.signals.as_fd(), PollFlags::IN);
+        self.clients
+            .sources()
+            .for_each(|fd| watch(fd, PollFlags::IN));
+        self.console
+            .sources()
+            .for_each(|(fd, flags)| watch(fd, flags));
+        if let Some(worker) = &self.worker {
+            watch(worker.control(), PollFlags::IN);
+            watch(worker.pidfd(), PollFlags::IN);
+            worker
+                .diagnostics()
+                .into_iter()
+                .for_each(|fd| watch(fd, PollFlags::IN));
+        }
+        let makings = self
+            .first
+            .iter()
+            .chain(self.upgrade.iter().filter_map(Upgrade::nascent));
+        for nascent in makings {
+            nascent
+                .sources()
+                .into_iter()
+                .for_each(|fd| watch(fd, PollFlags::IN));
+        }
+        if let (Some(starter), false) = (&self.starter, self.options.detach) {
+            watch(starter.as_fd(), PollFlags::IN);
+        }
+        let timeout = self.next_look().map(|bound| Timespec {
+            tv_sec: i64::try_from(bound.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(bound.subsec_nanos()),
+        });
+        // An interruption or a failure is a wake-up like any other.
+        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
+    }
+
+    /// How long until some deadline may have passed.
+    fn next_look(&self) -> Option<Duration> {
+        let deadlines = [
+            self.first.as_ref().map(|nascent| nascent.deadline),
+            self.upgrade.as_ref().map(Upgrade::deadline),
+            self.power_off_by,
+            self.clients
+                .any_waiting()
+                .then(|| Instant::now() + Duration::from_millis(100)),
+            (!self.retired.is_empty()).then(|| Instant::now() + Duration::from_millis(100)),
+        ];
+        let next = deadlines.into_iter().flatten().min()?;
+        Some(next.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+    }
+
+    fn turn(&mut self) -> Result<()> {
+        if self.signals.asked_to_end() || self.starter_left() {
+            self.end = Some(Exit::Done);
+            return Ok(());
+        }
+        self.console.pump();
+        self.retired.retain(|worker| worker.reap().is_none());
+        self.first_worker()?;
+        self.running_worker()?;
+        self.advance_upgrade()?;
+        self.clients.accept();
+        while let Some(asked) = self.clients.hear(self.state) {
+            self.serve(asked)?;
+        }
+        for id in self.clients.overdue(self.deadlines.order()) {
+            let reply = Reply::Refused(unfit(
+                "the worker does not answer",
+                "`baton stop --force` ends it",
+            ));
+            self.clients.reply(id, &reply);
+        }
+        if self.power_off_by.is_some_and(|by| Instant::now() > by) {
+            self.log.write("power-off-timeout", &json!({}))?;
+            self.end = Some(Exit::Done);
+        }
+        Ok(())
+    }
+
+    /// In the foreground, the VM ends with whoever started it.
+    fn starter_left(&mut self) -> bool {
+        if self.options.detach {
+            return false;
+        }
+        self.starter.as_mut().is_some_and(|starter| {
+            matches!(starter.receive(), Ok(baton_ipc::Received::HungUp) | Err(_))
+        })
+    }
+
+    fn first_worker(&mut self) -> Result<()> {
+        let Some(mut nascent) = self.first.take() else {
+            return Ok(());
+        };
+        let text = nascent.read_diagnostics();
+        self.log_diagnostics(&text)?;
+        let late = Instant::now() > nascent.deadline;
+        let failed = |fault: &dyn std::fmt::Display| {
+            unfit(fault, "the worker's diagnostics are in the audit log")
+        };
+        match nascent.advance().map_err(|fault| match fault {
+            crate::nascent::NascentFault::Launch(refusal) => refusal,
+            fault => failed(&fault),
+        })? {
+            Advance::Waiting if late => return Err(failed(&"the first worker took too long")),
+            Advance::Waiting => {}
+            Advance::Greeted => {
+                self.confirm_fresh(&nascent, &Rc::clone(&self.rules))?;
+                nascent.configure(None).map_err(|fault| failed(&fault))?;
+                self.record_grants(1)?;
+                let bound = self.deadlines.of(baton_ipc::control::Step::Build);
+                nascent
+                    .hand_over(&self.registry, bound)
+                    .map_err(|fault| failed(&fault))?;
+            }
+            Advance::Listening(times) => {
+                self.log
+                    .write("ready", &json!({"generation": 1, "times": times}))?;
+                let mut worker = nascent.into_worker()?;
+                self.confirm_settled(&worker, &Rc::clone(&self.rules))?;
+                worker.phase = Phase::Released;
+                worker
+                    .order(&Order::Start)
+                    .map_err(|fault| failed(&fault))?;
+                self.worker = Some(worker);
+                return Ok(());
+            }
+        }
+        self.first = Some(nascent);
+        Ok(())
+    }
+
+    fn running_worker(&mut self) -> Result<()> {
+        loop {
+            let Some(worker) = &mut self.worker else {
+                return Ok(());
+            };
+            let text = worker.read_diagnostics();
+            let heard = worker.hear();
+            self.log_diagnostics(&text)?;
+            match heard {
+                Ok(None) => break,
+                Ok(Some(report)) => self.heard(report)?,
+                Err(fault) => {
+                    let how = self.worker.as_ref().and_then(Worker::reap);
+                    let how =
+                        how.map_or_else(|| fault.to_string(), |how| format!("{fault}; {how}"));
+                    return self.lose(&how);
+                }
+            }
+        }
+        let gone = self.worker.as_ref().and_then(Worker::reap);
+        gone.map_or(Ok(()), |how| self.lose(&format!("the worker died ({how})")))
+    }
+
+    fn heard(&mut self, report: Report) -> Result<()> {
+        match report {
+            Report::Running => self.started(),
+            Report::FirstRun { .. } => self.log.write("first-run", &json!({"generation": self.generation()})),
+            Report::Resumed => {
+                if let Some(worker) = &mut self.worker {
+                    worker.phase = Phase::Running;
+                }
+                self.clients.answer(Awaiting::Resumed, &Reply::Done);
+                if self.state == VmState::Paused {
+                    self.state = VmState::Running;
+                }
+                self.upgrade_rolled_back()
+            }
+            Report::Paused => {
+                self.state = VmState::Paused;
+                self.clients.answer(Awaiting::Paused, &Reply::Done);
+                Ok(())
+            }
+            Report::Status(status) => {
+                self.status = status;
+                let reply = Reply::Status(Box::new(self.vm_status()));
+                self.clients.answer(Awaiting::Status, &reply);
+                Ok(())
+            }
+            Report::Guest(event) => self.guest_event(&event),
+            Report::Violation { thread, syscall, address } => self.log.write_synced(
+                "violation",
+                &json!({"generation": self.generation(), "thread": thread, "syscall": syscall, "address": address}),
+            ),
+            Report::Agreed => self.upgrade_agreed(),
+            Report::Failed { step, reason } => {
+                let (step, reason) = (quoted(&step), quoted(&reason));
+                self.log.write("worker-failed", &json!({"step": step, "reason": reason}))?;
+                if self.state == VmState::Starting {
+                    return Err(unfit(format_args!("the worker cannot {step}: {reason}"), ""));
+                }
+                self.upgrade_refused(&format!("the old worker cannot {step}: {reason}"))
+            }
+            Report::Hello { .. }
+            | Report::Ready(_)
+            | Report::Parked { .. }
+            | Report::Saved { .. }
+            | Report::Loaded { .. } => Ok(()),
+        }
+    }
+
+    /// The first worker runs the guest.
+    fn started(&mut self) -> Result<()> {
+        let Some(worker) = &mut self.worker else {
+            return Ok(());
+        };
+        worker.phase = Phase::Running;
+        let started = Started {
+            name: self.vm.name.as_str().to_owned(),
+            broker_pid: rustix::process::getpid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs(),
+            worker_pid: worker.process.pid.unsigned_abs(),
+            generation: worker.generation,
+            directory: self.directory.path().display().to_string(),
+            start_us: crate::phase_clock::micros(self.began.elapsed()),
+            notes: self.directory.notes.clone(),
+        };
+        self.state = VmState::Running;
+        self.publish()?;
+        self.log.write(
+            "running",
+            &json!({"generation": 1, "start_us": started.start_us}),
+        )?;
+        if let Some(starter) = &self.starter {
+            // Whoever started it may be gone already; the VM runs.
+            let _ = starter.send(&StartReport::Started(started));
+        }
+        Ok(())
+    }
+
+    fn fail_start(&mut self, refusal: &Refusal) {
+        let _ = self
+            .log
+            .write_synced("failed", &json!({"reason": refusal.reason}));
+        if self.state == VmState::Starting {
+            report_failure(self.starter.as_ref(), refusal);
+        }
+    }
+
+    pub(crate) fn guest_event(&mut self, event: &GuestEvent) -> Result<()> {
+        self.log
+            .write("guest", &json!({"event": format!("{event:?}")}))?;
+        match event {
+            GuestEvent::Reset | GuestEvent::TripleFault => Ok(()),
+            GuestEvent::Shutdown => {
+                self.state = VmState::Stopped;
+                self.end = Some(Exit::Done);
+                Ok(())
+            }
+            GuestEvent::Stuck(reason) => {
+                self.lose(&format!("KVM cannot go on: {}", quoted(reason)))
+            }
+        }
+    }
+
+    /// Nobody runs the guest any more.
+    pub(crate) fn lose(&mut self, reason: &str) -> Result<()> {
+        if let Some(worker) = self.worker.take() {
+            worker.kill();
+            self.retired.push(worker);
+        }
+        let starting = self.state == VmState::Starting;
+        self.state = VmState::Lost;
+        self.log.write_synced("lost", &json!({"reason": reason}))?;
+        self.upgrade_lost(reason)?;
+        for awaiting in [
+            Awaiting::Status,
+            Awaiting::Paused,
+            Awaiting::Resumed,
+            Awaiting::End,
+        ] {
+            let reply = Reply::Refused(refusal(
+                Exit::Lost,
+                format_args!("the VM is lost: {reason}"),
+                "",
+            ));
+            self.clients.answer(awaiting, &reply);
+        }
+        if starting {
+            return Err(refusal(
+                Exit::Unfit,
+                reason,
+                "the worker's diagnostics are in the audit log",
+            ));
+        }
+        if !self.options.detach {
+            // A detached VM stays to be asked about; this one's caller sees the exit status.
+            self.end = Some(Exit::Lost);
+        }
+        Ok(())
+    }
+
+    /// Ends the VM: at once, or by the power button within a time.
+    pub(crate) fn stop(&mut self, force: bool) -> Result<()> {
+        match &self.worker {
+            Some(worker) if !force && self.state != VmState::Paused => {
+                worker
+                    .order(&Order::PowerButton)
+                    .doing("cannot press the power button")?;
+                self.power_off_by.get_or_insert(Instant::now() + POWER_OFF);
+            }
+            _ => self.end = Some(Exit::Done),
+        }
+        Ok(())
+    }
+
+    fn farewell(&mut self, exit: Exit) {
+        if let Some(worker) = self.worker.take() {
+            worker.kill();
+            self.retired.push(worker);
+        }
+        let _ = self.log.write_synced("vm-end", &json!({"exit": exit}));
+        self.clients.answer(Awaiting::End, &Reply::Done);
+        // Before the directory goes: nobody may find a name whose ids and cgroup are still in use.
+        self.first = None;
+        self.upgrade = None;
+        self.retired.clear();
+    }
+
+    pub(crate) fn generation(&self) -> u32 {
+        self.worker.as_ref().map_or(0, |worker| worker.generation)
+    }
+
+    /// Writes down who runs what, for those who find no broker.
+    pub(crate) fn publish(&mut self) -> Result<()> {
+        let Some(worker) = &self.worker else {
+            return Ok(());
+        };
+        let me = ProcessId::of_self()
+            .ok_or_else(|| unfit("/proc has no record of this process", "mount /proc"))?;
+        self.ids.record(worker.process)?;
+        self.directory.publish(&StateFile {
+            name: self.vm.name.as_str().to_owned(),
+            broker: BrokerProcess {
+                broker_pid: me.pid,
+                broker_start: me.start,
+            },
+            worker_pid: worker.process.pid,
+            worker_start: worker.process.start,
+            generation: worker.generation,
+            ram_bytes: self.vm.memory.size.0,
+            cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
+        })
+    }
+
+    pub(crate) fn vm_status(&self) -> VmStatus {
+        let worker = self.worker.as_ref();
+        VmStatus {
+            name: self.vm.name.as_str().to_owned(),
+            state: self.state,
+            broker_pid: rustix::process::getpid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs(),
+            worker_pid: worker.map_or(0, |worker| worker.process.pid.unsigned_abs()),
+            generation: self.generation(),
+            worker_digest: worker
+                .map(|worker| worker.digest.to_string())
+                .unwrap_or_default(),
+            worker_build: worker
+                .map(|worker| worker.build.clone())
+                .unwrap_or_default(),
+            uptime_s: self.began.elapsed().as_secs(),
+            ram_bytes: self.vm.memory.size.0,
+            cpus: self.vm.cpus.count.0,
+            tsc_khz: self.status.tsc_khz,
+            console_dropped: self.status.console_dropped,
+            last_upgrade: self.last_upgrade.clone(),
+        }
+    }
+
+    pub(crate) fn attach_console(&mut self) -> Result<OwnedFd> {
+        self.console.attach()
+    }
+
+    pub(crate) fn config(
+        &self,
+        generation: u32,
+        mode: StartMode,
+        compiled: &Compiled,
+    ) -> Result<WorkerConfig> {
+        let filter = |role: Role| {
+            let program = compiled.roles.get(&role);
+            program
+                .map(|program| program.as_bytes().to_vec())
+                .ok_or_else(|| unfit(format_args!("the policy has no role {role}"), ""))
+        };
+        Ok(WorkerConfig {
+            vm: self.id,
+            generation,
+            mode,
+            cpus: self.vm.cpus.count.0,
+            hide: self.vm.cpus.hide.clone(),
+            ram: self.vm.ram(),
+            pages: self.vm.memory.pages,
+            cmdline: self.vm.boot.cmdline.0.clone(),
+            initrd: self.vm.boot.initrd.is_some(),
+            filters: Filters {
+                control: filter(Role::Control)?,
+                vcpu: filter(Role::Vcpu)?,
+            },
+        })
+    }
+
+    pub(crate) fn log_diagnostics(&mut self, text: &str) -> Result<()> {
+        text.lines()
+            .filter(|line| !line.is_empty())
+            .try_for_each(|line| {
+                self.log
+                    .write("worker-says", &json!({"line": quoted(line)}))
+            })
+    }
+
+    pub(crate) fn record_grants(&mut self, generation: u32) -> Result<()> {
+        for (key, description, _) in self.registry.iter() {
+            self.log.write("grant", &json!({
+                "generation": generation, "descriptor": key.name(), "id": key.id(), "what": description,
+            }))?;
+        }
+        Ok(())
+    }
+}
+
+/// One cgroup for two workers during an upgrade. An ordinary user's broker has none to make.
+fn make_cgroup(vm: &VmFile, policy: &Policy) -> Result<Option<Cgroup>> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let tasks = policy
+        .task_limit(u32::from(vm.cpus.count.0))
+        .saturating_mul(2);
+    let name = format!(
+        "{}-{}",
+        vm.name.as_str(),
+        rustix::process::getpid().as_raw_nonzero()
+    );
+    Cgroup::create(&name, tasks).map(Some)
+}
+
+/// Tells whoever started the broker why there is no VM.
+pub(crate) fn report_failure(starter: Option<&Channel<StartReport, ()>>, refusal: &Refusal) {
+    let told =
+        starter.is_some_and(|starter| starter.send(&StartReport::Failed(refusal.clone())).is_ok());
+    if !told {
+        eprintln!("baton-broker: {refusal}");
+    }
+}

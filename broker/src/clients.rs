@@ -1,0 +1,329 @@
+//! Those who talk to the broker over its control socket, and the one table of what they may ask and when.
+
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Instant;
+
+use baton_ipc::Channel;
+use baton_ipc::FdSocket;
+use baton_ipc::Received;
+use baton_ipc::control::Exit;
+use baton_ipc::control::PROTOCOL;
+use baton_ipc::control::Refusal;
+use baton_ipc::control::Reply;
+use baton_ipc::control::Request;
+use baton_ipc::control::VmState;
+use rustix::net::AddressFamily;
+use rustix::net::SocketAddrUnix;
+use rustix::net::SocketFlags;
+use rustix::net::SocketType;
+
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::refusal;
+use crate::refusal::unfit;
+
+/// The most clients at once; one more is turned away.
+const MAX_CLIENTS: usize = 32;
+
+/// What a client has to be allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Right {
+    /// To see.
+    View,
+    /// To pause, reset and end the guest, and to type into it.
+    Power,
+    /// To replace its worker.
+    Upgrade,
+}
+
+use Right::Power;
+use Right::Upgrade;
+use Right::View;
+use VmState::Lost;
+use VmState::Paused;
+use VmState::Running;
+use VmState::Starting;
+use VmState::Stopped;
+use VmState::Upgrading;
+
+/// A request's name, how it is recognised, the states in which it is permitted, and the right that it takes.
+type Row = (
+    &'static str,
+    fn(&Request) -> bool,
+    &'static [VmState],
+    Right,
+);
+
+const ANY: &[VmState] = &[Starting, Running, Paused, Upgrading, Stopped, Lost];
+
+#[rustfmt::skip]
+const REQUESTS: &[Row] = &[
+    ("status",  |r| matches!(r, Request::Status),         ANY,                  View),
+    ("audit",   |r| matches!(r, Request::Audit),          &[Running, Paused],   View),
+    ("console", |r| matches!(r, Request::Console),        ANY,                  Power),
+    ("pause",   |r| matches!(r, Request::Pause),          &[Running],           Power),
+    ("resume",  |r| matches!(r, Request::Resume),         &[Paused],            Power),
+    ("reset",   |r| matches!(r, Request::Reset),          &[Running],           Power),
+    ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  Power),
+    ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running],           Upgrade),
+    ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         Upgrade),
+];
+
+/// What a client waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Awaiting {
+    /// Nothing.
+    Nothing,
+    /// The worker's answer to a query.
+    Status,
+    /// The worker's word that the guest stands still.
+    Paused,
+    /// The worker's word that the guest runs.
+    Resumed,
+    /// The end of the VM.
+    End,
+    /// The end of the upgrade.
+    Upgrade,
+}
+
+/// A client.
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) id: u64,
+    /// Its user, as the kernel says (SO_PEERCRED, unix(7)).
+    pub(crate) uid: u32,
+    /// Its process, likewise.
+    pub(crate) pid: i32,
+    pub(crate) awaiting: Awaiting,
+    pub(crate) since: Instant,
+    channel: Channel<Reply, Request>,
+}
+
+/// A request that is permitted now.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    pub(crate) client: u64,
+    pub(crate) name: &'static str,
+    pub(crate) request: Request,
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// All clients, and the socket where they come from.
+#[derive(Debug)]
+pub(crate) struct Clients {
+    listener: OwnedFd,
+    clients: Vec<Client>,
+    next: u64,
+}
+
+impl Clients {
+    /// Listens in the VM's directory, which nobody else may enter.
+    pub(crate) fn listen(path: &Path) -> Result<Self> {
+        let listener = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .doing("cannot make the control socket")?;
+        let address = SocketAddrUnix::new(path).map_err(|_| {
+            unfit(
+                format_args!("the control socket's path {} is too long", path.display()),
+                "choose a shorter --run-dir or name",
+            )
+        })?;
+        rustix::net::bind(&listener, &address)
+            .and_then(|()| rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR))
+            .and_then(|()| rustix::net::listen(&listener, 16))
+            .doing(format_args!("cannot listen on {}", path.display()))?;
+        Ok(Self {
+            listener,
+            clients: Vec::new(),
+            next: 0,
+        })
+    }
+
+    /// What to poll for reading.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let clients = self.clients.iter().map(|client| client.channel.as_fd());
+        std::iter::once(self.listener.as_fd()).chain(clients)
+    }
+
+    /// Takes everybody who waits at the door.
+    pub(crate) fn accept(&mut self) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while let Ok(socket) = rustix::net::accept_with(&self.listener, flags) {
+            let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
+                continue;
+            };
+            let me = rustix::process::geteuid();
+            let known = peer.uid.is_root() || peer.uid == me;
+            if !known || self.clients.len() >= MAX_CLIENTS {
+                continue;
+            }
+            let channel = Channel::new(FdSocket::from(socket));
+            let hello = Reply::Hello {
+                protocol: PROTOCOL,
+                build: crate::BUILD.to_owned(),
+            };
+            if channel.send(&hello).is_ok() {
+                self.next += 1;
+                self.clients.push(Client {
+                    id: self.next,
+                    uid: peer.uid.as_raw(),
+                    pid: peer.pid.as_raw_nonzero().get(),
+                    awaiting: Awaiting::Nothing,
+                    since: Instant::now(),
+                    channel,
+                });
+            }
+        }
+    }
+
+    /// The next request that is permitted in this state, and all others answered or turned away.
+    pub(crate) fn hear(&mut self, state: VmState) -> Option<Asked> {
+        let mut index = 0;
+        while let Some(client) = self.clients.get_mut(index) {
+            match client.channel.receive() {
+                Ok(Received::Empty) => index += 1,
+                // One request at a time: who asks again before the answer is sent away, but may cancel.
+                Ok(Received::Message(request, _))
+                    if client.awaiting != Awaiting::Nothing && request != Request::Cancel =>
+                {
+                    self.clients.swap_remove(index);
+                }
+                Ok(Received::Message(request, descriptors)) => {
+                    let Some(row) = REQUESTS.iter().find(|row| row.1(&request)) else {
+                        self.clients.swap_remove(index);
+                        continue;
+                    };
+                    match admit(row, &request, state, descriptors.len()) {
+                        Ok(()) => {
+                            return Some(Asked {
+                                client: client.id,
+                                name: row.0,
+                                request,
+                                descriptors,
+                            });
+                        }
+                        Err(refusal) => {
+                            let id = client.id;
+                            self.reply(id, &Reply::Refused(refusal));
+                        }
+                    }
+                }
+                Ok(Received::HungUp) | Err(_) => drop(self.clients.swap_remove(index)),
+            }
+        }
+        None
+    }
+
+    pub(crate) fn get_mut(&mut self, id: u64) -> Option<&mut Client> {
+        self.clients.iter_mut().find(|client| client.id == id)
+    }
+
+    /// Answers a client. One that does not take its answer is forgotten.
+    pub(crate) fn reply(&mut self, id: u64, reply: &Reply) {
+        self.reply_with(id, reply, &[]);
+    }
+
+    pub(crate) fn reply_with(&mut self, id: u64, reply: &Reply, descriptors: &[BorrowedFd<'_>]) {
+        if let Some(index) = self.clients.iter().position(|client| client.id == id) {
+            let taken = self.clients.get_mut(index).is_some_and(|client| {
+                if !matches!(reply, Reply::Progress(_)) {
+                    client.awaiting = Awaiting::Nothing;
+                }
+                client.channel.send_with(reply, descriptors).is_ok()
+            });
+            if !taken {
+                self.clients.swap_remove(index);
+            }
+        }
+    }
+
+    /// Answers all who wait for this.
+    pub(crate) fn answer(&mut self, awaiting: Awaiting, reply: &Reply) {
+        for id in self.waiting(awaiting) {
+            self.reply(id, reply);
+        }
+    }
+
+    /// Who waits for this.
+    pub(crate) fn waiting(&self, awaiting: Awaiting) -> Vec<u64> {
+        self.clients
+            .iter()
+            .filter(|client| client.awaiting == awaiting)
+            .map(|client| client.id)
+            .collect()
+    }
+
+    /// Who waits for the worker's answer, and since when.
+    pub(crate) fn overdue(&self, bound: std::time::Duration) -> Vec<u64> {
+        let waits_for_worker = |client: &&Client| {
+            matches!(
+                client.awaiting,
+                Awaiting::Status | Awaiting::Paused | Awaiting::Resumed
+            )
+        };
+        self.clients
+            .iter()
+            .filter(waits_for_worker)
+            .filter(|client| client.since.elapsed() > bound)
+            .map(|client| client.id)
+            .collect()
+    }
+
+    /// Whether anybody waits for the worker's answer.
+    pub(crate) fn any_waiting(&self) -> bool {
+        self.clients
+            .iter()
+            .any(|client| client.awaiting != Awaiting::Nothing)
+    }
+}
+
+fn admit(
+    row: &Row,
+    request: &Request,
+    state: VmState,
+    descriptors: usize,
+) -> std::result::Result<(), Refusal> {
+    let (name, _, states, _right) = row;
+    let most = usize::from(matches!(request, Request::Upgrade { .. }));
+    if descriptors > most {
+        return Err(refusal(
+            Exit::Usage,
+            format_args!("{descriptors} descriptors came with `{name}`"),
+            "",
+        ));
+    }
+    if states.contains(&state) {
+        return Ok(());
+    }
+    let exit = match (state, request) {
+        (Upgrading, _) => Exit::Busy,
+        (Lost, _) => Exit::Lost,
+        _ => Exit::Unfit,
+    };
+    let state = match state {
+        Starting => "is starting",
+        Running => "is running",
+        Paused => "is paused",
+        Upgrading => "is being upgraded",
+        Stopped => "has stopped",
+        Lost => "is lost",
+        VmState::Orphaned => "is orphaned",
+    };
+    Err(refusal(
+        exit,
+        format_args!("the VM {state}, so `{name}` is not possible"),
+        match exit {
+            Exit::Busy => {
+                "try again when the upgrade has ended, or `baton status` to see how it goes"
+            }
+            _ => "`baton status` shows its state",
+        },
+    ))
+}

@@ -1,0 +1,111 @@
+//! What the broker does for each request that the table of requests has let through.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use baton_ipc::control::Reply;
+use baton_ipc::control::Request;
+use baton_ipc::worker::Order;
+use serde_json::json;
+
+use crate::broker::Broker;
+use crate::clients::Asked;
+use crate::clients::Awaiting;
+use crate::refusal::Result;
+use crate::refusal::unfit;
+
+impl Broker {
+    pub(crate) fn serve(&mut self, asked: Asked) -> Result<()> {
+        let Asked {
+            client,
+            name,
+            request,
+            descriptors,
+        } = asked;
+        let Some(who) = self
+            .clients
+            .get_mut(client)
+            .map(|client| (client.uid, client.pid))
+        else {
+            return Ok(());
+        };
+        if !matches!(request, Request::Status) {
+            self.log.write(
+                "request",
+                &json!({"request": name, "by_uid": who.0, "by_pid": who.1}),
+            )?;
+        }
+        match request {
+            Request::Status => self.order_for(client, &Order::Query, Awaiting::Status),
+            Request::Pause => self.order_for(client, &Order::Pause, Awaiting::Paused),
+            Request::Resume => self.order_for(client, &Order::Resume, Awaiting::Resumed),
+            Request::Reset => {
+                let told = self
+                    .worker
+                    .as_ref()
+                    .is_some_and(|worker| worker.order(&Order::Reset).is_ok());
+                let reply = if told {
+                    Reply::Done
+                } else {
+                    Reply::Refused(unfit("there is no worker", ""))
+                };
+                self.clients.reply(client, &reply);
+            }
+            Request::Stop { force } => {
+                self.await_for(client, Awaiting::End);
+                if let Err(refusal) = self.stop(force) {
+                    self.clients.reply(client, &Reply::Refused(refusal));
+                }
+            }
+            Request::Upgrade { dry_run } => {
+                self.await_for(client, Awaiting::Upgrade);
+                let file = descriptors.into_iter().next().map(File::from);
+                if let Err(refusal) = self.begin_upgrade(file, dry_run, who) {
+                    self.log
+                        .write_synced("upgrade-refused", &json!({"reason": refusal.reason}))?;
+                    self.clients.reply(client, &Reply::Refused(refusal));
+                }
+            }
+            Request::Cancel => {
+                self.upgrade_refused("the operator cancelled it")?;
+                self.clients.reply(client, &Reply::Done);
+            }
+            Request::Console => match self.attach_console() {
+                Ok(end) => self
+                    .clients
+                    .reply_with(client, &Reply::Console, &[end.as_fd()]),
+                Err(refusal) => self.clients.reply(client, &Reply::Refused(refusal)),
+            },
+            Request::Audit => {
+                let reply = match self.audit() {
+                    Ok(report) => Reply::Audit(Box::new(report)),
+                    Err(refusal) => Reply::Refused(refusal),
+                };
+                self.clients.reply(client, &reply);
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes an order on; the worker's word is the answer. Without a worker a status is what the broker knows.
+    fn order_for(&mut self, client: u64, order: &Order, awaiting: Awaiting) {
+        match &self.worker {
+            Some(worker) if worker.order(order).is_ok() => self.await_for(client, awaiting),
+            _ if awaiting == Awaiting::Status => {
+                let reply = Reply::Status(Box::new(self.vm_status()));
+                self.clients.reply(client, &reply);
+            }
+            _ => self.clients.reply(
+                client,
+                &Reply::Refused(unfit("there is no worker to tell", "")),
+            ),
+        }
+    }
+
+    fn await_for(&mut self, client: u64, awaiting: Awaiting) {
+        if let Some(client) = self.clients.get_mut(client) {
+            (client.awaiting, client.since) = (awaiting, Instant::now());
+        }
+    }
+}
