@@ -138,7 +138,7 @@ impl Broker {
         let ids = VmIds::claim(&rules.policy)?;
         let cgroup = make_cgroup(&vm, &rules.policy)?;
         log.write("vm-start", &json!({
-            "vm_file": options.vm_file, "policy": rules.policy.name, "policy_digest": rules.policy.digest,
+            "vm_file": options.vm_file, "policy": rules.policy.name, "policy_digest": rules.policy.digest.to_string(),
             "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))?;
         let mut registry = resources::open(&vm, &rules.policy, &mut log)?;

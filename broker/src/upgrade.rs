@@ -32,7 +32,6 @@ use crate::binary::WorkerBinary;
 use crate::broker::Broker;
 use crate::broker::Rules;
 use crate::clients::Awaiting;
-use crate::fail_point;
 use crate::launch::Launch;
 use crate::launch::LaunchPlan;
 use crate::nascent::Advance;
@@ -140,7 +139,7 @@ impl Broker {
             &rules.compiled,
         )?;
         self.log.write_synced("upgrade-begin", &json!({
-            "generation": config.generation, "worker": binary.digest, "policy_digest": rules.policy.digest,
+            "generation": config.generation, "worker": binary.digest.to_string(), "policy_digest": rules.policy.digest.to_string(),
             "dry_run": dry_run, "by_uid": asked_by.0, "by_pid": asked_by.1,
         }))?;
         clock.enter(Step::Spawn);
@@ -228,9 +227,9 @@ impl Broker {
         self.progress(Step::Agree);
         #[cfg(feature = "fail-points")]
         {
-            fail_point::act_at(Step::Agree, self.worker.as_ref(), nascent.worker());
-            nascent.arm(fail_point::for_new());
-            for point in fail_point::for_old() {
+            crate::fail_point::act_at(Step::Agree, self.worker.as_ref(), nascent.worker());
+            nascent.arm(crate::fail_point::for_new());
+            for point in crate::fail_point::for_old() {
                 self.worker
                     .iter()
                     .for_each(|old| drop(old.order(&Order::Fail(point))));
@@ -275,7 +274,7 @@ impl Broker {
         upgrade.clock.enter(Step::HandOver);
         self.progress(Step::HandOver);
         #[cfg(feature = "fail-points")]
-        fail_point::act_at(Step::HandOver, self.worker.as_ref(), nascent.worker());
+        crate::fail_point::act_at(Step::HandOver, self.worker.as_ref(), nascent.worker());
         self.record_grants(self.generation() + 1)?;
         let bound = self.deadlines.of(Step::Build);
         nascent
@@ -284,7 +283,7 @@ impl Broker {
         upgrade.clock.enter(Step::Build);
         self.progress(Step::Build);
         #[cfg(feature = "fail-points")]
-        fail_point::act_at(Step::Build, self.worker.as_ref(), nascent.worker());
+        crate::fail_point::act_at(Step::Build, self.worker.as_ref(), nascent.worker());
         Ok(())
     }
 
