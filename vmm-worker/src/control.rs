@@ -62,10 +62,11 @@ pub(crate) enum Phase {
     Running,
     /// The guest stands still at the operator's wish.
     Paused,
-    /// The guest stands still, and its state went to another worker.
-    Parked(MainChannel),
+    /// The guest stands still, and its state went to another worker over this, which stays open until it is clear who
+    /// runs on.
+    Parked(#[expect(dead_code, reason = "held, and closed with the phase")] MainChannel),
     /// Another worker may run the guest.
-    Ceded(MainChannel),
+    Ceded,
     /// The guest has ended.
     Off,
 }
@@ -79,7 +80,7 @@ impl Phase {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Parked(_) => "parked",
-            Self::Ceded(_) => "ceded",
+            Self::Ceded => "ceded",
             Self::Off => "off",
         }
     }
@@ -325,12 +326,8 @@ impl Worker {
                 self.outgoing = Outgoing::Idle;
                 self.report(Report::Resumed);
             }
-            (Order::Rollback, Phase::Parked(_) | Phase::Ceded(_)) => self.unpark(),
-            (Order::Ceded, Phase::Parked(_)) => {
-                if let Phase::Parked(main) = std::mem::replace(&mut self.phase, Phase::Off) {
-                    self.phase = Phase::Ceded(main);
-                }
-            }
+            (Order::Rollback, Phase::Parked(_) | Phase::Ceded) => self.unpark(),
+            (Order::Ceded, Phase::Parked(_)) => self.phase = Phase::Ceded,
             (order, phase) => {
                 let mut order = format!("{order:?}");
                 order.truncate(order.find(['(', ' ']).unwrap_or(order.len()));
@@ -350,7 +347,7 @@ impl Worker {
             // Never run without an order to.
             Phase::Built | Phase::Receiving(_) | Phase::Loaded => Err(Exit(EXIT_DONE)),
             // Another worker may run, or nobody needs this one any more.
-            Phase::Ceded(_) | Phase::Off => Err(Exit(EXIT_DONE)),
+            Phase::Ceded | Phase::Off => Err(Exit(EXIT_DONE)),
             Phase::Running | Phase::Paused => Ok(()),
             Phase::Parked(_) => {
                 self.unpark();

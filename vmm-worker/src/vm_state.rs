@@ -34,6 +34,8 @@ const IOAPIC_BASE: std::ops::Range<usize> = 8..16;
 const PIT_COUNT_MAX: u32 = 0x1_0000;
 /// Modes have 3 bits (Intel 8254 data sheet, control word).
 const PIT_MODE_MAX: u8 = 7;
+/// What a channel's mode is until the guest programs it (`kvm_pit_reset`, arch/x86/kvm/i8254.c).
+const PIT_MODE_UNSET: u8 = 0xff;
 /// No upgrade's pause is nearly as long; a longer one is a forged state.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 
@@ -143,8 +145,8 @@ impl VmState {
             if channel.count > PIT_COUNT_MAX {
                 return Err(StateError::field("pit.count", channel.count, "more than 65536"));
             }
-            if channel.mode > PIT_MODE_MAX {
-                return Err(StateError::field("pit.mode", channel.mode, "not 0 to 7"));
+            if channel.mode > PIT_MODE_MAX && channel.mode != PIT_MODE_UNSET {
+                return Err(StateError::field("pit.mode", channel.mode, "not 0 to 7, nor unset"));
             }
         }
         let now = clock::raw_ns();

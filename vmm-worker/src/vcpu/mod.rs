@@ -146,11 +146,6 @@ impl Vcpus {
         self.handles.len()
     }
 
-    /// Whether any vCPU's thread may be in the guest.
-    pub(crate) fn running(&self) -> bool {
-        self.handles.iter().any(|handle| handle.running)
-    }
-
     /// Exits of all vCPUs.
     pub(crate) fn exits(&self) -> u64 {
         self.handles.iter().map(|handle| handle.link.exits()).sum()

@@ -1,0 +1,493 @@
+//! The part of a broker that tests need: it makes a guest's descriptors, executes the worker under the policy's filters,
+//! and speaks the protocol. Every step is a call of its own, so that a test can leave one out or put a fault between two.
+#![expect(unsafe_code, reason = "the worker is executed from its descriptor, in the child, under its filters")]
+#![allow(dead_code, reason = "each test file uses a part of this")]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::io::Read as _;
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::os::fd::AsRawFd as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::Child;
+use std::process::Command;
+use std::process::ExitStatus;
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::Duration;
+use std::time::Instant;
+
+use baton_guest::CommandLine;
+use baton_guest::layout;
+use baton_ipc::Channel;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::FdSocket;
+use baton_ipc::Received;
+use baton_ipc::Registry;
+use baton_ipc::StartMode;
+use baton_ipc::StateDigest;
+use baton_ipc::VmId;
+use baton_ipc::cpr;
+use baton_ipc::cpr::CprHeader;
+use baton_ipc::descriptor;
+use baton_ipc::worker::BuildTimes;
+use baton_ipc::worker::Filters;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::PROTOCOL;
+use baton_ipc::worker::Pages;
+use baton_ipc::worker::RamRegion;
+use baton_ipc::worker::Report;
+use baton_ipc::worker::WorkerConfig;
+use baton_policy::Compiled;
+use baton_policy::Policy;
+use baton_policy::Program;
+use baton_policy::Role;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::event::Timespec;
+use rustix::fs::MemfdFlags;
+
+/// No step of a healthy worker takes nearly as long, however busy the machine is.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+fn filters() -> &'static Compiled {
+    static FILTERS: OnceLock<Compiled> = OnceLock::new();
+    FILTERS.get_or_init(|| Policy::builtin().unwrap().compile().unwrap())
+}
+
+/// What a guest is made of, as a broker holds it over all generations of its worker.
+pub(crate) struct Vm {
+    pub(crate) config: WorkerConfig,
+    pub(crate) ram: OwnedFd,
+    pub(crate) kernel: OwnedFd,
+    pub(crate) kvm: OwnedFd,
+    /// The broker's end of the console.
+    pub(crate) console: UnixStream,
+    worker_console: UnixStream,
+}
+
+fn memfd(name: &str) -> OwnedFd {
+    rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap()
+}
+
+impl Vm {
+    /// A guest of the embedded image.
+    pub(crate) fn new(cpus: u8, mib: u64, command_line: CommandLine) -> Self {
+        let size = mib << 20;
+        let ram = memfd("ram");
+        rustix::fs::ftruncate(&ram, size).unwrap();
+        rustix::fs::fcntl_add_seals(&ram, descriptor::RAM_SEALS).unwrap();
+        let mut kernel = File::from(memfd("kernel"));
+        kernel.write_all(baton_guest::ELF).unwrap();
+        let (console, worker_console) = UnixStream::pair().unwrap();
+        console.set_nonblocking(true).unwrap();
+        worker_console.set_nonblocking(true).unwrap();
+        let steady = |role| filters().roles.get(&role).unwrap().as_bytes().to_vec();
+        let config = WorkerConfig {
+            vm: VmId(rand_id()),
+            generation: 1,
+            mode: StartMode::None,
+            cpus,
+            hide: Vec::new(),
+            ram: vec![RamRegion { address: 0, size }],
+            pages: Pages::Small,
+            cmdline: command_line.cpus(cpus.into()).to_string(),
+            initrd: false,
+            filters: Filters { control: steady(Role::Control), vcpu: steady(Role::Vcpu) },
+        };
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm");
+        Self { config, ram, kernel: kernel.into(), kvm: kvm.into(), console, worker_console }
+    }
+
+    /// The configuration of the worker of `generation`.
+    pub(crate) fn config(&self, generation: u32) -> WorkerConfig {
+        let mode = if generation == 1 { StartMode::None } else { StartMode::CprTransfer };
+        WorkerConfig { generation, mode, ..self.config.clone() }
+    }
+
+    /// Every descriptor, as a broker would hand it over.
+    pub(crate) fn registry(&self) -> Registry {
+        let mut registry = Registry::default();
+        let mut save = |name, kind, fd: OwnedFd| registry.save(DescriptorKey::new(name, 0).unwrap(), kind, fd).unwrap();
+        let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
+        save(descriptor::KVM, DescriptorKind::Kvm, copy(&self.kvm));
+        save(descriptor::RAM, DescriptorKind::GuestRam, copy(&self.ram));
+        save(descriptor::KERNEL, DescriptorKind::Image, copy(&self.kernel));
+        save(descriptor::CONSOLE, DescriptorKind::Stream, self.worker_console.as_fd().try_clone_to_owned().unwrap());
+        registry
+    }
+
+    fn header(&self, generation: u32) -> CprHeader {
+        let config = self.config(generation);
+        CprHeader { mode: config.mode, vm: config.vm, generation }
+    }
+
+    /// The guest's report, from its RAM.
+    pub(crate) fn report(&self) -> Result<baton_guest::Report, baton_guest::ReportError> {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        rustix::io::pread(&self.ram, &mut bytes, layout::REPORT_ADDRESS).unwrap();
+        baton_guest::Report::parse(&bytes)
+    }
+
+    /// Waits until the guest's report is as wanted.
+    #[track_caller]
+    pub(crate) fn wait_for(&self, what: &str, mut wanted: impl FnMut(&baton_guest::Report) -> bool) -> baton_guest::Report {
+        let begun = Instant::now();
+        loop {
+            if let Ok(report) = self.report() {
+                if wanted(&report) {
+                    return report;
+                }
+            }
+            assert!(begun.elapsed() < PATIENCE, "the guest never came to: {what}; {:?}", self.report());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until every vCPU has taken turns, and some more.
+    #[track_caller]
+    pub(crate) fn wait_for_turns(&self) -> baton_guest::Report {
+        let cpus = usize::from(self.config.cpus);
+        let first = self.wait_for("all vCPUs run", |report| report.vcpus_running == cpus);
+        self.wait_for("all vCPUs take turns", |report| {
+            report.slots.iter().zip(&first.slots).all(|(now, then)| now.sequence > then.sequence + 1000)
+        })
+    }
+
+    /// What the console has now.
+    pub(crate) fn read_console(&self) -> String {
+        let mut text = Vec::new();
+        let _ = (&self.console).read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// All of guest RAM.
+    pub(crate) fn ram_bytes(&self) -> Vec<u8> {
+        let size = usize::try_from(self.config.ram[0].size).unwrap();
+        let mut bytes = vec![0; size];
+        rustix::io::pread(&self.ram, &mut bytes, 0).unwrap();
+        bytes
+    }
+
+    /// Writes a command for the guest.
+    pub(crate) fn command(&self, command: u64) {
+        rustix::io::pwrite(
+            &self.ram,
+            &command.to_le_bytes(),
+            layout::REPORT_ADDRESS + u64::try_from(layout::MAILBOX_OFFSET).unwrap(),
+        )
+        .unwrap();
+    }
+
+    /// A worker of generation 1 in which the guest runs.
+    #[track_caller]
+    pub(crate) fn start(&self) -> Worker {
+        let mut worker = Worker::spawn();
+        worker.expect_hello();
+        worker.build_cold(self);
+        worker.order(&Order::Start);
+        worker.expect_running();
+        worker
+    }
+}
+
+fn rand_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    File::open("/dev/urandom").unwrap().read_exact(&mut id).unwrap();
+    id
+}
+
+/// A worker's process. Killed when dropped.
+pub(crate) struct Worker {
+    pub(crate) child: Child,
+    control: Option<Channel<Order, Report>>,
+    cpr: Option<FdSocket>,
+}
+
+impl Worker {
+    /// Executes the worker as a launcher does: from a descriptor, without arguments and environment, under the build
+    /// filters.
+    pub(crate) fn spawn() -> Self {
+        let (ours, theirs) = FdSocket::pair().unwrap();
+        let binary = File::open(env!("CARGO_BIN_EXE_baton-worker")).unwrap();
+        let name = CString::new("baton-worker").unwrap();
+        let mut command = Command::new("/nonexistent");
+        command.stdin(Stdio::from(OwnedFd::from(theirs)));
+        command.stdout(Stdio::null());
+        let install: Vec<Program> = filters().build.clone();
+        // SAFETY: the closure runs in the forked child. It installs filters and executes; both use memory of their own.
+        // No other thread of the test holds a lock that it needs: it allocates, which glibc makes safe after fork.
+        unsafe {
+            command.pre_exec(move || {
+                baton_policy::no_new_privs()?;
+                for filter in &install {
+                    filter.install()?;
+                }
+                let (argv, envp) = ([name.as_ptr(), std::ptr::null()], [std::ptr::null::<libc::c_char>()]);
+                libc::syscall(
+                    libc::SYS_execveat,
+                    binary.as_raw_fd(),
+                    c"".as_ptr(),
+                    argv.as_ptr(),
+                    envp.as_ptr(),
+                    libc::AT_EMPTY_PATH,
+                );
+                Err(io::Error::last_os_error())
+            });
+        }
+        let child = command.spawn().unwrap();
+        Self { child, control: Some(Channel::new(ours)), cpr: None }
+    }
+
+    #[track_caller]
+    pub(crate) fn order(&self, order: &Order) {
+        self.control.as_ref().unwrap().send(order).unwrap();
+    }
+
+    /// The next report, or `None` when the worker has closed.
+    #[track_caller]
+    pub(crate) fn next(&mut self) -> Option<Report> {
+        let begun = Instant::now();
+        let control = self.control.as_mut().unwrap();
+        loop {
+            match control.receive().unwrap() {
+                Received::Message(report, descriptors) => {
+                    assert!(descriptors.is_empty());
+                    return Some(report);
+                }
+                Received::HungUp => return None,
+                Received::Empty => {
+                    assert!(begun.elapsed() < PATIENCE, "the worker says nothing");
+                    let mut fds = [PollFd::new(control, PollFlags::IN)];
+                    let _ = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 }));
+                }
+            }
+        }
+    }
+
+    /// The next report, which must be as `take` wants it.
+    #[track_caller]
+    pub(crate) fn expect<T>(&mut self, what: &str, take: impl FnOnce(Report) -> Result<T, Report>) -> T {
+        match self.next() {
+            None => panic!("expected {what}, the worker has closed: {:?}", self.child.wait()),
+            Some(report) => match take(report) {
+                Ok(value) => value,
+                Err(other) => panic!("expected {what}, got {other:?}"),
+            },
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn expect_hello(&mut self) {
+        self.expect("hello", |report| match report {
+            Report::Hello { protocol: PROTOCOL, .. } => Ok(()),
+            other => Err(other),
+        });
+    }
+
+    #[track_caller]
+    pub(crate) fn expect_failed(&mut self, wanted: &str) -> String {
+        self.expect("failed", |report| match report {
+            Report::Failed { step, reason } if step == wanted => Ok(reason),
+            other => Err(other),
+        })
+    }
+
+    /// "Running", and then "first run".
+    #[track_caller]
+    pub(crate) fn expect_running(&mut self) -> u64 {
+        self.expect("running", |report| if report == Report::Running { Ok(()) } else { Err(report) });
+        self.expect("first run", |report| match report {
+            Report::FirstRun { last_run_ns } => Ok(last_run_ns),
+            other => Err(other),
+        })
+    }
+
+    #[track_caller]
+    pub(crate) fn expect_resumed(&mut self) {
+        self.expect("resumed", |report| if report == Report::Resumed { Ok(()) } else { Err(report) });
+    }
+
+    /// Sends the configuration, with the cpr socket and, of a new worker, the main channel.
+    pub(crate) fn configure(&mut self, config: WorkerConfig, main: Option<&OwnedFd>) {
+        let (ours, theirs) = FdSocket::pair().unwrap();
+        let mut descriptors = vec![theirs.as_fd()];
+        descriptors.extend(main.map(|main| main.as_fd()));
+        let order = Order::Configure(Box::new(config));
+        self.control.as_ref().unwrap().send_with(&order, &descriptors).unwrap();
+        self.cpr = Some(ours);
+    }
+
+    /// Hands the descriptors over.
+    pub(crate) fn hand_over(&self, header: &CprHeader, registry: &Registry) {
+        cpr::send(self.cpr.as_ref().unwrap(), header, registry).unwrap();
+    }
+
+    /// "Ready", and then the hang-up.
+    #[track_caller]
+    pub(crate) fn expect_ready(&mut self) -> BuildTimes {
+        let times = self.expect("ready", |report| match report {
+            Report::Ready(times) => Ok(times),
+            other => Err(other),
+        });
+        let cpr = self.cpr.take().unwrap();
+        let mut buffer = Vec::new();
+        let begun = Instant::now();
+        loop {
+            match cpr.receive(&mut buffer).unwrap() {
+                Received::HungUp => return times,
+                Received::Empty => assert!(begun.elapsed() < PATIENCE),
+                Received::Message((), _) => panic!("the worker speaks on the cpr channel"),
+            }
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn build_cold(&mut self, vm: &Vm) -> BuildTimes {
+        self.configure(vm.config(1), None);
+        self.hand_over(&vm.header(1), &vm.registry());
+        self.expect_ready()
+    }
+
+    /// The worker is to take this channel's place, in an upgrade's step S3.
+    pub(crate) fn transfer(&self, main: &OwnedFd) {
+        self.control.as_ref().unwrap().send_with(&Order::Transfer, &[main.as_fd()]).unwrap();
+    }
+
+    /// The broker dies, as far as this worker sees.
+    pub(crate) fn abandon(&mut self) {
+        self.control = None;
+    }
+
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begun.elapsed() < PATIENCE, "the worker does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until the worker has ended without a signal, and with what status.
+    pub(crate) fn exit_code(&mut self) -> i32 {
+        let status = self.wait();
+        status.code().unwrap_or_else(|| panic!("ended by signal {:?}", status.signal()))
+    }
+
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    pub(crate) fn signal(&self, signal: i32) {
+        // SAFETY: signals a child that has not been waited for, so the number is still its own.
+        unsafe { libc::kill(i32::try_from(self.child.id()).unwrap(), signal) };
+    }
+
+    /// A number out of `/proc/<pid>/status`, in its own unit.
+    pub(crate) fn status_field(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    pub(crate) fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A main channel's two ends: the old worker's and the new one's.
+pub(crate) fn main_channel() -> (OwnedFd, OwnedFd) {
+    let (a, b) = UnixStream::pair().unwrap();
+    a.set_nonblocking(true).unwrap();
+    b.set_nonblocking(true).unwrap();
+    (a.into(), b.into())
+}
+
+/// An upgrade under way, step by step.
+pub(crate) struct Upgrade {
+    pub(crate) new: Worker,
+    pub(crate) generation: u32,
+}
+
+/// What the old worker said in the pause.
+pub(crate) struct Saved {
+    pub(crate) first_exit_ns: u64,
+    pub(crate) parked_ns: u64,
+    pub(crate) digest: StateDigest,
+    pub(crate) bytes: u64,
+}
+
+impl Upgrade {
+    /// S2 and S3: a new worker that both workers agree on.
+    #[track_caller]
+    pub(crate) fn agree(vm: &Vm, old: &mut Worker, generation: u32) -> Self {
+        let mut upgrade = Self { new: Worker::spawn(), generation };
+        upgrade.new.expect_hello();
+        let (old_end, new_end) = main_channel();
+        upgrade.new.configure(vm.config(generation), Some(&new_end));
+        drop(new_end);
+        old.transfer(&old_end);
+        drop(old_end);
+        old.expect("agreed", |report| if report == Report::Agreed { Ok(()) } else { Err(report) });
+        upgrade
+    }
+
+    /// S4 and S5.
+    #[track_caller]
+    pub(crate) fn build(&mut self, vm: &Vm) -> BuildTimes {
+        self.new.hand_over(&vm.header(self.generation), &vm.registry());
+        self.new.expect_ready()
+    }
+
+    /// S6 and S7.
+    #[track_caller]
+    pub(crate) fn park(old: &mut Worker) -> Saved {
+        old.order(&Order::Park);
+        let (first_exit_ns, parked_ns) = old.expect("parked", |report| match report {
+            Report::Parked { first_exit_ns, parked_ns } => Ok((first_exit_ns, parked_ns)),
+            other => Err(other),
+        });
+        old.expect("saved", |report| match report {
+            Report::Saved { digest, bytes } => Ok(Saved { first_exit_ns, parked_ns, digest, bytes }),
+            other => Err(other),
+        })
+    }
+
+    /// S8.
+    #[track_caller]
+    pub(crate) fn expect_loaded(&mut self) -> StateDigest {
+        self.new.expect("loaded", |report| match report {
+            Report::Loaded { digest, .. } => Ok(digest),
+            other => Err(other),
+        })
+    }
+
+    /// All of it; the old worker is killed. The new one, and the blackout in nanoseconds.
+    #[track_caller]
+    pub(crate) fn complete(vm: &Vm, mut old: Worker, generation: u32) -> (Worker, u64) {
+        let mut upgrade = Self::agree(vm, &mut old, generation);
+        upgrade.build(vm);
+        let saved = Self::park(&mut old);
+        assert_eq!(upgrade.expect_loaded(), saved.digest);
+        old.order(&Order::Ceded);
+        upgrade.new.order(&Order::Commit);
+        let last_run_ns = upgrade.new.expect_running();
+        assert!(saved.first_exit_ns <= saved.parked_ns && saved.parked_ns < last_run_ns);
+        (upgrade.new, last_run_ns - saved.first_exit_ns)
+    }
+}
