@@ -296,13 +296,15 @@ impl Broker {
         let Some(mut nascent) = self.first.take() else {
             return Ok(());
         };
+        let late = Instant::now() > nascent.deadline;
+        let advance = nascent.advance();
+        // After the advance: a worker that has failed has said its last by then.
         let text = nascent.read_diagnostics();
         self.log_diagnostics(&text)?;
-        let late = Instant::now() > nascent.deadline;
         let failed = |fault: &dyn std::fmt::Display| {
             unfit(fault, "the worker's diagnostics are in the audit log")
         };
-        match nascent.advance().map_err(|fault| match fault {
+        match advance.map_err(|fault| match fault {
             crate::nascent::NascentFault::Launch(refusal) => refusal,
             fault => failed(&fault),
         })? {

@@ -183,10 +183,7 @@ impl Nascent {
                     self.ready = Some(times);
                 }
                 Ok(Some(Report::Failed { step, reason })) => {
-                    return Err(NascentFault::Failed {
-                        step: quoted(&step),
-                        reason: quoted(&reason),
-                    });
+                    return Err(failed(&step, &reason));
                 }
                 Ok(Some(Report::Violation {
                     thread, syscall, ..
@@ -213,9 +210,17 @@ impl Nascent {
                 *cpr = None;
                 match self.ready {
                     Some(times) => Ok(Advance::Listening(times)),
-                    None => Err(NascentFault::HungUp(
-                        exit_status(worker).unwrap_or_else(|| "it is still there".to_owned()),
-                    )),
+                    None => {
+                        let how =
+                            exit_status(worker).unwrap_or_else(|| "it is still there".to_owned());
+                        // Its own word, if it left one, says more than its exit status.
+                        match worker.hear() {
+                            Ok(Some(Report::Failed { step, reason })) => {
+                                Err(failed(&step, &reason))
+                            }
+                            _ => Err(NascentFault::HungUp(how)),
+                        }
+                    }
                 }
             }
         }
@@ -294,6 +299,13 @@ impl Nascent {
             Stage::Building(worker, None) => Ok(*worker),
             _ => Err(crate::refusal::unfit("the new worker is not there", "")),
         }
+    }
+}
+
+fn failed(step: &str, reason: &str) -> NascentFault {
+    NascentFault::Failed {
+        step: quoted(step),
+        reason: quoted(reason),
     }
 }
 

@@ -173,8 +173,9 @@ impl Broker {
             return Ok(());
         };
         let late = Instant::now() > nascent.deadline;
-        let text = nascent.read_diagnostics();
         let advance = nascent.advance();
+        // After the advance: a worker that has failed has said its last by then.
+        let text = nascent.read_diagnostics();
         self.log_diagnostics(&text)?;
         match advance {
             Ok(Advance::Waiting) if late => {
