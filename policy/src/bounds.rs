@@ -9,6 +9,7 @@ use std::fmt;
 
 use crate::condition::{Comparison, Conjunction, cover, describe, text};
 use crate::constants::{self, Family};
+use crate::explain::Never;
 use crate::policy::{Role, Rule};
 use crate::syscalls::{Syscall, Width};
 
@@ -229,6 +230,32 @@ pub(crate) fn crossed(rule: &Rule) -> Option<(Role, Crossed)> {
         }
     }
     None
+}
+
+/// What no policy may permit of one call.
+pub(crate) fn of(call: Syscall) -> Vec<Never> {
+    let bounds = BOUNDS
+        .iter()
+        .filter(|bound| bound.calls.contains(&call.name()));
+    let never = |bound: &Bound| {
+        let what = match bound.when {
+            Arguments::Any => "it".to_owned(),
+            Arguments::These(condition) => format!("it when {condition}"),
+            Arguments::IoctlType(kind, but) => {
+                format!(
+                    "it with a request of type {:?} but {}",
+                    char::from(kind),
+                    but.join(", ")
+                )
+            }
+        };
+        Never {
+            roles: bound.roles.to_vec(),
+            what,
+            why: bound.why,
+        }
+    };
+    bounds.map(never).collect()
 }
 
 impl Bound {

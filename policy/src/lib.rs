@@ -3,7 +3,8 @@
 //! A [`Policy`] is a file that a person reads in five minutes (`default.toml` is the built-in one). From it come
 //! the filters of every thread ([`Policy::compile`]), what the launcher does to itself before it executes a worker
 //! ([`Confinement`]), the list of binaries that may run ([`WorkerAllowList`]), and the descriptors that may be
-//! handed out ([`descriptors`]). [`procfs`] and [`proof`] compare what the kernel says of a running worker with it.
+//! handed out ([`descriptors`]). [`procfs`] and [`proof`] compare what the kernel says of a running worker with it;
+//! [`check`], [`explain`], [`diff`] and [`dump`] are for the people who write and audit policies.
 //!
 //! The crate decides and applies; it opens no descriptor for a worker, starts no process, and depends on no other
 //! crate of this workspace. Its only unsafe code is in [`kernel`].
@@ -12,12 +13,16 @@
 mod bounds;
 pub mod bpf;
 pub mod capabilities;
+pub mod check;
 pub mod compile;
 pub mod condition;
 mod confinement;
 pub mod constants;
 pub mod descriptors;
+pub mod diff;
 mod digest;
+pub mod dump;
+pub mod explain;
 pub mod judge;
 pub mod kernel;
 pub mod landlock;
