@@ -16,6 +16,7 @@ const STYLES: Styles = Styles::styled()
 
 const EXAMPLES: &str = "\
 Examples:
+  baton demo                              see it work on this host
   baton run web1.toml --detach            start a VM and leave it running
   baton upgrade web1 --worker ./worker    replace its worker under the guest
   baton upgrade --all --canary 2          replace every worker, two of them first
@@ -66,6 +67,7 @@ pub(crate) struct Globals {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Demo(Demo),
     Run(Run),
     /// List the VMs that run here
     #[command(after_help = "\
@@ -143,6 +145,31 @@ Examples:
   baton doctor
   baton doctor --json | jq -r '.checks[] | select(.level != \"ok\").remedy'")]
     Doctor,
+}
+
+/// Show on this host what Baton does, and leave nothing behind
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Boots a small guest in a confined worker, replaces the worker several times while
+the guest counts and checks its memory, audits it, and says what happened.
+
+Examples:
+  baton demo
+  baton demo --upgrades 100 --memory 1G
+  baton demo --json | jq .blackout_us")]
+pub(crate) struct Demo {
+    /// How often to replace the worker
+    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(..=100_000))]
+    pub(crate) upgrades: u32,
+    /// The guest's memory
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    pub(crate) memory: String,
+    /// The guest's vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) cpus: u8,
+    /// The worker to run [default: baton-worker beside the broker]
+    #[arg(long, value_name = "BIN")]
+    pub(crate) worker: Option<PathBuf>,
 }
 
 /// Start a VM: a broker, and the first worker under it

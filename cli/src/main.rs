@@ -9,6 +9,7 @@ mod broker_binary;
 mod client;
 mod commands;
 mod console;
+mod demo;
 mod doctor;
 mod failure;
 mod output;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     let output = Output::new(arguments.json);
     let globals = &arguments.globals;
     let result = match arguments.command {
+        Command::Demo(demo) => commands::demo::execute(globals, &demo, &output),
         Command::Run(run) => commands::run::execute(globals, &run, &output),
         Command::List => commands::list::execute(globals, &output),
         Command::Status { vm } => commands::status::execute(globals, &vm, &output),

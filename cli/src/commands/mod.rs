@@ -2,6 +2,7 @@
 
 pub(crate) mod audit;
 pub(crate) mod console;
+pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod fleet;
 pub(crate) mod list;

@@ -10,6 +10,8 @@ use std::process::Child;
 use std::process::Command;
 use std::process::ExitStatus;
 use std::process::Stdio;
+use std::time::Duration;
+use std::time::Instant;
 
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
@@ -20,6 +22,7 @@ use baton_ipc::control::StartReport;
 use baton_ipc::control::Started;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
+use rustix::event::Timespec;
 use rustix::io::Errno;
 use rustix::process::Pid;
 use rustix::process::PidfdFlags;
@@ -256,8 +259,34 @@ impl Broker {
         }
     }
 
+    /// Whether it ends within `patience`.
+    fn ends_within(&self, patience: Duration) -> Result<bool, Refusal> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left =
+                Timespec::try_from(left).map_err(|error| unfit(format!("poll: {error}"), ""))?;
+            let mut ends = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            match rustix::event::poll(&mut ends, Some(&left)) {
+                Err(Errno::INTR) => {}
+                Ok(ended) => return Ok(ended > 0),
+                Err(error) => return Err(unfit(format!("poll: {error}"), "")),
+            }
+        }
+    }
+
+    /// Waits for it to end, and kills it if it has not within `patience`. Its worker, if it has one, is orphaned by that.
+    pub(crate) fn end(&mut self, patience: Duration) -> Result<(), Refusal> {
+        if !self.ends_within(patience)? {
+            self.child
+                .kill()
+                .map_err(|error| unfit(format!("cannot end the broker: {error}"), ""))?;
+        }
+        self.wait().map(drop)
+    }
+
     /// Waits for it to end.
-    pub(crate) fn wait(&mut self) -> Result<ExitStatus, Refusal> {
+    fn wait(&mut self) -> Result<ExitStatus, Refusal> {
         self.child
             .wait()
             .map_err(|error| unfit(format!("cannot wait for the broker: {error}"), ""))

@@ -136,7 +136,8 @@ fn one(
     Ok(exit)
 }
 
-fn progress_line(vm: &str, step: Option<Step>, begun: Instant) -> String {
+/// How far an upgrade is, in one line.
+pub(crate) fn progress_line(vm: &str, step: Option<Step>, begun: Instant) -> String {
     let number = step.map_or(0, |step| u64::from(step.number()));
     let step = step.map_or_else(|| "asking".to_owned(), |step| step.to_string());
     format!(

@@ -9,6 +9,8 @@ use std::process::Command;
 use std::process::Output;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::time::Duration;
+use std::time::Instant;
 
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
@@ -221,4 +223,13 @@ pub(crate) fn write(directory: &Path, name: &str, bytes: impl AsRef<[u8]>) -> Pa
     let path = directory.join(name);
     std::fs::write(&path, bytes).unwrap();
     path
+}
+
+/// Waits until `condition` holds; a test that waits in vain fails.
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !condition() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -7,6 +7,7 @@
 
 mod canned;
 mod commands;
+mod demo;
 mod fleet;
 mod orphan;
 mod run;
