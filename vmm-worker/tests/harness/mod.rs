@@ -70,6 +70,15 @@ pub(crate) struct Vm {
     /// The broker's end of the console.
     pub(crate) console: UnixStream,
     worker_console: UnixStream,
+    _alone: File,
+}
+
+/// One guest at a time, over all test processes: two busy ones on a small machine miss the deadlines of a pause.
+fn alone() -> File {
+    let path = concat!(env!("CARGO_TARGET_TMPDIR"), "/one-guest-at-a-time");
+    let lock = File::options().create(true).append(true).open(path).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    lock
 }
 
 fn memfd(name: &str) -> OwnedFd {
@@ -102,7 +111,7 @@ impl Vm {
             filters: Filters { control: steady(Role::Control), vcpu: steady(Role::Vcpu) },
         };
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm");
-        Self { config, ram, kernel: kernel.into(), kvm: kvm.into(), console, worker_console }
+        Self { config, ram, kernel: kernel.into(), kvm: kvm.into(), console, worker_console, _alone: alone() }
     }
 
     /// The configuration of the worker of `generation`.

@@ -1,0 +1,116 @@
+//! One worker replaces another under a running guest, which does not notice but for the time that it takes.
+
+mod harness;
+
+use std::io::Write as _;
+
+use baton_guest::CommandLine;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::Report;
+use harness::Upgrade;
+use harness::Vm;
+
+fn busy_guest(cpus: u8) -> Vm {
+    Vm::new(cpus, 64, CommandLine::new().timer_us(1000).ipi_us(200).walk_bytes(8 << 20).console().period_ms(20))
+}
+
+#[test]
+fn the_guest_goes_on_where_it_was() {
+    let vm = busy_guest(2);
+    let mut worker = vm.start();
+    let mut before = vm.wait_for_turns();
+    for generation in 2..6 {
+        let (next, blackout) = Upgrade::complete(&vm, worker, generation);
+        worker = next;
+        let after = vm.wait_for("turns, interrupts and pages go on", |report| {
+            report.slots.iter().zip(&before.slots).all(|(now, then)| {
+                now.sequence > then.sequence + 1000
+                    && now.timer.ticks > then.timer.ticks + 5
+                    && now.ipis.arrived > then.ipis.arrived + 5
+                    && now.walk.sweeps > then.walk.sweeps + 1
+            })
+        });
+        assert_eq!((after.nonce, after.boots), (before.nonce, 1));
+        assert_eq!(after.faults(), 0, "{after:?}");
+        println!("generation {generation}: blackout {} us", blackout / 1000);
+        before = after;
+    }
+}
+
+#[test]
+fn nobody_writes_ram_from_parked_to_commit() {
+    let vm = busy_guest(2);
+    let mut old = vm.start();
+    vm.wait_for_turns();
+    let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
+    upgrade.build(&vm);
+    let saved = Upgrade::park(&mut old);
+    let parked = vm.ram_bytes();
+    assert_eq!(upgrade.expect_loaded(), saved.digest);
+    assert!(vm.ram_bytes() == parked, "RAM changed while the guest stood still");
+    for slot in vm.report().unwrap().slots {
+        assert!(slot.unbroken(), "{slot:?}");
+    }
+    upgrade.new.order(&Order::Commit);
+    upgrade.new.expect_running();
+    vm.wait_for_turns();
+}
+
+#[test]
+fn building_and_rehearsing_leave_ram_as_it_is() {
+    let vm = Vm::new(2, 16, CommandLine::new());
+    let mut old = vm.start();
+    vm.wait_for_turns();
+    old.order(&Order::Pause);
+    old.expect("paused", |report| if report == Report::Paused { Ok(()) } else { Err(report) });
+    let before = vm.ram_bytes();
+    // The guest is paused, so there is nothing to agree on; the rest of a build is the same.
+    let mut cold = harness::Worker::spawn();
+    cold.expect_hello();
+    cold.build_cold(&vm);
+    assert!(vm.ram_bytes() == before);
+    old.order(&Order::Resume);
+    old.expect_resumed();
+    vm.wait_for_turns();
+}
+
+#[test]
+fn the_console_goes_over_whole() {
+    let vm = Vm::new(1, 16, CommandLine::new().console().period_ms(5));
+    let mut worker = vm.start();
+    let mut text = String::new();
+    let mut report = vm.wait_for("lines", |report| report.lines > 5);
+    for generation in 2..5 {
+        (worker, _) = Upgrade::complete(&vm, worker, generation);
+        let lines = report.lines;
+        report = vm.wait_for("more lines", |report| report.lines > lines + 5);
+        text.push_str(&vm.read_console());
+    }
+    (&vm.console).write_all(b"clear\n").unwrap();
+    vm.wait_for("a command from the console", |report| report.clears == 1);
+    drop(worker);
+    text.push_str(&vm.read_console());
+    // The last line may have been cut off by the end of the worker.
+    let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
+    let log = baton_guest::StatusLog::parse(whole).unwrap();
+    assert!(log.lines.len() > 15, "{text}");
+}
+
+#[test]
+fn many_upgrades_leave_nothing_behind() {
+    let vm = Vm::new(2, 16, CommandLine::new().timer_us(1000));
+    let mut worker = vm.start();
+    vm.wait_for_turns();
+    let mut blackouts = Vec::new();
+    let mut sizes = Vec::new();
+    for generation in 2..32 {
+        let (next, blackout) = Upgrade::complete(&vm, worker, generation);
+        worker = next;
+        blackouts.push(blackout / 1000);
+        sizes.push((worker.descriptors(), worker.status_field("Threads")));
+    }
+    assert_eq!(vm.wait_for_turns().faults(), 0);
+    assert!(sizes.iter().all(|size| *size == sizes[0]), "{sizes:?}");
+    blackouts.sort_unstable();
+    println!("blackout in us: median {}, max {}", blackouts[blackouts.len() / 2], blackouts[blackouts.len() - 1]);
+}
