@@ -21,6 +21,9 @@ use crate::syscalls::Syscall;
 /// The file that [`Policy::builtin`] parses.
 pub const BUILTIN: &str = include_str!("../default.toml");
 
+/// The JSON Schema of policy files, for editors.
+pub const JSON_SCHEMA: &str = include_str!("../policy.schema.json");
+
 /// The version of the file format that this crate reads.
 pub const SCHEMA: u32 = 1;
 

@@ -6,6 +6,7 @@
 use std::num::ParseIntError;
 
 use crate::capabilities::Capabilities;
+use crate::rlimits::{Limit, Resource};
 
 /// `PF_EXITING` (`linux/sched.h`): the thread is on its way out.
 pub const PF_EXITING: u32 = 0x0000_0004;
@@ -222,6 +223,20 @@ impl TaskStat {
     }
 }
 
+/// The soft and the hard limit of `resource`, from the text of `/proc/PID/limits` (`fs/proc/base.c`).
+#[must_use]
+pub fn limit(text: &str, resource: Resource) -> Option<(Limit, Limit)> {
+    // The table's columns are 25, 20 and 20 wide, and the names have spaces.
+    let rest = text
+        .lines()
+        .find_map(|line| line.strip_prefix(resource.proc_name())?.strip_prefix(' '))?;
+    let mut words = rest.split_whitespace().map(|word| match word {
+        "unlimited" => Some(Limit::Unlimited),
+        number => number.parse().ok().map(Limit::At),
+    });
+    Some((words.next()??, words.next()??))
+}
+
 fn state(text: &str) -> Result<char, ProcError> {
     text.chars()
         .next()
@@ -335,6 +350,28 @@ mod tests {
         }
         assert!(TaskStat::parse("77 worker S 1").is_err());
         assert!(TaskStat::parse("77 (worker) S 1 77").is_err());
+    }
+
+    #[test]
+    fn this_kernels_limits_are_those_of_getrlimit() {
+        let text = std::fs::read_to_string("/proc/self/limits").unwrap();
+        for resource in Resource::ALL {
+            assert!(limit(&text, resource).is_some(), "{resource}");
+        }
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let known = |limit: Option<u64>| limit.map_or(Limit::Unlimited, Limit::At);
+        assert_eq!(
+            limit(&text, Resource::Nofile),
+            Some((known(files.current), known(files.maximum)))
+        );
+        assert_eq!(
+            limit(
+                "Max open files            many      4 files",
+                Resource::Nofile
+            ),
+            None
+        );
+        assert_eq!(limit("", Resource::Nofile), None);
     }
 
     #[test]

@@ -116,6 +116,15 @@ pub enum Discrepancy {
         /// Its numbers, from the broker's namespace inwards.
         ns_pids: Vec<u32>,
     },
+    /// A resource limit that is higher than declared.
+    Limit {
+        /// Which.
+        resource: String,
+        /// Soft and hard.
+        found: String,
+        /// What both may be at most.
+        expected: String,
+    },
     /// A descriptor that the policy does not grant.
     Descriptor {
         /// Why not.
@@ -220,6 +229,13 @@ impl fmt::Display for Discrepancy {
                 f,
                 "it is not pid 1 of a pid namespace of its own: {ns_pids:?}"
             ),
+            Self::Limit {
+                resource,
+                found,
+                expected,
+            } => {
+                write!(f, "the limit {resource} is {found}, {expected} declared")
+            }
             Self::Descriptor { reason } => f.write_str(reason),
             Self::Other { what } => f.write_str(what),
         }

@@ -17,8 +17,9 @@ pub use discrepancy::{CapabilitySetName, Discrepancy, Finding};
 use crate::capabilities::Capabilities;
 use crate::compile::Compiled;
 use crate::policy::{Namespace, Role};
-use crate::procfs::{PF_KTHREAD, TaskStat, TaskStatus};
+use crate::procfs::{self, PF_KTHREAD, TaskStat, TaskStatus};
 use crate::program::Program;
+use crate::rlimits::{Limit, Rlimits};
 
 /// What the policy and the broker declare of one worker.
 #[derive(Clone, Debug)]
@@ -366,3 +367,35 @@ impl Judge<'_> {
         }
     }
 }
+
+/// Compares the text of `/proc/PID/limits` with the limits that were declared. A limit that is lower than declared
+/// is no finding: the broker itself may have been under it.
+#[must_use]
+pub fn limits(declared: &Rlimits, text: &str) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (resource, limit) in declared.iter() {
+        let found = procfs::limit(text, resource);
+        let most = |limit: Limit| match limit {
+            Limit::At(most) => most,
+            Limit::Unlimited => u64::MAX,
+        };
+        let within = found
+            .is_some_and(|(soft, hard)| most(soft) <= most(limit) && most(hard) <= most(limit));
+        if !within {
+            let found = found.map_or_else(
+                || "not known".to_owned(),
+                |(soft, hard)| format!("{soft}, hard {hard}"),
+            );
+            let what = Discrepancy::Limit {
+                resource: resource.name().to_owned(),
+                found,
+                expected: limit.to_string(),
+            };
+            findings.push(Finding { tid: None, what });
+        }
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests;
