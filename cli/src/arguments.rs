@@ -60,9 +60,20 @@ pub(crate) struct Globals {
         help_heading = "Global options"
     )]
     pub(crate) run_dir: Option<PathBuf>,
-    /// What a broker that this command starts writes to its log
-    #[arg(long, global = true, value_name = "LEVEL", help_heading = "Global options", value_parser = ["error", "warn", "info", "debug", "trace"])]
-    pub(crate) log: Option<String>,
+}
+
+/// What every command that starts a broker takes.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Starting {
+    /// The worker to run [default: the VM file's, or baton-worker beside the broker]
+    #[arg(long, value_name = "BIN")]
+    pub(crate) worker: Option<PathBuf>,
+    /// Show the broker's audit records on standard error, too
+    #[arg(long)]
+    pub(crate) log: bool,
+    /// Give everything N times as long, on a host that is emulated
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) slow_host: Option<u32>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -167,9 +178,8 @@ pub(crate) struct Demo {
     /// The guest's vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub(crate) cpus: u8,
-    /// The worker to run [default: baton-worker beside the broker]
-    #[arg(long, value_name = "BIN")]
-    pub(crate) worker: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) starting: Starting,
 }
 
 /// Start a VM: a broker, and the first worker under it
@@ -189,9 +199,8 @@ pub(crate) struct Run {
     /// Leave the VM running and return
     #[arg(long)]
     pub(crate) detach: bool,
-    /// The worker to run [default: the description's, or baton-worker beside the broker]
-    #[arg(long, value_name = "BIN")]
-    pub(crate) worker: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) starting: Starting,
 }
 
 /// Replace a VM's worker while its guest runs

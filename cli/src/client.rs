@@ -48,6 +48,17 @@ pub(crate) struct Client {
     vm: String,
 }
 
+/// Whether a VM has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It has.
+    Yes,
+    /// Not within the time.
+    NotYet,
+    /// A signal came first.
+    Interrupted,
+}
+
 /// What came while waiting.
 enum Event {
     Reply(Reply, Vec<OwnedFd>),
@@ -109,23 +120,28 @@ impl Client {
         }
     }
 
-    /// Asks the VM to end. A broker that hangs up instead of answering has ended.
-    pub(crate) fn stop(&mut self, force: bool) -> Result<(), Refusal> {
-        self.send(&Request::Stop { force }, None)?;
-        match self.wait(Some(PATIENCE), None)? {
-            Event::Reply(Reply::Done, _) | Event::HungUp => Ok(()),
-            Event::Reply(Reply::Refused(refusal), _) => Err(refusal),
-            Event::Reply(..) | Event::Interrupted => Err(self.unexpected()),
-        }
+    /// Asks the VM to end, by its power button or at once. The answer is the end: see [`Client::ended`].
+    pub(crate) fn begin_stop(&self, force: bool) -> Result<(), Refusal> {
+        self.send(&Request::Stop { force }, None)
     }
 
-    /// Waits until the broker hangs up; false when it has not within `patience`.
-    pub(crate) fn wait_for_end(&mut self, patience: Duration) -> Result<bool, Refusal> {
+    /// Waits for the end that was asked for: until the broker has hung up.
+    pub(crate) fn ended(
+        &mut self,
+        patience: Duration,
+        signals: Option<&Signals>,
+    ) -> Result<Ended, Refusal> {
+        let deadline = Instant::now() + patience;
         loop {
-            match self.wait_or_time_out(Some(patience), None)? {
-                Some(Event::HungUp) => return Ok(true),
-                None => return Ok(false),
-                Some(_) => {}
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.wait_or_time_out(Some(left), signals)? {
+                // The worker is dead by then, and the broker clears up.
+                Some(Event::Reply(Reply::Done, _)) => {}
+                Some(Event::HungUp) => return Ok(Ended::Yes),
+                Some(Event::Interrupted) => return Ok(Ended::Interrupted),
+                Some(Event::Reply(Reply::Refused(refusal), _)) => return Err(refusal),
+                Some(Event::Reply(..)) => return Err(self.unexpected()),
+                None => return Ok(Ended::NotYet),
             }
         }
     }

@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     let output = Output::new(arguments.json);
     let globals = &arguments.globals;
     let result = match arguments.command {
-        Command::Demo(demo) => commands::demo::execute(globals, &demo, &output),
+        Command::Demo(demo) => commands::demo::execute(&demo, &output),
         Command::Run(run) => commands::run::execute(globals, &run, &output),
         Command::List => commands::list::execute(globals, &output),
         Command::Status { vm } => commands::status::execute(globals, &vm, &output),

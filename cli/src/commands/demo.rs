@@ -4,7 +4,6 @@ use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 
 use crate::arguments::Demo;
-use crate::arguments::Globals;
 use crate::commands::upgrade;
 use crate::demo;
 use crate::demo::Event;
@@ -19,14 +18,14 @@ use crate::output::Style;
 use crate::signals::Signals;
 use crate::units;
 
-pub(crate) fn execute(globals: &Globals, demo: &Demo, output: &Output) -> Result<Exit, Refusal> {
+pub(crate) fn execute(demo: &Demo, output: &Output) -> Result<Exit, Refusal> {
     let signals = Signals::take()?;
     fit(demo)?;
     let plan = Plan {
         upgrades: demo.upgrades,
         memory: demo.memory.clone(),
         cpus: demo.cpus,
-        worker: demo.worker.clone(),
+        starting: demo.starting.clone(),
     };
     let mut teller = Teller {
         output,
@@ -37,7 +36,7 @@ pub(crate) fn execute(globals: &Globals, demo: &Demo, output: &Output) -> Result
         begun: std::time::Instant::now(),
         failed: None,
     };
-    let run = demo::run(&plan, globals, &signals, &mut |event| teller.tell(event));
+    let run = demo::run(&plan, &signals, &mut |event| teller.tell(event));
     teller.live.clear();
     if let Some(refusal) = teller.failed {
         return Err(refusal);
@@ -53,7 +52,7 @@ pub(crate) fn execute(globals: &Globals, demo: &Demo, output: &Output) -> Result
 
 /// What every VM needs has to be there, before anything is begun.
 fn fit(demo: &Demo) -> Result<(), Refusal> {
-    let checks = doctor::examine(&Host::this(), demo.worker.as_deref());
+    let checks = doctor::examine(&Host::this(), demo.starting.worker.as_deref());
     let missing: Vec<_> = checks
         .iter()
         .filter(|check| check.level == Level::Missing)

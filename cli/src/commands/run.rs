@@ -32,6 +32,7 @@ use serde_json::json;
 
 use crate::arguments::Globals;
 use crate::arguments::Run;
+use crate::arguments::Starting;
 use crate::broker_binary;
 use crate::console::Console;
 use crate::console::End;
@@ -42,6 +43,9 @@ use crate::output::printable;
 use crate::run_dir::RunDir;
 use crate::signals::Signals;
 use crate::units;
+
+/// How long a refusal to stop may take.
+const HEARD: Duration = Duration::from_millis(300);
 
 /// A started broker, and this process's end of the socket that is its standard input.
 #[derive(Debug)]
@@ -63,7 +67,7 @@ pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<E
     }
     let signals = Signals::take()?;
     let run_dir = RunDir::resolve(globals.run_dir.as_deref())?;
-    let mut broker = Broker::spawn(globals, run, &run_dir)?;
+    let mut broker = Broker::spawn(run, &run_dir)?;
     let started = broker.started(&signals)?;
     for note in &started.notes {
         output.note(&printable(note));
@@ -101,17 +105,25 @@ pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<E
 
 impl Broker {
     /// Starts one.
-    pub(crate) fn spawn(globals: &Globals, run: &Run, run_dir: &RunDir) -> Result<Self, Refusal> {
+    pub(crate) fn spawn(run: &Run, run_dir: &RunDir) -> Result<Self, Refusal> {
         let binary = broker_binary::find()?;
         let (ours, theirs) = FdSocket::pair()
             .map_err(|error| unfit(format!("cannot make a socket pair: {error}"), ""))?;
         let mut command = Command::new(&binary);
         command.arg("serve").arg("--run-dir").arg(run_dir.path());
-        if let Some(worker) = &run.worker {
+        let Starting {
+            worker,
+            log,
+            slow_host,
+        } = &run.starting;
+        if let Some(worker) = worker {
             command.arg("--worker").arg(worker);
         }
-        if let Some(level) = &globals.log {
-            command.arg("--log").arg(level);
+        if *log {
+            command.arg("--log");
+        }
+        if let Some(factor) = slow_host {
+            command.arg("--slow-host").arg(factor.to_string());
         }
         if run.detach {
             command.arg("--detach");
@@ -149,7 +161,7 @@ impl Broker {
                     let status = self.wait()?;
                     return Err(unfit(
                         format!("the broker ended before the VM ran ({status})"),
-                        "its own messages are above; more with --log debug",
+                        "its own messages are above; more with --log",
                     ));
                 }
                 Err(error) => {
@@ -190,6 +202,7 @@ impl Broker {
             output.hint("Ctrl-C presses the guest's power button; twice ends the VM");
         }
         let mut asked = false;
+        let mut waiting = Vec::new();
         loop {
             let end = match &mut console {
                 Some(attached) => attached.copy(signals, Some(self.pidfd.as_fd()))?,
@@ -212,14 +225,23 @@ impl Broker {
                 End::Other => break,
                 End::HungUp => console = None,
                 End::Escape | End::Signal => {
-                    let stopped = run_dir
+                    let stopping = run_dir
                         .vm(vm)
                         .and_then(|directory| directory.broker())
-                        .and_then(|mut client| client.stop(asked));
-                    match stopped {
-                        Ok(()) if asked => output.hint("ending the VM"),
-                        Ok(()) => {
-                            output.hint("asked the guest to power off; once more ends the VM")
+                        .and_then(|mut client| {
+                            client.begin_stop(asked)?;
+                            // Long enough to hear that it is refused.
+                            client.ended(HEARD, None)?;
+                            Ok(client)
+                        });
+                    match stopping {
+                        Ok(client) => {
+                            output.hint(match asked {
+                                true => "ending the VM",
+                                false => "asked the guest to power off; once more ends the VM",
+                            });
+                            // It is answered at the end of the VM; until then the broker wants somebody there.
+                            waiting.push(client);
                         }
                         Err(refusal) => output.note(&refusal.to_string()),
                     }

@@ -146,7 +146,7 @@ impl Guest {
         self.log
             .lines
             .last()
-            .ok_or_else(|| unfit("the guest has printed nothing", "more with --log debug"))
+            .ok_or_else(|| unfit("the guest has printed nothing", "more with --log"))
     }
 
     fn wait(
@@ -169,7 +169,7 @@ impl Guest {
                         "waited {} s in vain for the guest {what}",
                         patience.as_secs()
                     ),
-                    "the host may be overloaded; more with --log debug",
+                    "the host may be overloaded; more with --log",
                 ));
             }
             let timeout =
@@ -197,7 +197,7 @@ impl Guest {
                 Ok((0, _)) | Err(Errno::CONNRESET) => {
                     return Err(unfit(
                         "the broker closed the guest's console",
-                        "more with --log debug",
+                        "more with --log",
                     ));
                 }
                 Ok((count, _)) => self.take(buffer.get(..count).unwrap_or_default())?,

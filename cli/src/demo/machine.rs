@@ -10,7 +10,6 @@ use baton_ipc::control::Started;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::arguments::Globals;
 use crate::arguments::Run;
 use crate::client::Client;
 use crate::commands::run::Broker;
@@ -67,11 +66,7 @@ struct Boot<'a> {
 
 impl Machine {
     /// Starts it.
-    pub(super) fn start(
-        plan: &Plan,
-        globals: &Globals,
-        signals: &Signals,
-    ) -> Result<Self, Refusal> {
+    pub(super) fn start(plan: &Plan, signals: &Signals) -> Result<Self, Refusal> {
         let failed = |error: io::Error| {
             unfit(
                 format!("cannot make the demo's directory: {error}"),
@@ -89,9 +84,9 @@ impl Machine {
         let run = Run {
             file,
             detach: false,
-            worker: plan.worker.clone(),
+            starting: plan.starting.clone(),
         };
-        let mut broker = Broker::spawn(globals, &run, &run_dir)?;
+        let mut broker = Broker::spawn(&run, &run_dir)?;
         let directory = run_dir.vm(NAME)?;
         match broker.started(signals) {
             Ok(started) => Ok(Self {
@@ -137,8 +132,10 @@ impl Drop for Machine {
 /// Ends broker and worker: by request, else by force.
 fn finish(broker: &mut Broker, directory: &VmDirectory) -> Result<(), Refusal> {
     if let Ok(Found::Broker(mut client)) = directory.look() {
-        // If it refuses, it is killed below.
-        let _ = client.stop(true);
+        // If it refuses, it is killed below; the connection stays until it has heard.
+        let _ = client
+            .begin_stop(true)
+            .and_then(|()| client.ended(END, None));
     }
     broker.end(END)?;
     // A killed broker leaves its worker.
@@ -170,6 +167,7 @@ fn description(plan: &Plan) -> Result<String, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arguments::Starting;
 
     #[test]
     fn the_vm_file_says_what_was_asked_for() {
@@ -177,7 +175,7 @@ mod tests {
             upgrades: 1,
             memory: "64M".to_owned(),
             cpus: 2,
-            worker: None,
+            starting: Starting::default(),
         };
         let file: toml::Table = description(&plan).unwrap().parse().unwrap();
         assert_eq!(file["schema"].as_integer(), Some(1));

@@ -5,7 +5,6 @@ mod guest;
 mod machine;
 pub(crate) mod story;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_ipc::control::AuditReport;
@@ -15,7 +14,7 @@ use baton_ipc::control::Refusal;
 use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
 
-use crate::arguments::Globals;
+use crate::arguments::Starting;
 use crate::commands::upgrade;
 use crate::demo::guest::Guest;
 use crate::demo::guest::Health;
@@ -30,7 +29,7 @@ pub(crate) struct Plan {
     /// As in a VM file: `256M`.
     pub(crate) memory: String,
     pub(crate) cpus: u8,
-    pub(crate) worker: Option<PathBuf>,
+    pub(crate) starting: Starting,
 }
 
 /// How long the guest may take to boot and to go through its memory once: blank memory is the host's to provide, some
@@ -76,11 +75,10 @@ pub(crate) enum Event<'a> {
 /// Does it. Whatever happens, nothing is left running or lying about afterwards.
 pub(crate) fn run(
     plan: &Plan,
-    globals: &Globals,
     signals: &Signals,
     tell: &mut dyn FnMut(&Event<'_>),
 ) -> Result<Run, Refusal> {
-    let machine = Machine::start(plan, globals, signals)?;
+    let machine = Machine::start(plan, signals)?;
     tell(&Event::Started {
         worker_pid: machine.started().worker_pid,
         start_us: machine.started().start_us,
@@ -110,7 +108,7 @@ pub(crate) fn run(
                     "upgrade {number} did not go through{}",
                     upgrade::why(&outcome)
                 ),
-                "more with --log debug",
+                "more with --log",
             ));
         }
         if interrupted {

@@ -148,7 +148,7 @@ fn serve(dir: &Path, fault: Fault) -> Heard {
                 }
                 Request::Stop { force: true } => {
                     std::fs::write(&end, "").unwrap();
-                    Reply::Done
+                    return Vec::new();
                 }
                 _ => Reply::Refused(refusal(baton_ipc::control::Exit::Usage)),
             };

@@ -69,7 +69,6 @@ fn a_detached_start_prints_what_the_surface_promises() {
             "--worker",
             "w",
             "--log",
-            "debug",
             "--json",
         ],
     )
@@ -91,7 +90,6 @@ fn a_detached_start_prints_what_the_surface_promises() {
             "--worker",
             "w",
             "--log",
-            "debug",
             "--detach",
             "web1.toml"
         ]
