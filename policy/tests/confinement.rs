@@ -243,6 +243,7 @@ fn what_a_settled_thread_needs_is_let_through() {
     for role in ["control", "vcpu", "io"] {
         for call in [
             "mmap 0 4096 3 0x22",
+            "mmap 0 4096 3 0x28",
             "mmap 0 4096 0 0x4022",
             "getpid",
             "sched_yield",

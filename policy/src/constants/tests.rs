@@ -265,6 +265,7 @@ fn values_agree_with_libc() {
         (Family::Map, "MAP_FIXED", libc::MAP_FIXED),
         (Family::Map, "MAP_NORESERVE", libc::MAP_NORESERVE),
         (Family::Map, "MAP_STACK", libc::MAP_STACK),
+        (Family::Map, "MAP_DROPPABLE", libc::MAP_DROPPABLE),
         (Family::Madvise, "MADV_DONTNEED", libc::MADV_DONTNEED),
         (Family::Madvise, "MADV_FREE", libc::MADV_FREE),
         (Family::Madvise, "MADV_REMOVE", libc::MADV_REMOVE),
