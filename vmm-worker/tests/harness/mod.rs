@@ -89,9 +89,7 @@ impl Vm {
     /// A guest of the embedded image.
     pub(crate) fn new(cpus: u8, mib: u64, command_line: CommandLine) -> Self {
         let size = mib << 20;
-        let ram = memfd("ram");
-        rustix::fs::ftruncate(&ram, size).unwrap();
-        rustix::fs::fcntl_add_seals(&ram, descriptor::RAM_SEALS).unwrap();
+        let ram = Self::ram_of(size);
         let mut kernel = File::from(memfd("kernel"));
         kernel.write_all(baton_guest::ELF).unwrap();
         let (console, worker_console) = UnixStream::pair().unwrap();
@@ -112,6 +110,14 @@ impl Vm {
         };
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm");
         Self { config, ram, kernel: kernel.into(), kvm: kvm.into(), console, worker_console, _alone: alone() }
+    }
+
+    /// Blank guest RAM.
+    pub(crate) fn ram_of(size: u64) -> OwnedFd {
+        let ram = memfd("ram");
+        rustix::fs::ftruncate(&ram, size).unwrap();
+        rustix::fs::fcntl_add_seals(&ram, descriptor::RAM_SEALS).unwrap();
+        ram
     }
 
     /// The configuration of the worker of `generation`.
@@ -210,6 +216,13 @@ fn rand_id() -> [u8; 16] {
     let mut id = [0; 16];
     File::open("/dev/urandom").unwrap().read_exact(&mut id).unwrap();
     id
+}
+
+/// Whether a guest that another worker was to take over goes on in the old one, as itself.
+#[track_caller]
+pub(crate) fn assert_goes_on(vm: &Vm, before: &baton_guest::Report) {
+    let after = vm.wait_for_turns();
+    assert_eq!((after.nonce, after.boots, after.faults()), (before.nonce, before.boots, 0));
 }
 
 /// A worker's process. Killed when dropped.
@@ -338,6 +351,33 @@ impl Worker {
         cpr::send(self.cpr.as_ref().unwrap(), header, registry).unwrap();
     }
 
+    /// Hands over what belongs to the worker of `generation`.
+    pub(crate) fn hand_over_to(&self, vm: &Vm, generation: u32) {
+        self.hand_over(&vm.header(generation), &vm.registry());
+    }
+
+    /// Whether the worker lives and says nothing for a while.
+    pub(crate) fn says_nothing(&mut self) -> bool {
+        std::thread::sleep(Duration::from_millis(100));
+        let silent = matches!(self.control.as_mut().unwrap().receive(), Ok(Received::Empty));
+        silent && self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits until all threads of the worker are stopped.
+    pub(crate) fn wait_stopped(&self) {
+        let begun = Instant::now();
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let stopped = |entry: io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(entry.unwrap().path().join("stat")).unwrap();
+            let state = stat.rsplit(')').next().unwrap().trim_start();
+            state.starts_with('T')
+        };
+        while !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+            assert!(begun.elapsed() < PATIENCE, "the worker does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// "Ready", and then the hang-up.
     #[track_caller]
     pub(crate) fn expect_ready(&mut self) -> BuildTimes {
@@ -367,6 +407,12 @@ impl Worker {
     /// The worker is to take this channel's place, in an upgrade's step S3.
     pub(crate) fn transfer(&self, main: &OwnedFd) {
         self.control.as_ref().unwrap().send_with(&Order::Transfer, &[main.as_fd()]).unwrap();
+    }
+
+    /// Sends bytes that are no order.
+    pub(crate) fn send_raw(&self, bytes: &[u8]) {
+        let control = self.control.as_ref().unwrap().as_fd().try_clone_to_owned().unwrap();
+        FdSocket::from(control).send(bytes, &[]).unwrap();
     }
 
     /// The broker dies, as far as this worker sees.
@@ -427,6 +473,47 @@ pub(crate) fn main_channel() -> (OwnedFd, OwnedFd) {
     (a.into(), b.into())
 }
 
+/// The middle of a main channel, from which a test can cut, bend or forge what goes over it.
+pub(crate) struct Tap {
+    old: UnixStream,
+    new: UnixStream,
+}
+
+impl Tap {
+    /// A tap, and the two ends for the workers.
+    fn new() -> (Self, OwnedFd, OwnedFd) {
+        let ((old, old_end), (new, new_end)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        for end in [&old_end, &new_end] {
+            end.set_nonblocking(true).unwrap();
+        }
+        for end in [&old, &new] {
+            end.set_read_timeout(Some(PATIENCE)).unwrap();
+        }
+        (Self { old, new }, old_end.into(), new_end.into())
+    }
+
+    fn relay_frame(mut from: &UnixStream, mut to: &UnixStream) {
+        let mut length = [0; 4];
+        from.read_exact(&mut length).unwrap();
+        let mut payload = vec![0; usize::try_from(u32::from_le_bytes(length)).unwrap()];
+        from.read_exact(&mut payload).unwrap();
+        to.write_all(&length).unwrap();
+        to.write_all(&payload).unwrap();
+    }
+
+    /// The old worker's state stream.
+    pub(crate) fn stream(&self, saved: &Saved) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(saved.bytes).unwrap()];
+        (&self.old).read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// Sends the new worker something.
+    pub(crate) fn send(&self, bytes: &[u8]) {
+        (&self.new).write_all(bytes).unwrap();
+    }
+}
+
 /// An upgrade under way, step by step.
 pub(crate) struct Upgrade {
     pub(crate) new: Worker,
@@ -454,6 +541,21 @@ impl Upgrade {
         drop(old_end);
         old.expect("agreed", |report| if report == Report::Agreed { Ok(()) } else { Err(report) });
         upgrade
+    }
+
+    /// S2 and S3, with a tap in the main channel.
+    #[track_caller]
+    pub(crate) fn agree_tapped(vm: &Vm, old: &mut Worker, generation: u32) -> (Self, Tap) {
+        let mut upgrade = Self { new: Worker::spawn(), generation };
+        upgrade.new.expect_hello();
+        let (tap, old_end, new_end) = Tap::new();
+        upgrade.new.configure(vm.config(generation), Some(&new_end));
+        old.transfer(&old_end);
+        drop((old_end, new_end));
+        Tap::relay_frame(&tap.new, &tap.old);
+        Tap::relay_frame(&tap.old, &tap.new);
+        old.expect("agreed", |report| if report == Report::Agreed { Ok(()) } else { Err(report) });
+        (upgrade, tap)
     }
 
     /// S4 and S5.
