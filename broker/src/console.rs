@@ -119,7 +119,7 @@ impl Console {
     pub(crate) fn pump(&mut self) {
         let mut buffer = [0; 16 << 10];
         if let Ok(count) = self.guest.read(&mut buffer) {
-            self.from_guest(buffer.get(..count).unwrap_or_default());
+            self.spread(buffer.get(..count).unwrap_or_default());
         }
         let mut index = 0;
         while let Some(listener) = self.listeners.get_mut(index) {
@@ -153,7 +153,7 @@ impl Console {
         drain_into(&mut self.typed, &mut self.guest);
     }
 
-    fn from_guest(&mut self, bytes: &[u8]) {
+    fn spread(&mut self, bytes: &[u8]) {
         if let Some(file) = &mut self.file {
             // A full disk costs the guest its log, and nothing else.
             let _ = file.write_all(bytes);

@@ -372,7 +372,7 @@ kernel = "vmlinux"
             (
                 "[boot]",
                 "[console]\nkind = \"radio\"\n[boot]",
-                6,
+                7,
                 "unknown variant `radio`",
             ),
             (
