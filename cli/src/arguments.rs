@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::Parser;
 use clap::Subcommand;
+use clap::ValueEnum;
 use clap::builder::Styles;
 use clap::builder::styling::AnsiColor;
 
@@ -148,6 +149,22 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+    /// Read policies: what a worker may hold and do
+    #[command(
+        subcommand_required = true,
+        after_help = "\
+FILE is a policy, or `default` for the built-in one.
+
+Examples:
+  baton policy check my-policy.toml
+  baton policy explain --call ioctl
+  baton policy diff default my-policy.toml    exit status 1 when it allows more
+  baton policy dump --format bpf --role vcpu > vcpu.bpf"
+    )]
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
     /// Look whether VMs can run on this host, and what to do if not
     #[command(after_help = "\
 Exit status 0: VMs run here. 3: something that every VM needs is missing.
@@ -156,6 +173,73 @@ Examples:
   baton doctor
   baton doctor --json | jq -r '.checks[] | select(.level != \"ok\").remedy'")]
     Doctor,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Whether a policy is fit for use, and what to think about
+    #[command(after_help = "Example:\n  baton policy check my-policy.toml")]
+    Check {
+        /// The policy
+        #[arg(default_value = "default")]
+        file: PathBuf,
+    },
+    /// What each kind of thread may do, and why
+    #[command(after_help = "\
+Examples:
+  baton policy explain
+  baton policy explain my-policy.toml --call mmap")]
+    Explain {
+        /// The policy
+        #[arg(default_value = "default")]
+        file: PathBuf,
+        /// Only this system call, with reasons
+        #[arg(long, value_name = "NAME")]
+        call: Option<String>,
+    },
+    /// What one policy allows more or less than another
+    #[command(after_help = "\
+Exit status 0: NEW allows no more. 1: it allows more.
+
+Example:
+  baton policy diff default my-policy.toml")]
+    Diff {
+        /// The policy to compare with
+        old: PathBuf,
+        /// The policy to judge
+        new: PathBuf,
+    },
+    /// A policy's compiled filters
+    #[command(after_help = "\
+Examples:
+  baton policy dump                                disassembled
+  baton policy dump --format json | jq .filters
+  baton policy dump --format bpf --role vcpu > vcpu.bpf")]
+    Dump {
+        /// The policy
+        #[arg(default_value = "default")]
+        file: PathBuf,
+        /// How
+        #[arg(long, value_enum, default_value_t = DumpFormat::Text)]
+        format: DumpFormat,
+        /// Whose filter, for `bpf`
+        #[arg(long, value_name = "ROLE")]
+        role: Option<String>,
+        /// Which of that role's filters, for `bpf`
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        index: usize,
+    },
+}
+
+/// A form of compiled filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DumpFormat {
+    /// Disassembled, for people
+    Text,
+    /// The policy and its filters in one document
+    Json,
+    /// One filter's bytes, as the kernel takes them
+    Bpf,
 }
 
 /// Show on this host what Baton does, and leave nothing behind
@@ -252,7 +336,11 @@ mod tests {
 
     #[test]
     fn every_command_shows_an_example() {
-        for command in Arguments::command().get_subcommands() {
+        let arguments = Arguments::command();
+        for command in arguments
+            .get_subcommands()
+            .flat_map(|command| std::iter::once(command).chain(command.get_subcommands()))
+        {
             let help = command.get_after_help().map(ToString::to_string);
             assert!(
                 help.is_some_and(|help| help.contains("Example")),

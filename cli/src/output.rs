@@ -186,8 +186,12 @@ impl Live {
     /// Draws `text`, cut to the terminal's width.
     pub(crate) fn draw(&mut self, text: &str) {
         if self.enabled {
+            // A terminal that does not know its width says 0.
             let width = rustix::termios::tcgetwinsize(std::io::stderr())
-                .map_or(80, |size| usize::from(size.ws_col));
+                .ok()
+                .map(|size| usize::from(size.ws_col))
+                .filter(|width| *width > 0)
+                .unwrap_or(80);
             let text: String = text.chars().take(width.saturating_sub(1)).collect();
             say(&format!(
                 "\r\x1b[2K{}",

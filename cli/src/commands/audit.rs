@@ -4,6 +4,7 @@ use baton_ipc::control::AuditReport;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::Verdict;
+use serde::Serialize;
 use serde_json::Value;
 use serde_json::json;
 
@@ -59,6 +60,14 @@ pub(crate) fn document(report: &AuditReport) -> Result<Value, Refusal> {
     }))
 }
 
+/// What a unit variant is called in JSON; `-` for none.
+fn word(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(word)) => word,
+        _ => "-".to_owned(),
+    }
+}
+
 fn person(vm: &str, report: &AuditReport, output: &Output) -> String {
     let plain = |text: String| (None, text);
     let mut threads = Table::new(&["THREAD", "ROLE", "FILTERS", "PROOF"]);
@@ -72,13 +81,11 @@ fn person(vm: &str, report: &AuditReport, output: &Output) -> String {
     }
     let mut descriptors = Table::new(&["FD", "GRANT", "KIND", "ACCESS", "TARGET"]);
     for descriptor in &report.descriptors {
-        let kind = descriptor.kind.map(|kind| format!("{kind:?}"));
-        let access = descriptor.access.map(|access| format!("{access:?}"));
         descriptors.row(vec![
             plain(descriptor.fd.to_string()),
             plain(descriptor.grant.clone()),
-            plain(kind.map_or("-".to_owned(), |kind| kind.to_lowercase())),
-            plain(access.map_or("-".to_owned(), |access| access.to_lowercase())),
+            plain(word(&descriptor.kind)),
+            plain(word(&descriptor.access)),
             plain(descriptor.target.clone()),
         ]);
     }

@@ -282,7 +282,7 @@ fn cells(entry: &Entry) -> Vec<(Option<Style>, String)> {
             nothing(),
             nothing(),
             nothing(),
-            (None, refusal.to_string()),
+            (None, refusal.to_string().replace("\n  ", "; ")),
         ],
         End::Skipped => vec![
             name,

@@ -286,12 +286,18 @@ fn chart(outcome: &UpgradeOutcome) -> String {
         .max()
         .unwrap_or(0);
     let lines = outcome.phases.iter().map(|phase| {
+        let paused = (Step::Park..=Step::Run).contains(&phase.step);
         format!(
-            "  {:<13} {:>10}  {}",
+            "{} {:<13} {:>10}  {}",
+            if paused { "▐" } else { " " },
             phase.step.to_string(),
             units::microseconds(phase.us),
             bar(phase.us, longest, 30)
         )
     });
-    lines.collect::<Vec<_>>().join("\n")
+    let mut lines: Vec<String> = lines.collect();
+    if outcome.pause_us > 0 {
+        lines.push("▐ the guest stands still".to_owned());
+    }
+    lines.join("\n")
 }

@@ -94,12 +94,15 @@ impl Guest {
         })
     }
 
-    /// The longest time between two of its turns since it forgot the others, in microseconds; asked of lines that it
-    /// begins to print from now on. Checks that it is well.
-    pub(super) fn largest_gap_us(&mut self, signals: &Signals) -> Result<u64, Refusal> {
+    /// The longest time between two of its turns since it forgot the others, in microseconds, as it says in the last of
+    /// so many lines from now on. Checks that it is well.
+    pub(super) fn largest_gap_us(
+        &mut self,
+        signals: &Signals,
+        lines: usize,
+    ) -> Result<u64, Refusal> {
         self.take_lines()?;
-        // The first may have been under way already.
-        let enough = self.log.lines.len() + 2;
+        let enough = self.log.lines.len() + lines;
         self.wait(signals, SILENCE, "to print", |guest| {
             guest.log.lines.len() >= enough
         })?;
@@ -296,7 +299,7 @@ mod tests {
         std::thread::spawn(move || {
             (1..).all(|number| theirs.write_all(line(number, WELL).as_bytes()).is_ok())
         });
-        assert_eq!(guest.largest_gap_us(&signals).unwrap(), 2);
+        assert_eq!(guest.largest_gap_us(&signals, 2).unwrap(), 2);
     }
 
     #[test]

@@ -36,10 +36,18 @@ pub(crate) struct Plan {
 /// µs a page, a hundredfold where guests are emulated.
 const BOOT: Duration = Duration::from_secs(120);
 
+/// Lines of the guest to wait for after an upgrade: the first may have been under way already.
+const AFTERWARDS: usize = 2;
+
+/// And without one, to compare: about as long as an upgrade takes, most of it before the pause.
+const QUIET: usize = 8;
+
 /// What happened.
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) start_us: u64,
+    /// The longest time between two turns of the guest in a while without an upgrade, in microseconds: the host's noise.
+    pub(crate) quiet_gap_us: u64,
     pub(crate) upgrades: Vec<Replacement>,
     /// How the guest was at the end.
     pub(crate) health: Health,
@@ -89,6 +97,8 @@ pub(crate) fn run(
     tell(&Event::Booting);
     guest.wait_for_sweep(signals, BOOT)?;
     tell(&Event::Booted(&guest.health()?));
+    guest.clear_gap(signals)?;
+    let quiet_gap_us = guest.largest_gap_us(signals, QUIET)?;
 
     let mut upgrades = Vec::new();
     for number in 1..=plan.upgrades {
@@ -114,7 +124,7 @@ pub(crate) fn run(
         if interrupted {
             return Err(guest::interrupted());
         }
-        let guest_gap_us = guest.largest_gap_us(signals)?;
+        let guest_gap_us = guest.largest_gap_us(signals, AFTERWARDS)?;
         let replacement = Replacement {
             outcome,
             guest_gap_us,
@@ -130,6 +140,7 @@ pub(crate) fn run(
     machine.end()?;
     Ok(Run {
         start_us,
+        quiet_gap_us,
         upgrades,
         health,
         ram_bytes: status.ram_bytes,

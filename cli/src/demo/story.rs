@@ -1,5 +1,8 @@
 //! What the demo tells: a person in plain words, a script in one object.
 
+use std::collections::BTreeMap;
+
+use baton_ipc::control::AuditDescriptor;
 use baton_ipc::control::AuditReport;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
@@ -47,6 +50,7 @@ pub(crate) fn document(run: &Run) -> Result<Value, Refusal> {
         "upgrades": upgrades.collect::<Vec<_>>(),
         "blackout_us": run.blackouts(),
         "guest_gap_us": run.guest_gap_us(),
+        "quiet_gap_us": run.quiet_gap_us,
         "start_us": run.start_us,
         "nonce": format!("{:016x}", health.nonce),
         "guest": {
@@ -86,13 +90,17 @@ pub(crate) fn person(run: &Run, output: &Output) -> String {
     let health = &run.health;
     lines.push(format!(
         "The guest was {} rebooted. It counted to {} without a break, went through its {} of memory {}\n\
-         and found {} wrong; its clock never went backwards. By its own clock it missed at most {}.",
+         and found {} wrong; its clock never went backwards.",
         output.paint(Style::Good, "never"),
         health.sequence,
         units::bytes(run.ram_bytes),
         times(usize::try_from(health.sweeps).unwrap_or(usize::MAX)),
         output.paint(Style::Good, "nothing"),
-        units::microseconds(run.guest_gap_us()),
+    ));
+    lines.push(format!(
+        "By its own clock it missed at most {} around an upgrade, and {} without one: that is other work on this host.",
+        output.paint(Style::Strong, &units::microseconds(run.guest_gap_us())),
+        units::microseconds(run.quiet_gap_us),
     ));
     lines.push(String::new());
     lines.extend(confinement(&run.audit, output));
@@ -109,11 +117,6 @@ pub(crate) fn person(run: &Run, output: &Output) -> String {
 }
 
 fn confinement(report: &AuditReport, output: &Output) -> Vec<String> {
-    let held: Vec<String> = report
-        .descriptors
-        .iter()
-        .map(|descriptor| printable(&descriptor.grant))
-        .collect();
     let mut lines = vec![match audit::exit(report) {
         Exit::Done => format!(
             "The last worker is audited from the kernel's own records: {}. {} threads, {} descriptors, all as declared.",
@@ -136,19 +139,39 @@ fn confinement(report: &AuditReport, output: &Output) -> Vec<String> {
             printable(&finding.found)
         )
     }));
-    if !held.is_empty() {
-        lines.push(format!("  It held:      {}", held.join(", ")));
+    let (granted, own): (Vec<_>, Vec<_>) = report
+        .descriptors
+        .iter()
+        .partition(|descriptor| descriptor.kind.is_some());
+    let names = |descriptors: &[&AuditDescriptor]| {
+        let mut counts = BTreeMap::new();
+        for descriptor in descriptors {
+            let name = printable(&descriptor.grant);
+            let name = name.strip_prefix("made by the worker: ").unwrap_or(&name);
+            *counts.entry(name.to_owned()).or_insert(0_u32) += 1;
+        }
+        let names = counts.into_iter().map(|(name, count)| match count {
+            1 => name,
+            count => format!("{name} (x{count})"),
+        });
+        names.collect::<Vec<_>>().join(", ")
+    };
+    if !report.descriptors.is_empty() {
+        lines.push(format!("  It was given:  {}", names(&granted)));
+        lines.push(format!("  It has beside: {}", names(&own)));
     }
     if let Ok(policy) = Policy::builtin() {
-        let most = Role::STEADY
+        let widest = Role::STEADY
             .into_iter()
-            .map(|role| policy.allowed(role).len())
-            .max()
-            .unwrap_or(0);
+            .map(|role| policy.allowed(role))
+            .max_by_key(BTreeMap::len)
+            .unwrap_or_default();
+        let bound = widest.values().filter(|rules| !rules.is_empty()).count();
         lines.push(format!(
-            "  It could use: {most} system calls at most in any thread, most with fixed arguments"
+            "  It may make:   {} system calls in its widest thread, {bound} of them only with given arguments",
+            widest.len()
         ));
-        lines.push(format!("  It could not: {}", denied(&policy).join(", ")));
+        lines.push(format!("  It may not:    {}", denied(&policy).join(", ")));
     }
     lines.extend(report.weaker.iter().map(|line| {
         format!(

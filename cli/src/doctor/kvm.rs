@@ -4,6 +4,7 @@
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 
 use crate::doctor::Check;
 use crate::doctor::Host;
@@ -25,7 +26,14 @@ fn device(host: &Host) -> Check {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Check::missing(
             ID,
             "this user may not open /dev/kvm",
-            "run as root, or join the device's group and log in again: usermod -aG kvm $USER",
+            match std::fs::metadata(&path).map(|device| device.mode() & 0o060) {
+                Ok(0o060) => {
+                    "run as root, or join the device's group and log in again: usermod -aG kvm $USER"
+                }
+                _ => {
+                    "run as root, or let a group open it: chgrp kvm /dev/kvm && chmod g+rw /dev/kvm"
+                }
+            },
         ),
         Err(error) => Check::missing(
             ID,

@@ -10,4 +10,5 @@ mod commands;
 mod demo;
 mod fleet;
 mod orphan;
+mod policy;
 mod run;

@@ -1,0 +1,193 @@
+//! `baton policy`: reads policies, without a VM and without privilege.
+
+use std::io::Write;
+use std::path::Path;
+
+use baton_ipc::control::Exit;
+use baton_ipc::control::Refusal;
+use baton_policy::Compiled;
+use baton_policy::Policy;
+use baton_policy::Syscall;
+use baton_policy::check;
+use baton_policy::diff::Difference;
+use baton_policy::diff::Direction;
+use serde::Serialize;
+use serde_json::Value;
+use serde_json::json;
+
+use crate::arguments::DumpFormat;
+use crate::arguments::PolicyCommand;
+use crate::failure::failure;
+use crate::failure::unfit;
+use crate::output::Output;
+use crate::output::Style;
+
+/// What stands for the built-in policy, as in a VM's description.
+const BUILT_IN: &str = "default";
+
+pub(crate) fn execute(command: &PolicyCommand, output: &Output) -> Result<Exit, Refusal> {
+    match command {
+        PolicyCommand::Check { file } => check(file, output),
+        PolicyCommand::Explain { file, call } => explain(file, call.as_deref(), output),
+        PolicyCommand::Diff { old, new } => diff(old, new, output),
+        PolicyCommand::Dump {
+            file,
+            format,
+            role,
+            index,
+        } => dump(file, *format, role.as_deref(), *index, output),
+    }
+}
+
+fn load(file: &Path) -> Result<Policy, Refusal> {
+    let policy = if file.as_os_str() == BUILT_IN {
+        Policy::builtin()
+    } else {
+        Policy::load(file)
+    };
+    // The error's text has the line, a caret and what to do.
+    policy.map_err(|error| unfit(error.to_string(), ""))
+}
+
+fn compile(policy: &Policy) -> Result<Compiled, Refusal> {
+    policy
+        .compile()
+        .map_err(|error| unfit(error.to_string(), ""))
+}
+
+fn value(serializable: &impl Serialize) -> Result<Value, Refusal> {
+    serde_json::to_value(serializable)
+        .map_err(|error| unfit(format!("cannot print this as JSON: {error}"), ""))
+}
+
+fn check(file: &Path, output: &Output) -> Result<Exit, Refusal> {
+    let fitness = check::policy(&load(file)?).map_err(|error| unfit(error.to_string(), ""))?;
+    if output.json() {
+        output.document(&value(&fitness)?)?;
+        return Ok(Exit::Done);
+    }
+    let instructions: Vec<String> = fitness
+        .instructions
+        .iter()
+        .map(|(role, count)| format!("{role} {count}"))
+        .collect();
+    let mut lines = vec![
+        format!(
+            "{}: {}; sha256 {}",
+            file.display(),
+            output.paint(Style::Good, "fit for use"),
+            fitness.digest
+        ),
+        format!(
+            "filters: sha256 {}; instructions: {}",
+            fitness.filters_digest,
+            instructions.join(", ")
+        ),
+    ];
+    lines.extend(
+        fitness
+            .advice
+            .iter()
+            .map(|advice| format!("{} {advice}", output.paint(Style::Warning, "consider"))),
+    );
+    output.text(&lines.join("\n"))?;
+    Ok(Exit::Done)
+}
+
+fn explain(file: &Path, call: Option<&str>, output: &Output) -> Result<Exit, Refusal> {
+    let policy = load(file)?;
+    let Some(name) = call else {
+        let explanation = policy.explain();
+        if output.json() {
+            output.document(&value(&explanation)?)?;
+        } else {
+            output.text(explanation.to_string().trim_end())?;
+        }
+        return Ok(Exit::Done);
+    };
+    let call = Syscall::from_name(name).ok_or_else(|| {
+        failure(
+            Exit::Usage,
+            format!("there is no system call {name:?}"),
+            "use the names of the kernel's table for x86-64, as `baton policy explain` prints them",
+        )
+    })?;
+    let explanation = policy.explain_call(call);
+    if output.json() {
+        output.document(&value(&explanation)?)?;
+    } else {
+        output.text(explanation.to_string().trim_end())?;
+    }
+    Ok(Exit::Done)
+}
+
+fn diff(old: &Path, new: &Path, output: &Output) -> Result<Exit, Refusal> {
+    let difference = Difference::between(&load(old)?, &load(new)?);
+    let widens = difference.widens();
+    if output.json() {
+        output.document(&json!({
+            "widens": widens,
+            "changes": value(&difference.changes)?,
+        }))?;
+    } else {
+        let lines = difference.changes.iter().map(|change| {
+            let style = match change.direction {
+                Direction::Widens => Style::Bad,
+                Direction::Narrows => Style::Good,
+                Direction::Alters => Style::Warning,
+            };
+            output.paint(style, &change.to_string())
+        });
+        let lines: Vec<String> = lines.collect();
+        if lines.is_empty() {
+            output.hint("they permit the same");
+        } else {
+            output.text(&lines.join("\n"))?;
+        }
+    }
+    Ok(if widens { Exit::Findings } else { Exit::Done })
+}
+
+fn dump(
+    file: &Path,
+    format: DumpFormat,
+    role: Option<&str>,
+    index: usize,
+    output: &Output,
+) -> Result<Exit, Refusal> {
+    let policy = load(file)?;
+    let compiled = compile(&policy)?;
+    match format {
+        // --json is the format, too: one document either way.
+        _ if output.json() => output.document(&value(&policy.document(&compiled))?)?,
+        DumpFormat::Json => output.document(&value(&policy.document(&compiled))?)?,
+        DumpFormat::Text => output.text(compiled.disassemble().trim_end())?,
+        DumpFormat::Bpf => bpf(&compiled, role, index)?,
+    }
+    Ok(Exit::Done)
+}
+
+/// One filter as the kernel takes it, `struct sock_filter` by `struct sock_filter`.
+fn bpf(compiled: &Compiled, role: Option<&str>, index: usize) -> Result<(), Refusal> {
+    let known: Vec<String> = compiled
+        .filters()
+        .map(|filter| format!("--role {} --index {}", filter.role, filter.index))
+        .collect();
+    let choose = |reason: String| {
+        failure(
+            Exit::Usage,
+            reason,
+            format!("choose one of: {}", known.join(", ")),
+        )
+    };
+    let role = role.ok_or_else(|| choose("--format bpf writes one filter".to_owned()))?;
+    let filter = compiled
+        .filters()
+        .find(|filter| filter.role.to_string() == role && filter.index == index)
+        .ok_or_else(|| choose(format!("there is no filter {index} of role {role:?}")))?;
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(filter.program.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|error| unfit(format!("cannot write the filter: {error}"), ""))
+}
