@@ -168,13 +168,20 @@ pub(crate) fn build(
         .map(|(id, _)| claim(descriptor::RAM, id, DescriptorKind::GuestRam))
         .collect::<Result<Vec<_>, _>>()?;
     let kernel = claim(descriptor::KERNEL, 0, DescriptorKind::Image)?;
-    let initrd = config.initrd.then(|| claim(descriptor::INITRD, 0, DescriptorKind::Image)).transpose()?;
+    let initrd = config
+        .initrd
+        .then(|| claim(descriptor::INITRD, 0, DescriptorKind::Image))
+        .transpose()?;
     let console = claim(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
     registry.finish()?;
 
     // The mapping is the VM's, and the VM lives as long as this process.
-    let memory: &'static GuestMemoryMmap =
-        Box::leak(Box::new(memory::map(&config.ram, memfds, config.pages, config.mode)?));
+    let memory: &'static GuestMemoryMmap = Box::leak(Box::new(memory::map(
+        &config.ram,
+        memfds,
+        config.pages,
+        config.mode,
+    )?));
     times.memory_us = since();
     fail_point!(Build).map_err(BuildError::FailPoint)?;
 
@@ -182,15 +189,25 @@ pub(crate) fn build(
     vm::add_memory(&vm, memory)?;
     let vm = Arc::new(vm);
     let vcpus = vm::add_processors(&vm, config.cpus)?;
-    let first = vcpus.first().ok_or_else(|| BuildError::Config { field: "cpus", value: "0".to_owned() })?;
+    let first = vcpus.first().ok_or_else(|| BuildError::Config {
+        field: "cpus",
+        value: "0".to_owned(),
+    })?;
     let tsc_khz = first.get_tsc_khz().map_err(vm::ioctl("KVM_GET_TSC_KHZ"))?;
-    let processors =
-        Processors { count: config.cpus, hide: &config.hide, tsc_khz, tsc_deadline: host.tsc_deadline };
+    let processors = Processors {
+        count: config.cpus,
+        hide: &config.hide,
+        tsc_khz,
+        tsc_deadline: host.tsc_deadline,
+    };
     let tables = cpuid::tables(&host.cpuid, processors);
     for (vcpu, table) in vcpus.iter().zip(&tables) {
-        let table = CpuId::from_entries(table)
-            .map_err(|_| BuildError::Config { field: "CPUID entries", value: table.len().to_string() })?;
-        vcpu.set_cpuid2(&table).map_err(vm::ioctl("KVM_SET_CPUID2"))?;
+        let table = CpuId::from_entries(table).map_err(|_| BuildError::Config {
+            field: "CPUID entries",
+            value: table.len().to_string(),
+        })?;
+        vcpu.set_cpuid2(&table)
+            .map_err(vm::ioctl("KVM_SET_CPUID2"))?;
     }
     let inventory = Arc::new(Inventory::of(first, &host.msrs, host.xsave)?);
     let mut platform = platform::build(&vm, wake)?;
@@ -233,4 +250,3 @@ impl Machinery {
         boot::load(self.memory, &params)
     }
 }
-

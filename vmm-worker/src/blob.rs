@@ -36,7 +36,9 @@ impl<'de, T: FromBytes> Deserialize<'de> for Blob<T> {
             }
 
             fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Blob<T>, E> {
-                T::read_from_bytes(bytes).map(Blob).map_err(|_| E::invalid_length(bytes.len(), &self))
+                T::read_from_bytes(bytes)
+                    .map(Blob)
+                    .map_err(|_| E::invalid_length(bytes.len(), &self))
             }
         }
 
@@ -69,14 +71,23 @@ mod tests {
 
     #[test]
     fn only_the_exact_length_is_taken() {
-        let regs = kvm_regs { rip: 0x1234, ..kvm_regs::default() };
+        let regs = kvm_regs {
+            rip: 0x1234,
+            ..kvm_regs::default()
+        };
         let bytes = postcard::to_stdvec(&Blob(regs)).unwrap();
         assert_eq!(bytes.len(), size_of::<kvm_regs>() + 2);
-        assert_eq!(postcard::from_bytes::<Blob<kvm_regs>>(&bytes).unwrap().0, regs);
+        assert_eq!(
+            postcard::from_bytes::<Blob<kvm_regs>>(&bytes).unwrap().0,
+            regs
+        );
         for length in [0, 1, size_of::<kvm_regs>() - 1, size_of::<kvm_regs>() + 1] {
             let mut wire = postcard::to_stdvec(&length).unwrap();
             wire.extend(vec![0; length]);
-            assert!(postcard::from_bytes::<Blob<kvm_regs>>(&wire).is_err(), "{length}");
+            assert!(
+                postcard::from_bytes::<Blob<kvm_regs>>(&wire).is_err(),
+                "{length}"
+            );
         }
     }
 }

@@ -6,7 +6,9 @@ use rustix::time::clock_gettime;
 fn ns(clock: ClockId) -> u64 {
     let time = clock_gettime(clock);
     let (seconds, nanoseconds) = (time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs());
-    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+    seconds
+        .saturating_mul(1_000_000_000)
+        .saturating_add(nanoseconds)
 }
 
 /// CLOCK_MONOTONIC in nanoseconds: the clock of all reports.

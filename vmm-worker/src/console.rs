@@ -40,7 +40,12 @@ pub(crate) struct Console {
 
 impl Console {
     pub(crate) fn new(socket: OwnedFd, serial: Arc<Mutex<SerialPort>>) -> Self {
-        Self { socket, serial, gone: false, full: false }
+        Self {
+            socket,
+            serial,
+            gone: false,
+            full: false,
+        }
     }
 
     fn serial(&self) -> MutexGuard<'_, SerialPort> {
@@ -53,7 +58,10 @@ impl Console {
             return Interest::default();
         }
         let serial = self.serial();
-        Interest { input: serial.receive_room() > 0, output: self.full && serial.has_output() }
+        Interest {
+            input: serial.receive_room() > 0,
+            output: self.full && serial.has_output(),
+        }
     }
 
     /// Bytes that were dropped because nobody took them.
@@ -69,7 +77,8 @@ impl Console {
         }
         let socket = &self.socket;
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let outcome = serial.drain(|bytes| rustix::net::send(socket, bytes, flags).map_err(io::Error::from));
+        let outcome =
+            serial.drain(|bytes| rustix::net::send(socket, bytes, flags).map_err(io::Error::from));
         self.full = serial.has_output();
         if outcome.is_err() {
             self.gone = true;
@@ -81,7 +90,9 @@ impl Console {
         let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
         let mut buffer = [0; 256];
         let room = serial.receive_room().min(buffer.len());
-        let Some(buffer) = buffer.get_mut(..room).filter(|buffer| !buffer.is_empty()) else { return };
+        let Some(buffer) = buffer.get_mut(..room).filter(|buffer| !buffer.is_empty()) else {
+            return;
+        };
         match rustix::net::recv(&self.socket, &mut *buffer, RecvFlags::DONTWAIT) {
             Ok((_, 0)) => self.gone = true,
             Ok((_, count)) => {

@@ -118,7 +118,10 @@ struct Ready {
 }
 
 impl Worker {
-    #[expect(clippy::too_many_arguments, reason = "the parts that a build results in, named at the one call")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts that a build results in, named at the one call"
+    )]
     pub(crate) fn new(
         control: Channel<Report, Order>,
         vm: VmId,
@@ -191,11 +194,21 @@ impl Worker {
         };
         add(Slot::Wake, PollFd::new(&self.wake, PollFlags::IN));
         if let Some(control) = &self.control {
-            let flags = if self.unsent.is_empty() { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
-            add(Slot::Control, PollFd::from_borrowed_fd(control.as_fd(), flags));
+            let flags = if self.unsent.is_empty() {
+                PollFlags::IN
+            } else {
+                PollFlags::IN | PollFlags::OUT
+            };
+            add(
+                Slot::Control,
+                PollFd::from_borrowed_fd(control.as_fd(), flags),
+            );
         }
         if let Some(main) = main {
-            add(Slot::Main, PollFd::from_borrowed_fd(main.as_fd(), PollFlags::IN));
+            add(
+                Slot::Main,
+                PollFd::from_borrowed_fd(main.as_fd(), PollFlags::IN),
+            );
         }
         if self.serves_console() {
             let interest = self.machinery.console.interest();
@@ -204,7 +217,10 @@ impl Worker {
             flags.set(PollFlags::OUT, interest.output);
             // Without an interest it is left out: poll(2) reports a hang-up whether asked or not.
             if !flags.is_empty() {
-                add(Slot::Console, PollFd::from_borrowed_fd(self.machinery.console.as_fd(), flags));
+                add(
+                    Slot::Console,
+                    PollFd::from_borrowed_fd(self.machinery.console.as_fd(), flags),
+                );
             }
         }
         match rustix::event::poll(&mut fds, None) {
@@ -289,9 +305,16 @@ impl Worker {
     }
 
     fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
-        let main = if matches!(order, Order::Transfer) { descriptors.pop() } else { None };
+        let main = if matches!(order, Order::Transfer) {
+            descriptors.pop()
+        } else {
+            None
+        };
         if !descriptors.is_empty() {
-            log!("{} descriptors came with an order that has none", descriptors.len());
+            log!(
+                "{} descriptors came with an order that has none",
+                descriptors.len()
+            );
             return Err(Exit(EXIT_FAILED));
         }
         match (order, &self.phase) {
@@ -315,13 +338,15 @@ impl Worker {
                 Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
                 None => self.fail("transfer", "no main channel came with the order".to_owned()),
             },
-            (Order::Park, Phase::Running) => match std::mem::replace(&mut self.outgoing, Outgoing::Idle) {
-                Outgoing::Agreed(main) => self.park(main),
-                other => {
-                    self.outgoing = other;
-                    self.fail("park", "no new worker has been agreed with".to_owned());
+            (Order::Park, Phase::Running) => {
+                match std::mem::replace(&mut self.outgoing, Outgoing::Idle) {
+                    Outgoing::Agreed(main) => self.park(main),
+                    other => {
+                        self.outgoing = other;
+                        self.fail("park", "no new worker has been agreed with".to_owned());
+                    }
                 }
-            },
+            }
             (Order::Rollback, Phase::Running) => {
                 self.outgoing = Outgoing::Idle;
                 self.report(Report::Resumed);
@@ -331,7 +356,10 @@ impl Worker {
             (order, phase) => {
                 let mut order = format!("{order:?}");
                 order.truncate(order.find(['(', ' ']).unwrap_or(order.len()));
-                let reason = format!("order {order} does not fit: this worker is {}", phase.name());
+                let reason = format!(
+                    "order {order} does not fit: this worker is {}",
+                    phase.name()
+                );
                 self.fail("order", reason);
             }
         }
@@ -359,12 +387,22 @@ impl Worker {
     /// Says that an order could not be carried out; this worker goes on.
     pub(crate) fn fail(&mut self, step: &str, reason: String) {
         log!("{step}: {reason}");
-        self.report(Report::Failed { step: step.to_owned(), reason });
+        self.report(Report::Failed {
+            step: step.to_owned(),
+            reason,
+        });
     }
 
     /// Says why this worker cannot take a guest over, and ends.
-    pub(crate) fn give_up<T>(&mut self, step: &str, reason: &dyn std::fmt::Display) -> Result<T, Exit> {
-        self.machinery.platform.devices.failed(StartMode::CprTransfer);
+    pub(crate) fn give_up<T>(
+        &mut self,
+        step: &str,
+        reason: &dyn std::fmt::Display,
+    ) -> Result<T, Exit> {
+        self.machinery
+            .platform
+            .devices
+            .failed(StartMode::CprTransfer);
         self.fail(step, reason.to_string());
         Err(Exit(EXIT_FAILED))
     }
@@ -401,7 +439,11 @@ impl Worker {
     /// Says "running". The vCPUs may be released if and only if this succeeds.
     pub(crate) fn say_running(&mut self) -> Result<(), Exit> {
         self.flush();
-        let sent = self.unsent.is_empty() && self.control.as_ref().is_some_and(|c| c.send(&Report::Running).is_ok());
+        let sent = self.unsent.is_empty()
+            && self
+                .control
+                .as_ref()
+                .is_some_and(|c| c.send(&Report::Running).is_ok());
         if sent { Ok(()) } else { Err(Exit(EXIT_FAILED)) }
     }
 }

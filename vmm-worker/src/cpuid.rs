@@ -49,16 +49,28 @@ pub(crate) struct Processors<'a> {
 }
 
 /// The tables, one for each vCPU, of what `supported` allows.
-pub(crate) fn tables(supported: &[kvm_cpuid_entry2], processors: Processors<'_>) -> Vec<Vec<kvm_cpuid_entry2>> {
-    (0..processors.count).map(|apic_id| table(supported, processors, u32::from(apic_id))).collect()
+pub(crate) fn tables(
+    supported: &[kvm_cpuid_entry2],
+    processors: Processors<'_>,
+) -> Vec<Vec<kvm_cpuid_entry2>> {
+    (0..processors.count)
+        .map(|apic_id| table(supported, processors, u32::from(apic_id)))
+        .collect()
 }
 
-fn table(supported: &[kvm_cpuid_entry2], processors: Processors<'_>, apic_id: u32) -> Vec<kvm_cpuid_entry2> {
+fn table(
+    supported: &[kvm_cpuid_entry2],
+    processors: Processors<'_>,
+    apic_id: u32,
+) -> Vec<kvm_cpuid_entry2> {
     let count = u32::from(processors.count.max(1));
     // Bits of an APIC id that number the cores of the package.
     let core_bits = count.next_power_of_two().trailing_zeros();
     let mut table = Vec::with_capacity(supported.len() + 4);
-    for entry in supported.iter().filter(|entry| entry.function != HYPERVISOR_TIMING) {
+    for entry in supported
+        .iter()
+        .filter(|entry| entry.function != HYPERVISOR_TIMING)
+    {
         let mut entry = *entry;
         match entry.function {
             FEATURES => {
@@ -110,7 +122,10 @@ fn table(supported: &[kvm_cpuid_entry2], processors: Processors<'_>, apic_id: u3
 }
 
 fn hide(entry: &mut kvm_cpuid_entry2, features: &[CpuFeature]) {
-    for feature in features.iter().filter(|feature| feature.leaf() == entry.function && entry.index == 0) {
+    for feature in features
+        .iter()
+        .filter(|feature| feature.leaf() == entry.function && entry.index == 0)
+    {
         let register = match feature.register() {
             CpuidRegister::Ebx => &mut entry.ebx,
             CpuidRegister::Ecx => &mut entry.ecx,
@@ -147,9 +162,21 @@ pub(crate) struct Told(Vec<Vec<[u32; 6]>>);
 impl Told {
     pub(crate) fn of(tables: &[Vec<kvm_cpuid_entry2>]) -> Self {
         let entry = |entry: &kvm_cpuid_entry2| {
-            [entry.function, entry.index, entry.eax, entry.ebx, entry.ecx, entry.edx]
+            [
+                entry.function,
+                entry.index,
+                entry.eax,
+                entry.ebx,
+                entry.ecx,
+                entry.edx,
+            ]
         };
-        Self(tables.iter().map(|table| table.iter().map(entry).collect()).collect())
+        Self(
+            tables
+                .iter()
+                .map(|table| table.iter().map(entry).collect())
+                .collect(),
+        )
     }
 
     /// The first thing in which the guest of `other` sees another processor than the guest of `self`.
@@ -175,7 +202,11 @@ pub(crate) enum Difference {
     /// Another number of vCPUs.
     Count(usize, usize),
     /// An entry.
-    Entry { vcpu: usize, ours: Option<[u32; 6]>, theirs: Option<[u32; 6]> },
+    Entry {
+        vcpu: usize,
+        ours: Option<[u32; 6]>,
+        theirs: Option<[u32; 6]>,
+    },
 }
 
 impl fmt::Display for Difference {
@@ -187,7 +218,10 @@ impl fmt::Display for Difference {
                 for (entry, end) in [(ours, ", there "), (theirs, "")] {
                     match entry {
                         Some([function, index, eax, ebx, ecx, edx]) => {
-                            write!(f, "leaf {function:#x}.{index:#x} = {eax:#x} {ebx:#x} {ecx:#x} {edx:#x}{end}")?;
+                            write!(
+                                f,
+                                "leaf {function:#x}.{index:#x} = {eax:#x} {ebx:#x} {ecx:#x} {edx:#x}{end}"
+                            )?;
                         }
                         None => write!(f, "no further leaf{end}")?,
                     }
@@ -204,13 +238,25 @@ mod tests {
 
     fn entry(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..kvm_cpuid_entry2::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..kvm_cpuid_entry2::default()
+        }
     }
 
     fn supported() -> Vec<kvm_cpuid_entry2> {
         vec![
             entry(0, 0, [0x1f, 1, 2, 3]),
-            entry(1, 0, [0x806f8, 0x7700_0800 | 0xff_0000, u32::MAX, 0x0fff_ffff]),
+            entry(
+                1,
+                0,
+                [0x806f8, 0x7700_0800 | 0xff_0000, u32::MAX, 0x0fff_ffff],
+            ),
             entry(4, 3, [0xfc1f_c163, 0, 0, 0]),
             entry(7, 0, [0, u32::MAX, 0, 0]),
             entry(0xb, 0, [1, 2, 0x100, 0x55]),
@@ -222,11 +268,22 @@ mod tests {
     }
 
     fn make(count: u8, hide: &[CpuFeature]) -> Vec<Vec<kvm_cpuid_entry2>> {
-        tables(&supported(), Processors { count, hide, tsc_khz: 2_100_000, tsc_deadline: true })
+        tables(
+            &supported(),
+            Processors {
+                count,
+                hide,
+                tsc_khz: 2_100_000,
+                tsc_deadline: true,
+            },
+        )
     }
 
     fn leaf(table: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *table.iter().find(|entry| (entry.function, entry.index) == (function, index)).unwrap()
+        *table
+            .iter()
+            .find(|entry| (entry.function, entry.index) == (function, index))
+            .unwrap()
     }
 
     #[test]
@@ -239,8 +296,14 @@ mod tests {
             assert_ne!(features.ecx & ECX_HYPERVISOR, 0);
             assert_eq!(features.ecx & (ECX_VMX | ECX_OSXSAVE), 0);
             let (thread, core) = (leaf(table, 0xb, 0), leaf(table, 0xb, 1));
-            assert_eq!((thread.eax, thread.ebx, thread.ecx, thread.edx), (0, 1, 0x100, apic_id));
-            assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (2, 3, 0x201, apic_id));
+            assert_eq!(
+                (thread.eax, thread.ebx, thread.ecx, thread.edx),
+                (0, 1, 0x100, apic_id)
+            );
+            assert_eq!(
+                (core.eax, core.ebx, core.ecx, core.edx),
+                (2, 3, 0x201, apic_id)
+            );
             assert_eq!(leaf(table, 0xb, 2).ebx, 0);
             assert_eq!(leaf(table, 4, 3).eax, 2 << 26 | 2 << 14 | 0x0163);
             assert_eq!(leaf(table, 0x8000_001e, 0).eax, apic_id);
@@ -258,7 +321,8 @@ mod tests {
 
     #[test]
     fn what_is_hidden_is_not_there() {
-        let hide = ["cx16", "smap", "tsc_deadline_timer"].map(|name| name.parse::<CpuFeature>().unwrap());
+        let hide =
+            ["cx16", "smap", "tsc_deadline_timer"].map(|name| name.parse::<CpuFeature>().unwrap());
         let tables = make(1, &hide);
         assert_eq!(leaf(&tables[0], 1, 0).ecx & (1 << 13 | ECX_TSC_DEADLINE), 0);
         assert_eq!(leaf(&tables[0], 7, 0).ebx, !(1 << 20));
@@ -268,8 +332,17 @@ mod tests {
     fn the_first_difference_is_named() {
         let (one, two) = (make(2, &[]), make(2, &["sha_ni".parse().unwrap()]));
         assert_eq!(Told::of(&one).first_difference(&Told::of(&one)), None);
-        let difference = Told::of(&one).first_difference(&Told::of(&two)).unwrap().to_string();
-        assert!(difference.contains("vCPU 0") && difference.contains("leaf 0x7.0x0"), "{difference}");
-        assert_eq!(Told::of(&one).first_difference(&Told::of(&make(1, &[]))), Some(Difference::Count(2, 1)));
+        let difference = Told::of(&one)
+            .first_difference(&Told::of(&two))
+            .unwrap()
+            .to_string();
+        assert!(
+            difference.contains("vCPU 0") && difference.contains("leaf 0x7.0x0"),
+            "{difference}"
+        );
+        assert_eq!(
+            Told::of(&one).first_difference(&Told::of(&make(1, &[]))),
+            Some(Difference::Count(2, 1))
+        );
     }
 }

@@ -16,13 +16,22 @@ const MAX_LINE: usize = 4096;
 pub(crate) fn line(text: fmt::Arguments<'_>) {
     let mut line = format!("worker: {text}").replace('\n', " ");
     if line.len() >= MAX_LINE {
-        let end = (0..MAX_LINE).rev().find(|end| line.is_char_boundary(*end)).unwrap_or(0);
+        let end = (0..MAX_LINE)
+            .rev()
+            .find(|end| line.is_char_boundary(*end))
+            .unwrap_or(0);
         line.truncate(end);
     }
     line.push('\n');
     let stderr = std::io::stderr();
     let mut poll = [PollFd::new(&stderr, PollFlags::OUT)];
-    let ready = rustix::event::poll(&mut poll, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    let ready = rustix::event::poll(
+        &mut poll,
+        Some(&Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        }),
+    );
     if ready.is_ok_and(|count| count > 0) {
         // Nobody is left to be told that this failed.
         let _ = rustix::io::write(&stderr, line.as_bytes());

@@ -35,7 +35,9 @@ mod armed {
     /// Lets the fault that is armed for this site happen, once.
     pub(crate) fn hit(site: FailSite) -> Result<bool, String> {
         let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(FailPoint { action, .. }) = armed.take_if(|fault| fault.site == site) else { return Ok(false) };
+        let Some(FailPoint { action, .. }) = armed.take_if(|fault| fault.site == site) else {
+            return Ok(false);
+        };
         drop(armed);
         match action {
             FailAction::Die => crate::signals::end(1),
@@ -47,7 +49,9 @@ mod armed {
             FailAction::Violate => {
                 // Harmless, and on no list.
                 let parent = rustix::process::getppid();
-                Err(format!("fail point {site:?}: no filter refused getppid, which said {parent:?}"))
+                Err(format!(
+                    "fail point {site:?}: no filter refused getppid, which said {parent:?}"
+                ))
             }
         }
     }

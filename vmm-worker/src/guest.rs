@@ -43,8 +43,14 @@ impl Worker {
     }
 
     fn enter_kernel(&mut self, ram: RamContent) -> Result<(), String> {
-        let loaded = self.machinery.load_kernel(ram).map_err(|error| error.to_string())?;
-        self.machinery.vcpus.command_one(0, Command::Enter(loaded.entry)).map_err(|error| error.to_string())?;
+        let loaded = self
+            .machinery
+            .load_kernel(ram)
+            .map_err(|error| error.to_string())?;
+        self.machinery
+            .vcpus
+            .command_one(0, Command::Enter(loaded.entry))
+            .map_err(|error| error.to_string())?;
         Ok(())
     }
 
@@ -79,7 +85,12 @@ impl Worker {
         self.machinery.vcpus.release(true);
         self.phase = Phase::Running;
         self.first_run_due = true;
-        if let Err(error) = self.machinery.platform.devices.resume(StartMode::CprTransfer) {
+        if let Err(error) = self
+            .machinery
+            .platform
+            .devices
+            .resume(StartMode::CprTransfer)
+        {
             self.fail("run", error.to_string());
         }
         Ok(())
@@ -113,15 +124,28 @@ impl Worker {
 
     /// Stops all vCPUs and parks the devices. Why the guest cannot go on, if it cannot.
     fn stop(&mut self) -> Result<Option<String>, String> {
-        let stopped = self.machinery.vcpus.stop(STOP_TIMEOUT).map_err(|error| error.to_string())?;
+        let stopped = self
+            .machinery
+            .vcpus
+            .stop(STOP_TIMEOUT)
+            .map_err(|error| error.to_string())?;
         if self.machinery.platform.devices.phase() == lifecycle::Phase::Running {
-            self.machinery.platform.devices.park(StartMode::None).map_err(|error| error.to_string())?;
+            self.machinery
+                .platform
+                .devices
+                .park(StartMode::None)
+                .map_err(|error| error.to_string())?;
         }
         Ok(stopped.stuck)
     }
 
     pub(crate) fn press_power_button(&mut self) {
-        self.machinery.platform.acpi_pm.lock().unwrap_or_else(PoisonError::into_inner).press_power_button();
+        self.machinery
+            .platform
+            .acpi_pm
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .press_power_button();
     }
 
     /// What the guest did to itself.
@@ -168,11 +192,21 @@ impl Worker {
 
     fn reset_machine(&mut self) -> Result<(), String> {
         self.stop()?;
-        self.machinery.platform.devices.setup(StartMode::None).map_err(|error| error.to_string())?;
+        self.machinery
+            .platform
+            .devices
+            .setup(StartMode::None)
+            .map_err(|error| error.to_string())?;
         let vcpus = self.reset.vcpus.clone();
-        self.machinery.vcpus.load(vcpus, Purpose::Reset).map_err(|error| error.to_string())?;
+        self.machinery
+            .vcpus
+            .load(vcpus, Purpose::Reset)
+            .map_err(|error| error.to_string())?;
         self.machinery.vcpus.unstick();
-        self.reset.vm.load(&self.machinery.vm, Purpose::Reset).map_err(|error| error.to_string())?;
+        self.reset
+            .vm
+            .load(&self.machinery.vm, Purpose::Reset)
+            .map_err(|error| error.to_string())?;
         self.enter_kernel(RamContent::Used)
     }
 }

@@ -42,23 +42,48 @@ impl Worker {
 
     fn park_and_save(&mut self, main: &mut MainChannel) -> Result<(), Failure> {
         let lie = fail_point!(Park).map_err(failure("park"))?;
-        let stopped = self.machinery.vcpus.stop(PARK_TIMEOUT).map_err(failure("park"))?;
+        let stopped = self
+            .machinery
+            .vcpus
+            .stop(PARK_TIMEOUT)
+            .map_err(failure("park"))?;
         if let Some(reason) = stopped.stuck {
             return Err(("park", reason));
         }
         // The devices before the vCPUs are saved: what a device finishes may interrupt one.
-        self.machinery.platform.devices.park(MODE).map_err(failure("park"))?;
+        self.machinery
+            .platform
+            .devices
+            .park(MODE)
+            .map_err(failure("park"))?;
         let parked_ns = clock::monotonic_ns();
         self.machinery.vcpus.begin_save();
-        self.report(Report::Parked { first_exit_ns: stopped.first_exit_ns.min(parked_ns), parked_ns });
+        self.report(Report::Parked {
+            first_exit_ns: stopped.first_exit_ns.min(parked_ns),
+            parked_ns,
+        });
 
         let state = VmState::save(&self.machinery.vm).map_err(failure("save"));
-        let devices = self.machinery.platform.devices.save(MODE).map_err(failure("save"));
-        let vcpus = self.machinery.vcpus.finish_save().map_err(failure("save"))?;
-        let (bytes, digest) = sections::encode(self.vm, self.generation + 1, &vcpus, &state?, devices?)
+        let devices = self
+            .machinery
+            .platform
+            .devices
+            .save(MODE)
+            .map_err(failure("save"));
+        let vcpus = self
+            .machinery
+            .vcpus
+            .finish_save()
             .map_err(failure("save"))?;
+        let (bytes, digest) =
+            sections::encode(self.vm, self.generation + 1, &vcpus, &state?, devices?)
+                .map_err(failure("save"))?;
 
-        let half = if cfg!(feature = "fail-points") { bytes.len() / 2 } else { bytes.len() };
+        let half = if cfg!(feature = "fail-points") {
+            bytes.len() / 2
+        } else {
+            bytes.len()
+        };
         let (first, rest) = bytes.split_at(half);
         main.send(first, SEND_TIMEOUT).map_err(failure("save"))?;
         if !fail_point!(Save).map_err(failure("save"))? {
@@ -67,7 +92,10 @@ impl Worker {
         if lie {
             self.run_on();
         }
-        self.report(Report::Saved { digest, bytes: bytes.len() as u64 });
+        self.report(Report::Saved {
+            digest,
+            bytes: bytes.len() as u64,
+        });
         Ok(())
     }
 
@@ -99,4 +127,3 @@ impl Worker {
         self.machinery.vcpus.release(true);
     }
 }
-

@@ -67,10 +67,7 @@ enum LifeError {
     Control(#[from] ChannelError),
     /// Something other than `configure` came first.
     #[error("the first order must be configure, with {expected} descriptors; {found} came")]
-    FirstOrder {
-        expected: usize,
-        found: String,
-    },
+    FirstOrder { expected: usize, found: String },
     /// Waiting failed.
     #[error("poll: {0}")]
     Poll(Errno),
@@ -105,7 +102,11 @@ impl LifeError {
     /// In doing what.
     fn step(&self) -> &'static str {
         match self {
-            Self::NotABroker | Self::HungUp | Self::Control(_) | Self::Poll(_) | Self::Signals(_) => "hello",
+            Self::NotABroker
+            | Self::HungUp
+            | Self::Control(_)
+            | Self::Poll(_)
+            | Self::Signals(_) => "hello",
             Self::FirstOrder { .. } => "configure",
             Self::Cpr(_) | Self::Header { .. } | Self::CprSilent => "hand-over",
             Self::Incoming(_) | Self::Processor(_) => "agree",
@@ -119,13 +120,18 @@ impl LifeError {
 #[must_use]
 pub fn live() -> c_int {
     let origin_ns = clock::monotonic_ns();
-    let Some(control) = signals::take_control() else { return EXIT_FAILED };
+    let Some(control) = signals::take_control() else {
+        return EXIT_FAILED;
+    };
     match be_born(control, origin_ns) {
         Ok(worker) => worker.run(),
         Err((control, error)) => {
             log!("{}: {error}", error.step());
             if let Some(control) = control {
-                let report = Report::Failed { step: error.step().to_owned(), reason: error.to_string() };
+                let report = Report::Failed {
+                    step: error.step().to_owned(),
+                    reason: error.to_string(),
+                };
                 if let Err(error) = control.send(&report) {
                     log!("and the broker could not be told: {error}");
                 }
@@ -156,7 +162,10 @@ fn grow_up(
     origin_ns: u64,
 ) -> Result<impl FnOnce(Control) -> Worker + use<>, LifeError> {
     signals::install().map_err(LifeError::Signals)?;
-    control.send(&Report::Hello { protocol: PROTOCOL, build: BUILD.to_owned() })?;
+    control.send(&Report::Hello {
+        protocol: PROTOCOL,
+        build: BUILD.to_owned(),
+    })?;
     let (config, cpr, main) = configuration(control)?;
     let filters = assembly::check(&config)?;
 
@@ -173,7 +182,9 @@ fn grow_up(
     let wake = Arc::new(Wake::new()?);
     let trigger: Arc<dyn Trigger> = Arc::clone(&wake) as Arc<dyn Trigger>;
     let (mut machinery, mut times) = assembly::build(&config, registry, &trigger, origin_ns)?;
-    if let Some(difference) = preview.and_then(|preview| machinery.cpuid.first_difference(&preview.cpuid)) {
+    if let Some(difference) =
+        preview.and_then(|preview| machinery.cpuid.first_difference(&preview.cpuid))
+    {
         return Err(LifeError::Processor(difference.to_string()));
     }
     rehearsal::confine(&mut machinery, &filters)?;
@@ -184,11 +195,23 @@ fn grow_up(
     drop(cpr);
 
     let phase = match main {
-        Some(main) => Phase::Receiving(Incoming::new(main, Decoder::new(config.vm, config.generation))),
+        Some(main) => Phase::Receiving(Incoming::new(
+            main,
+            Decoder::new(config.vm, config.generation),
+        )),
         None => Phase::Built,
     };
     Ok(move |control| {
-        Worker::new(control, config.vm, config.generation, machine, machinery, reset, wake, phase)
+        Worker::new(
+            control,
+            config.vm,
+            config.generation,
+            machine,
+            machinery,
+            reset,
+            wake,
+            phase,
+        )
     })
 }
 
@@ -210,28 +233,50 @@ fn configuration(
                 crate::fail_point::arm(fault);
                 continue;
             }
-            other => return Err(LifeError::FirstOrder { expected: 1, found: format!("{other:?}") }),
+            other => {
+                return Err(LifeError::FirstOrder {
+                    expected: 1,
+                    found: format!("{other:?}"),
+                });
+            }
         };
         let expected = if config.mode.preserves_guest() { 2 } else { 1 };
         let found = descriptors.len();
         let mut descriptors = descriptors.into_iter();
         return match (descriptors.next(), descriptors.next()) {
             (Some(cpr), main) if found == expected => Ok((config, FdSocket::from(cpr), main)),
-            _ => Err(LifeError::FirstOrder { expected, found: format!("configure with {found}") }),
+            _ => Err(LifeError::FirstOrder {
+                expected,
+                found: format!("configure with {found}"),
+            }),
         };
     }
 }
 
 /// Receives the CPR state and checks that it is for this worker.
-fn descriptors(cpr: &FdSocket, control: &Control, config: &WorkerConfig) -> Result<Registry, LifeError> {
+fn descriptors(
+    cpr: &FdSocket,
+    control: &Control,
+    config: &WorkerConfig,
+) -> Result<Registry, LifeError> {
     let begun = Instant::now();
     let mut receiver = CprReceiver::default();
     loop {
         if let Some((found, registry)) = receiver.receive(cpr)? {
-            let expected = CprHeader { mode: config.mode, vm: config.vm, generation: config.generation };
-            return if found == expected { Ok(registry) } else { Err(LifeError::Header { expected, found }) };
+            let expected = CprHeader {
+                mode: config.mode,
+                vm: config.vm,
+                generation: config.generation,
+            };
+            return if found == expected {
+                Ok(registry)
+            } else {
+                Err(LifeError::Header { expected, found })
+            };
         }
-        let left = CPR_TIMEOUT.checked_sub(begun.elapsed()).ok_or(LifeError::CprSilent)?;
+        let left = CPR_TIMEOUT
+            .checked_sub(begun.elapsed())
+            .ok_or(LifeError::CprSilent)?;
         wait(control, Some((cpr, left)))?;
     }
 }
@@ -252,6 +297,12 @@ fn wait(control: &Control, other: Option<(&FdSocket, Duration)>) -> Result<(), L
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => return Err(LifeError::Poll(error)),
     }
-    let hung_up = fds.first().is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
-    if hung_up && other.is_some() { Err(LifeError::HungUp) } else { Ok(()) }
+    let hung_up = fds
+        .first()
+        .is_some_and(|fd| fd.revents().contains(PollFlags::HUP));
+    if hung_up && other.is_some() {
+        Err(LifeError::HungUp)
+    } else {
+        Ok(())
+    }
 }

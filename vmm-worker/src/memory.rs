@@ -3,7 +3,10 @@
 //!
 //! Mapping changes nothing that the running guest could notice. Populating reads which parts of a file exist and touches
 //! those only: a hole stays a hole, so overcommitted memory stays overcommitted.
-#![expect(unsafe_code, reason = "madvise(2) takes an address and has no safe interface")]
+#![expect(
+    unsafe_code,
+    reason = "madvise(2) takes an address and has no safe interface"
+)]
 
 use std::fs::File;
 use std::io;
@@ -35,7 +38,9 @@ pub(crate) enum MemoryError {
     #[error("the guest has no RAM region")]
     None,
     /// A region is no whole number of pages, or not at a multiple of them.
-    #[error("RAM region {index} ({size:#x} bytes at {address:#x}) is not made of {page:#x}-byte pages")]
+    #[error(
+        "RAM region {index} ({size:#x} bytes at {address:#x}) is not made of {page:#x}-byte pages"
+    )]
     Unaligned {
         /// Which region.
         index: usize,
@@ -86,27 +91,55 @@ pub(crate) fn map(
     if regions.is_empty() {
         return Err(MemoryError::None);
     }
-    let page = if pages == Pages::Huge { HUGE_PAGE } else { PAGE };
+    let page = if pages == Pages::Huge {
+        HUGE_PAGE
+    } else {
+        PAGE
+    };
     let mut ranges = Vec::with_capacity(regions.len());
     for (index, (region, memfd)) in regions.iter().zip(memfds).enumerate() {
         let RamRegion { address, size } = *region;
         if size == 0 || size % page != 0 || address % page != 0 {
-            return Err(MemoryError::Unaligned { index, address, size, page });
+            return Err(MemoryError::Unaligned {
+                index,
+                address,
+                size,
+                page,
+            });
         }
         let found = rustix::fs::fstat(&memfd)
             .map_err(|e| call("fstat", address, e))
             .map(|stat| u64::try_from(stat.st_size).unwrap_or(0))?;
         if found != size {
-            return Err(MemoryError::Size { index, expected: size, found });
+            return Err(MemoryError::Size {
+                index,
+                expected: size,
+                found,
+            });
         }
         let length = usize::try_from(size).map_err(|e| MemoryError::Map(e.to_string()))?;
-        ranges.push((GuestAddress(address), length, Some(FileOffset::new(File::from(memfd), 0))));
+        ranges.push((
+            GuestAddress(address),
+            length,
+            Some(FileOffset::new(File::from(memfd), 0)),
+        ));
     }
-    let memory = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|e| MemoryError::Map(e.to_string()))?;
+    let memory = GuestMemoryMmap::from_ranges_with_files(ranges)
+        .map_err(|e| MemoryError::Map(e.to_string()))?;
     for region in memory.iter() {
-        advise(region, 0..region.len(), Advice::LinuxDontDump, "madvise(MADV_DONTDUMP)")?;
+        advise(
+            region,
+            0..region.len(),
+            Advice::LinuxDontDump,
+            "madvise(MADV_DONTDUMP)",
+        )?;
         if pages == Pages::Transparent {
-            advise(region, 0..region.len(), Advice::LinuxHugepage, "madvise(MADV_HUGEPAGE)")?;
+            advise(
+                region,
+                0..region.len(),
+                Advice::LinuxHugepage,
+                "madvise(MADV_HUGEPAGE)",
+            )?;
         }
         // hugetlbfs cannot say where its holes are (its files seek as if they were full), and one fault maps 2 MiB.
         if mode.preserves_guest() && pages != Pages::Huge {
@@ -118,7 +151,9 @@ pub(crate) fn map(
 
 /// Fills the page tables with the pages that the region's file has.
 fn populate(region: &GuestRegionMmap) -> Result<(), MemoryError> {
-    let Some(file) = region.file_offset().map(FileOffset::file) else { return Ok(()) };
+    let Some(file) = region.file_offset().map(FileOffset::file) else {
+        return Ok(());
+    };
     let at = region.start_addr().0;
     let mut end = 0;
     loop {
@@ -128,8 +163,14 @@ fn populate(region: &GuestRegionMmap) -> Result<(), MemoryError> {
             Err(Errno::NXIO) => return Ok(()),
             Err(e) => return Err(call("lseek(SEEK_DATA)", at, e)),
         };
-        end = rustix::fs::seek(file, SeekFrom::Hole(start)).map_err(|e| call("lseek(SEEK_HOLE)", at, e))?;
-        advise(region, start..end.min(region.len()), Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")?;
+        end = rustix::fs::seek(file, SeekFrom::Hole(start))
+            .map_err(|e| call("lseek(SEEK_HOLE)", at, e))?;
+        advise(
+            region,
+            start..end.min(region.len()),
+            Advice::LinuxPopulateWrite,
+            "madvise(MADV_POPULATE_WRITE)",
+        )?;
     }
 }
 
@@ -140,14 +181,26 @@ fn advise(
     name: &'static str,
 ) -> Result<(), MemoryError> {
     let address = region.start_addr().0.saturating_add(range.start);
-    let bounds = usize::try_from(range.start).ok().zip(usize::try_from(range.end - range.start).ok());
-    let slice = bounds.and_then(|(offset, length)| region.as_volatile_slice().ok()?.subslice(offset, length).ok());
-    let Some(slice) = slice else { return Err(call(name, address, Errno::RANGE)) };
+    let bounds = usize::try_from(range.start)
+        .ok()
+        .zip(usize::try_from(range.end - range.start).ok());
+    let slice = bounds.and_then(|(offset, length)| {
+        region
+            .as_volatile_slice()
+            .ok()?
+            .subslice(offset, length)
+            .ok()
+    });
+    let Some(slice) = slice else {
+        return Err(call(name, address, Errno::RANGE));
+    };
     loop {
         // SAFETY: the slice lies within the region's mapping, which lives as long as `region`. The advices that are
         // used here neither unmap nor change the content of shared memory: they set flags of the mapping, or fill page
         // tables with pages that exist.
-        match unsafe { rustix::mm::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice) } {
+        match unsafe {
+            rustix::mm::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), advice)
+        } {
             Ok(()) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(e) => return Err(call(name, address, e)),
@@ -156,7 +209,11 @@ fn advise(
 }
 
 fn call(call: &'static str, address: u64, source: Errno) -> MemoryError {
-    MemoryError::Call { call, address, source: source.into() }
+    MemoryError::Call {
+        call,
+        address,
+        source: source.into(),
+    }
 }
 
 #[cfg(test)]
@@ -185,7 +242,10 @@ mod tests {
             rustix::io::pwrite(&fd, &[byte; 4096], offset).unwrap();
         }
         let before = blocks(&fd);
-        let regions = [RamRegion { address: 0, size: 4 << 20 }];
+        let regions = [RamRegion {
+            address: 0,
+            size: 4 << 20,
+        }];
         let copy = fd.as_fd().try_clone_to_owned().unwrap();
         let memory = map(&regions, vec![copy], Pages::Small, StartMode::CprTransfer).unwrap();
         assert_eq!(blocks(&fd), before);
@@ -199,7 +259,10 @@ mod tests {
     fn a_write_reaches_the_file() {
         let fd = memfd(1 << 20);
         let copy = fd.as_fd().try_clone_to_owned().unwrap();
-        let regions = [RamRegion { address: 0, size: 1 << 20 }];
+        let regions = [RamRegion {
+            address: 0,
+            size: 1 << 20,
+        }];
         let memory = map(&regions, vec![copy], Pages::Small, StartMode::None).unwrap();
         memory.write_obj(0x55_u8, GuestAddress(0x1234)).unwrap();
         let mut byte = [0];
@@ -211,16 +274,35 @@ mod tests {
     fn wrong_shapes_are_named() {
         let one = |address, size| [RamRegion { address, size }];
         let map = |regions: &[RamRegion], sizes: &[u64], pages| {
-            map(regions, sizes.iter().map(|size| memfd(*size)).collect(), pages, StartMode::None).unwrap_err()
+            map(
+                regions,
+                sizes.iter().map(|size| memfd(*size)).collect(),
+                pages,
+                StartMode::None,
+            )
+            .unwrap_err()
         };
         assert!(matches!(map(&[], &[], Pages::Small), MemoryError::None));
-        assert!(matches!(map(&one(0, 4095), &[4095], Pages::Small), MemoryError::Unaligned { size: 4095, .. }));
-        assert!(matches!(map(&one(4096, 1 << 20), &[1 << 20], Pages::Huge), MemoryError::Unaligned { .. }));
+        assert!(matches!(
+            map(&one(0, 4095), &[4095], Pages::Small),
+            MemoryError::Unaligned { size: 4095, .. }
+        ));
+        assert!(matches!(
+            map(&one(4096, 1 << 20), &[1 << 20], Pages::Huge),
+            MemoryError::Unaligned { .. }
+        ));
         assert!(matches!(
             map(&one(0, 8192), &[4096], Pages::Small),
-            MemoryError::Size { expected: 8192, found: 4096, .. }
+            MemoryError::Size {
+                expected: 8192,
+                found: 4096,
+                ..
+            }
         ));
         let overlapping = [one(0, 8192)[0], one(4096, 8192)[0]];
-        assert!(matches!(map(&overlapping, &[8192, 8192], Pages::Small), MemoryError::Map(_)));
+        assert!(matches!(
+            map(&overlapping, &[8192, 8192], Pages::Small),
+            MemoryError::Map(_)
+        ));
     }
 }

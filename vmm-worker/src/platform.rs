@@ -138,7 +138,10 @@ pub(crate) struct Platform {
 /// [`PlatformError`].
 pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform, PlatformError> {
     let com1 = edge(vm, layout::COM1_IRQ)?;
-    let sci = Arc::new(Line { vm: Arc::clone(vm), gsi: layout::SCI_IRQ });
+    let sci = Arc::new(Line {
+        vm: Arc::clone(vm),
+        gsi: layout::SCI_IRQ,
+    });
 
     let power = PowerLatch::new(Arc::clone(wake));
     let serial = Arc::new(Mutex::new(SerialPort::new(0, com1, Arc::clone(wake))));
@@ -147,10 +150,26 @@ pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform,
     let rtc = Arc::new(Mutex::new(Rtc::new()));
 
     let mut ports = Bus::new();
-    ports.insert(u64::from(layout::COM1_PORT), u64::from(layout::COM1_PORTS), serial.clone())?;
-    ports.insert(u64::from(layout::I8042_PORT), u64::from(layout::I8042_PORTS), i8042.clone())?;
-    ports.insert(u64::from(layout::RTC_PORT), u64::from(layout::RTC_PORTS), rtc.clone())?;
-    ports.insert(u64::from(layout::ACPI_PM_PORT), u64::from(layout::ACPI_PM_PORTS), acpi_pm.clone())?;
+    ports.insert(
+        u64::from(layout::COM1_PORT),
+        u64::from(layout::COM1_PORTS),
+        serial.clone(),
+    )?;
+    ports.insert(
+        u64::from(layout::I8042_PORT),
+        u64::from(layout::I8042_PORTS),
+        i8042.clone(),
+    )?;
+    ports.insert(
+        u64::from(layout::RTC_PORT),
+        u64::from(layout::RTC_PORTS),
+        rtc.clone(),
+    )?;
+    ports.insert(
+        u64::from(layout::ACPI_PM_PORT),
+        u64::from(layout::ACPI_PM_PORTS),
+        acpi_pm.clone(),
+    )?;
 
     // In the order of `DEVICES`.
     let mut devices = Devices::new();
@@ -163,13 +182,24 @@ pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform,
         return Err(PlatformError::Order(devices.ids().collect()));
     }
 
-    let exits = Exits { ports: Arc::new(ports), mmio: Arc::new(Bus::new()), power: Arc::clone(&power) };
-    Ok(Platform { devices, exits, serial, acpi_pm, power })
+    let exits = Exits {
+        ports: Arc::new(ports),
+        mmio: Arc::new(Bus::new()),
+        power: Arc::clone(&power),
+    };
+    Ok(Platform {
+        devices,
+        exits,
+        serial,
+        acpi_pm,
+        power,
+    })
 }
 
 /// An edge-triggered interrupt of its own.
 fn edge(vm: &VmFd, gsi: u32) -> Result<Arc<Edge>, PlatformError> {
     let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(PlatformError::EventFd)?;
-    vm.register_irqfd(&event, gsi).map_err(|source| PlatformError::Irqfd { gsi, source })?;
+    vm.register_irqfd(&event, gsi)
+        .map_err(|source| PlatformError::Irqfd { gsi, source })?;
     Ok(Arc::new(Edge(event)))
 }

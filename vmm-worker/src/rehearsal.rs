@@ -62,7 +62,7 @@ pub(crate) enum RehearsalError {
 
 /// The reset state: what a guest that resets itself starts from.
 pub(crate) struct ResetState {
-    pub(crate) vcpus: Vec<Box<VcpuState>>,
+    pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) vm: VmState,
 }
 
@@ -71,8 +71,13 @@ pub(crate) struct ResetState {
 /// # Errors
 ///
 /// [`RehearsalError::Filter`] and [`RehearsalError::Vcpu`].
-pub(crate) fn confine(machinery: &mut Machinery, filters: &LastFilters) -> Result<(), RehearsalError> {
-    machinery.vcpus.command_all(|_| Command::Confine(filters.vcpu.clone()))?;
+pub(crate) fn confine(
+    machinery: &mut Machinery,
+    filters: &LastFilters,
+) -> Result<(), RehearsalError> {
+    machinery
+        .vcpus
+        .command_all(|_| Command::Confine(filters.vcpu.clone()))?;
     filters.control.install().map_err(RehearsalError::Filter)
 }
 
@@ -87,7 +92,10 @@ pub(crate) fn rehearse(
     vm: VmId,
     no_socket: BorrowedFd<'_>,
 ) -> Result<ResetState, RehearsalError> {
-    let reset = ResetState { vcpus: machinery.vcpus.save()?, vm: VmState::save(&machinery.vm)? };
+    let reset = ResetState {
+        vcpus: machinery.vcpus.save()?,
+        vm: VmState::save(&machinery.vm)?,
+    };
     if fail_point!(Rehearse).map_err(RehearsalError::FailPoint)? {
         return Ok(reset);
     }
@@ -96,7 +104,9 @@ pub(crate) fn rehearse(
     main_channel::rehearse(no_socket)?;
 
     let (bytes, _) = sections::encode(vm, 1, &reset.vcpus, &reset.vm, Vec::new())?;
-    let stream = Decoder::new(vm, 1).push(&bytes)?.ok_or(RehearsalError::Incomplete)?;
+    let stream = Decoder::new(vm, 1)
+        .push(&bytes)?
+        .ok_or(RehearsalError::Incomplete)?;
     let parsed = sections::parse(stream, machinery.vcpus.count(), &machinery.inventory)?;
     machinery.vcpus.load(parsed.vcpus, Purpose::Transfer)?;
     parsed.vm.load(&machinery.vm, Purpose::Transfer)?;

@@ -2,7 +2,10 @@
 //!
 //! Handlers here run in whatever state their thread is in, so they allocate nothing, take no lock and use no standard
 //! stream: they write to descriptor 0 (the control socket) and descriptor 2 (the diagnostics pipe) and end the process.
-#![expect(unsafe_code, reason = "signal handlers and the inherited descriptor 0 have no safe interface")]
+#![expect(
+    unsafe_code,
+    reason = "signal handlers and the inherited descriptor 0 have no safe interface"
+)]
 
 use std::io;
 use std::os::fd::FromRawFd as _;
@@ -85,8 +88,16 @@ extern "C" fn on_violation(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     // SAFETY: gettid(2) has no preconditions, and is permitted by every filter.
     let thread = unsafe { libc::gettid() };
     // A SIGSYS that somebody sent is no evidence of a call; it ends the process all the same.
-    let (syscall, address) = if info.code == SYS_SECCOMP { (info.syscall, info.call_address) } else { (-1, 0) };
-    let report = Report::Violation { thread, syscall, address };
+    let (syscall, address) = if info.code == SYS_SECCOMP {
+        (info.syscall, info.call_address)
+    } else {
+        (-1, 0)
+    };
+    let report = Report::Violation {
+        thread,
+        syscall,
+        address,
+    };
     let mut buffer = [0_u8; 32];
     if let Ok(bytes) = postcard::to_slice(&report, &mut buffer) {
         // SAFETY: writes from a live buffer of that length. Descriptor 0 is the control socket, whose messages are
@@ -124,7 +135,10 @@ struct Line {
 
 impl Default for Line {
     fn default() -> Self {
-        Self { bytes: [0; 96], length: 0 }
+        Self {
+            bytes: [0; 96],
+            length: 0,
+        }
     }
 }
 
@@ -172,14 +186,21 @@ mod tests {
             line.number(value);
             line.text(b" ");
         }
-        assert_eq!(line.bytes(), b"n 0 7 -159 9223372036854775807 -9223372036854775808 ");
+        assert_eq!(
+            line.bytes(),
+            b"n 0 7 -159 9223372036854775807 -9223372036854775808 "
+        );
         line.text(&[b'x'; 200]);
         assert_eq!(line.bytes().len(), 96);
     }
 
     #[test]
     fn the_longest_violation_fits_its_buffer() {
-        let report = Report::Violation { thread: i32::MIN, syscall: i32::MIN, address: u64::MAX };
+        let report = Report::Violation {
+            thread: i32::MIN,
+            syscall: i32::MIN,
+            address: u64::MAX,
+        };
         let mut buffer = [0_u8; 32];
         let bytes = postcard::to_slice(&report, &mut buffer).unwrap();
         assert_eq!(baton_ipc::channel::decode::<Report>(bytes).unwrap(), report);

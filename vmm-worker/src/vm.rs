@@ -1,11 +1,13 @@
 //! The VM as KVM has it: made of the `/dev/kvm` that was handed over, checked for what this worker needs, and bound to
 //! guest RAM before anything that makes KVM look at it.
-#![expect(unsafe_code, reason = "memory slots are addresses of this process; adopting a descriptor as /dev/kvm")]
+#![expect(
+    unsafe_code,
+    reason = "memory slots are addresses of this process; adopting a descriptor as /dev/kvm"
+)]
 
 use std::os::fd::IntoRawFd as _;
 use std::os::fd::OwnedFd;
 
-use std::os::fd::FromRawFd as _;
 use kvm_bindings::KVM_API_VERSION;
 use kvm_bindings::KVM_CAP_ADJUST_CLOCK;
 use kvm_bindings::KVM_CAP_DEBUGREGS;
@@ -37,6 +39,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::Kvm;
 use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
+use std::os::fd::FromRawFd as _;
 use thiserror::Error;
 use vm_memory::GuestMemoryBackend as _;
 use vm_memory::GuestMemoryMmap;
@@ -55,7 +58,11 @@ const NEEDED: &[(u32, &str, &str)] = &[
     (KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE", "2.6.26"),
     (KVM_CAP_PIT2, "KVM_CAP_PIT2", "2.6.31"),
     (KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "2.6.32"),
-    (KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "2.6.33"),
+    (
+        KVM_CAP_SET_IDENTITY_MAP_ADDR,
+        "KVM_CAP_SET_IDENTITY_MAP_ADDR",
+        "2.6.33",
+    ),
     (KVM_CAP_PIT_STATE2, "KVM_CAP_PIT_STATE2", "2.6.33"),
     (KVM_CAP_ADJUST_CLOCK, "KVM_CAP_ADJUST_CLOCK", "2.6.33"),
     (KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", "2.6.33"),
@@ -129,23 +136,35 @@ pub(crate) fn create(kvm: OwnedFd) -> Result<(VmFd, Host), VmError> {
             return Err(VmError::Missing { name, since });
         }
     }
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-    let msrs = kvm.get_msr_index_list().map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+    let msrs = kvm
+        .get_msr_index_list()
+        .map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
     let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
     let xsave = vm.check_extension_raw(u64::from(KVM_CAP_XSAVE2));
     let host = Host {
         cpuid: cpuid.as_slice().to_vec(),
         msrs: msrs.as_slice().to_vec(),
-        xsave: usize::try_from(xsave).ok().filter(|size| *size >= XSAVE_MIN).ok_or(VmError::Xsave(xsave))?,
+        xsave: usize::try_from(xsave)
+            .ok()
+            .filter(|size| *size >= XSAVE_MIN)
+            .ok_or(VmError::Xsave(xsave))?,
         tsc_deadline: kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0,
     };
     if vm.check_extension_raw(u64::from(KVM_CAP_X86_TRIPLE_FAULT_EVENT)) > 0 {
         // A triple fault that has happened and not yet come out is part of the pending events then.
-        let capability =
-            kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, args: [1, 0, 0, 0], ..kvm_enable_cap::default() };
-        vm.enable_cap(&capability).map_err(ioctl("KVM_ENABLE_CAP(KVM_CAP_X86_TRIPLE_FAULT_EVENT)"))?;
+        let capability = kvm_enable_cap {
+            cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        vm.enable_cap(&capability)
+            .map_err(ioctl("KVM_ENABLE_CAP(KVM_CAP_X86_TRIPLE_FAULT_EVENT)"))?;
     }
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
     vm.set_tss_address(tss).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
     Ok((vm, host))
@@ -167,7 +186,8 @@ pub(crate) fn add_memory(vm: &VmFd, memory: &'static GuestMemoryMmap) -> Result<
         };
         // SAFETY: the region's mapping lives as long as the process (`memory` is 'static), has exactly `memory_size`
         // bytes, and is used by this process through volatile accesses only, as memory that a guest writes must be.
-        unsafe { vm.set_user_memory_region(region) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())
 }
@@ -179,7 +199,15 @@ pub(crate) fn add_memory(vm: &VmFd, memory: &'static GuestMemoryMmap) -> Result<
 /// [`VmError::Ioctl`].
 pub(crate) fn add_processors(vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, VmError> {
     vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..kvm_pit_config::default()
+    };
     vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
-    (0..count).map(|index| vm.create_vcpu(u64::from(index)).map_err(ioctl("KVM_CREATE_VCPU"))).collect()
+    (0..count)
+        .map(|index| {
+            vm.create_vcpu(u64::from(index))
+                .map_err(ioctl("KVM_CREATE_VCPU"))
+        })
+        .collect()
 }

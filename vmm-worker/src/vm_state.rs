@@ -26,7 +26,11 @@ use crate::vcpu::Purpose;
 /// The version of [`SavedVm`].
 pub(crate) const VERSION: u16 = 1;
 
-const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
 /// `base_address` of `struct kvm_ioapic_state`, in bytes from the start of `struct kvm_irqchip`'s union, which is 8 bytes
 /// in (Linux, `arch/x86/include/uapi/asm/kvm.h`).
 const IOAPIC_BASE: std::ops::Range<usize> = 8..16;
@@ -77,13 +81,21 @@ impl VmState {
     ///
     /// [`VmStateError`].
     pub(crate) fn save(vm: &VmFd) -> Result<Self, VmStateError> {
-        let mut chips = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..kvm_irqchip::default() });
+        let mut chips = CHIPS.map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..kvm_irqchip::default()
+        });
         for chip in &mut chips {
             vm.get_irqchip(chip).map_err(ioctl("KVM_GET_IRQCHIP"))?;
         }
         let pit = vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?;
         let clock_ns = vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?.clock;
-        Ok(Self { chips, pit, clock_ns, clock_at_ns: clock::raw_ns() })
+        Ok(Self {
+            chips,
+            pit,
+            clock_ns,
+            clock_at_ns: clock::raw_ns(),
+        })
     }
 
     /// Loads it; all vCPUs are stopped and have their state.
@@ -92,13 +104,24 @@ impl VmState {
     ///
     /// [`VmStateError`].
     pub(crate) fn load(&self, vm: &VmFd, purpose: Purpose) -> Result<(), VmStateError> {
-        let Self { chips, pit, clock_ns, clock_at_ns } = self;
+        let Self {
+            chips,
+            pit,
+            clock_ns,
+            clock_at_ns,
+        } = self;
         vm.set_pit2(pit).map_err(ioctl("KVM_SET_PIT2"))?;
         if purpose == Purpose::Transfer {
             let clock = clock_ns.saturating_add(clock::raw_ns().saturating_sub(*clock_at_ns));
-            vm.set_clock(&kvm_clock_data { clock, ..kvm_clock_data::default() }).map_err(ioctl("KVM_SET_CLOCK"))?;
+            vm.set_clock(&kvm_clock_data {
+                clock,
+                ..kvm_clock_data::default()
+            })
+            .map_err(ioctl("KVM_SET_CLOCK"))?;
         }
-        chips.iter().try_for_each(|chip| vm.set_irqchip(chip).map_err(ioctl("KVM_SET_IRQCHIP")))
+        chips
+            .iter()
+            .try_for_each(|chip| vm.set_irqchip(chip).map_err(ioctl("KVM_SET_IRQCHIP")))
     }
 
     /// Encodes the state as a section's payload of [`VERSION`].
@@ -107,9 +130,18 @@ impl VmState {
     ///
     /// [`StateError::Malformed`] when postcard refuses, which it does not for this type.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, StateError> {
-        let Self { chips, pit, clock_ns, clock_at_ns } = self;
-        let saved =
-            SavedVm { chips: chips.map(Blob), pit: Blob(*pit), clock_ns: *clock_ns, clock_at_ns: *clock_at_ns };
+        let Self {
+            chips,
+            pit,
+            clock_ns,
+            clock_at_ns,
+        } = self;
+        let saved = SavedVm {
+            chips: chips.map(Blob),
+            pit: Blob(*pit),
+            clock_ns: *clock_ns,
+            clock_at_ns: *clock_at_ns,
+        };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
@@ -120,17 +152,30 @@ impl VmState {
     /// [`StateError`] with the field that no VM of this kind can have.
     pub(crate) fn parse(version: u16, bytes: &[u8]) -> Result<Self, StateError> {
         if version != VERSION {
-            return Err(StateError::Version { found: version, supported: VERSION });
+            return Err(StateError::Version {
+                found: version,
+                supported: VERSION,
+            });
         }
-        let saved: SavedVm = match postcard::take_from_bytes(bytes).map_err(StateError::Malformed)? {
-            (saved, []) => saved,
-            (_, rest) => return Err(StateError::Trailing(rest.len())),
-        };
-        let SavedVm { chips, pit, clock_ns, clock_at_ns } = saved;
+        let saved: SavedVm =
+            match postcard::take_from_bytes(bytes).map_err(StateError::Malformed)? {
+                (saved, []) => saved,
+                (_, rest) => return Err(StateError::Trailing(rest.len())),
+            };
+        let SavedVm {
+            chips,
+            pit,
+            clock_ns,
+            clock_at_ns,
+        } = saved;
         let chips = chips.map(|Blob(chip)| chip);
         for (chip, expected) in chips.iter().zip(CHIPS) {
             if chip.chip_id != expected {
-                return Err(StateError::field("irqchip.chip_id", chip.chip_id, "not the one whose turn it is"));
+                return Err(StateError::field(
+                    "irqchip.chip_id",
+                    chip.chip_id,
+                    "not the one whose turn it is",
+                ));
             }
         }
         let [_, _, ioapic] = &chips;
@@ -139,26 +184,47 @@ impl VmState {
             .and_then(|bytes| bytes.first_chunk::<8>())
             .map_or(0, |bytes| u64::from_le_bytes(*bytes));
         if base != layout::IO_APIC {
-            return Err(StateError::field("ioapic.base_address", base, "not 0xfec00000, which no guest can change"));
+            return Err(StateError::field(
+                "ioapic.base_address",
+                base,
+                "not 0xfec00000, which no guest can change",
+            ));
         }
         for channel in &pit.0.channels {
             if channel.count > PIT_COUNT_MAX {
-                return Err(StateError::field("pit.count", channel.count, "more than 65536"));
+                return Err(StateError::field(
+                    "pit.count",
+                    channel.count,
+                    "more than 65536",
+                ));
             }
             if channel.mode > PIT_MODE_MAX && channel.mode != PIT_MODE_UNSET {
-                return Err(StateError::field("pit.mode", channel.mode, "not 0 to 7, nor unset"));
+                return Err(StateError::field(
+                    "pit.mode",
+                    channel.mode,
+                    "not 0 to 7, nor unset",
+                ));
             }
         }
         let now = clock::raw_ns();
         let pause_max = u64::try_from(PAUSE_MAX.as_nanos()).unwrap_or(u64::MAX);
         if clock_at_ns > now || now - clock_at_ns > pause_max {
-            return Err(StateError::field("clock_at_ns", clock_at_ns, "not a moment ago"));
+            return Err(StateError::field(
+                "clock_at_ns",
+                clock_at_ns,
+                "not a moment ago",
+            ));
         }
         // KVM takes the clock as a signed offset of its own (`kvm_vm_ioctl_set_clock`).
         if i64::try_from(clock_ns.saturating_add(pause_max)).is_err() {
             return Err(StateError::field("clock_ns", clock_ns, "out of range"));
         }
-        Ok(Self { chips, pit: pit.0, clock_ns, clock_at_ns })
+        Ok(Self {
+            chips,
+            pit: pit.0,
+            clock_ns,
+            clock_at_ns,
+        })
     }
 }
 
@@ -167,11 +233,22 @@ mod tests {
     use super::*;
 
     fn saved() -> SavedVm {
-        let mut chips = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..kvm_irqchip::default() });
-        let ioapic = kvm_bindings::kvm_ioapic_state { base_address: layout::IO_APIC, ..Default::default() };
+        let mut chips = CHIPS.map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..kvm_irqchip::default()
+        });
+        let ioapic = kvm_bindings::kvm_ioapic_state {
+            base_address: layout::IO_APIC,
+            ..Default::default()
+        };
         chips[2].chip.ioapic = ioapic;
         let pit = kvm_pit_state2::default();
-        SavedVm { chips: chips.map(Blob), pit: Blob(pit), clock_ns: 5_000_000_000, clock_at_ns: clock::raw_ns() }
+        SavedVm {
+            chips: chips.map(Blob),
+            pit: Blob(pit),
+            clock_ns: 5_000_000_000,
+            clock_at_ns: clock::raw_ns(),
+        }
     }
 
     fn parse(saved: &SavedVm) -> Result<VmState, StateError> {
@@ -191,7 +268,10 @@ mod tests {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
         let state = VmState::parse(VERSION, &bytes).unwrap();
         let again = VmState::parse(VERSION, &state.encode().unwrap()).unwrap();
-        assert_eq!((again.clock_ns, again.clock_at_ns), (state.clock_ns, state.clock_at_ns));
+        assert_eq!(
+            (again.clock_ns, again.clock_at_ns),
+            (state.clock_ns, state.clock_at_ns)
+        );
     }
 
     #[test]
@@ -209,17 +289,38 @@ mod tests {
         wrong.pit.0.channels[2].mode = 8;
         refused(&wrong, "pit.mode");
         for at in [u64::MAX, clock::raw_ns() + 1_000_000_000, 0] {
-            refused(&SavedVm { clock_at_ns: at, ..saved() }, "clock_at_ns");
+            refused(
+                &SavedVm {
+                    clock_at_ns: at,
+                    ..saved()
+                },
+                "clock_at_ns",
+            );
         }
-        refused(&SavedVm { clock_ns: u64::MAX - 5, ..saved() }, "clock_ns");
+        refused(
+            &SavedVm {
+                clock_ns: u64::MAX - 5,
+                ..saved()
+            },
+            "clock_ns",
+        );
     }
 
     #[test]
     fn wrong_versions_lengths_and_rests_are_refused() {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
-        assert!(matches!(VmState::parse(2, &bytes), Err(StateError::Version { found: 2, .. })));
-        assert!(matches!(VmState::parse(VERSION, &bytes[..bytes.len() - 1]), Err(StateError::Malformed(_))));
+        assert!(matches!(
+            VmState::parse(2, &bytes),
+            Err(StateError::Version { found: 2, .. })
+        ));
+        assert!(matches!(
+            VmState::parse(VERSION, &bytes[..bytes.len() - 1]),
+            Err(StateError::Malformed(_))
+        ));
         let long = [bytes, vec![0]].concat();
-        assert!(matches!(VmState::parse(VERSION, &long), Err(StateError::Trailing(1))));
+        assert!(matches!(
+            VmState::parse(VERSION, &long),
+            Err(StateError::Trailing(1))
+        ));
     }
 }

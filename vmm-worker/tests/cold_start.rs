@@ -9,13 +9,20 @@ use harness::Vm;
 
 #[test]
 fn the_guest_takes_turns_on_every_vcpu() {
-    let vm = Vm::new(2, 32, CommandLine::new().timer_us(1000).ipi_us(200).console());
+    let vm = Vm::new(
+        2,
+        32,
+        CommandLine::new().timer_us(1000).ipi_us(200).console(),
+    );
     let mut worker = vm.start();
     let report = vm.wait_for_turns();
     assert_eq!(report.boots, 1);
     assert_eq!(report.tsc_source, baton_guest::TscSource::Hypervisor);
     let later = vm.wait_for("interrupts arrive", |report| {
-        report.slots.iter().all(|slot| slot.timer.ticks > 10 && slot.ipis.arrived > 10)
+        report
+            .slots
+            .iter()
+            .all(|slot| slot.timer.ticks > 10 && slot.ipis.arrived > 10)
     });
     assert_eq!(later.nonce, report.nonce);
     assert_eq!(later.faults(), 0);

@@ -46,7 +46,11 @@ const GETPPID: i32 = 110;
 #[track_caller]
 fn expect_violation(worker: &mut Worker) {
     worker.expect("a violation", |report| match report {
-        Report::Violation { syscall: GETPPID, thread, .. } if thread > 0 => Ok(()),
+        Report::Violation {
+            syscall: GETPPID,
+            thread,
+            ..
+        } if thread > 0 => Ok(()),
         other => Err(other),
     });
     assert_eq!(worker.exit_code(), 159);
@@ -57,13 +61,26 @@ fn faults_before_the_pause() {
     let vm = guest();
     let mut old = vm.start();
     let before = vm.wait_for_turns();
-    for (site, step) in
-        [(FailSite::Agree, "agree"), (FailSite::Build, "build"), (FailSite::Rehearse, "rehearse")]
-    {
-        for action in [FailAction::Error, FailAction::Die, FailAction::Violate, FailAction::Hang] {
+    for (site, step) in [
+        (FailSite::Agree, "agree"),
+        (FailSite::Build, "build"),
+        (FailSite::Rehearse, "rehearse"),
+    ] {
+        for action in [
+            FailAction::Error,
+            FailAction::Die,
+            FailAction::Violate,
+            FailAction::Hang,
+        ] {
             let mut new = new_worker(&vm, &mut old, site, action);
             if site != FailSite::Agree {
-                old.expect("agreed", |report| if report == Report::Agreed { Ok(()) } else { Err(report) });
+                old.expect("agreed", |report| {
+                    if report == Report::Agreed {
+                        Ok(())
+                    } else {
+                        Err(report)
+                    }
+                });
                 new.hand_over_to(&vm, 2);
             }
             match action {
@@ -98,7 +115,13 @@ fn the_old_worker_fails_in_the_pause() {
         arm(&old, site, FailAction::Error);
         old.order(&Order::Park);
         if site == FailSite::Save {
-            old.expect("parked", |report| if matches!(report, Report::Parked { .. }) { Ok(()) } else { Err(report) });
+            old.expect("parked", |report| {
+                if matches!(report, Report::Parked { .. }) {
+                    Ok(())
+                } else {
+                    Err(report)
+                }
+            });
         }
         old.expect_failed(step);
         assert_rolls_back(&vm, &mut old, &before);
@@ -114,7 +137,12 @@ fn the_new_worker_fails_in_the_pause() {
     let mut old = vm.start();
     let before = vm.wait_for_turns();
     for site in [FailSite::Validate, FailSite::Load, FailSite::Commit] {
-        for action in [FailAction::Error, FailAction::Die, FailAction::Violate, FailAction::Hang] {
+        for action in [
+            FailAction::Error,
+            FailAction::Die,
+            FailAction::Violate,
+            FailAction::Hang,
+        ] {
             let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
             upgrade.build(&vm);
             arm(&upgrade.new, site, action);
@@ -126,7 +154,11 @@ fn the_new_worker_fails_in_the_pause() {
             let parked = vm.ram_bytes();
             match action {
                 FailAction::Error => {
-                    let step = if site == FailSite::Commit { "commit" } else { "load" };
+                    let step = if site == FailSite::Commit {
+                        "commit"
+                    } else {
+                        "load"
+                    };
                     upgrade.new.expect_failed(step);
                     assert_eq!(upgrade.new.exit_code(), 1);
                 }
@@ -145,7 +177,10 @@ fn the_new_worker_fails_in_the_pause() {
 
 #[test]
 fn a_new_worker_that_says_running_and_does_not_run() {
-    for (site, action) in [(FailSite::Running, FailAction::Error), (FailSite::Commit, FailAction::Lie)] {
+    for (site, action) in [
+        (FailSite::Running, FailAction::Error),
+        (FailSite::Commit, FailAction::Lie),
+    ] {
         let vm = guest();
         let mut old = vm.start();
         vm.wait_for_turns();
@@ -156,7 +191,13 @@ fn a_new_worker_that_says_running_and_does_not_run() {
         upgrade.expect_loaded();
         let parked = vm.ram_bytes();
         upgrade.new.order(&Order::Commit);
-        upgrade.new.expect("running", |report| if report == Report::Running { Ok(()) } else { Err(report) });
+        upgrade.new.expect("running", |report| {
+            if report == Report::Running {
+                Ok(())
+            } else {
+                Err(report)
+            }
+        });
         assert!(upgrade.new.says_nothing());
         assert!(vm.ram_bytes() == parked);
     }
@@ -174,7 +215,9 @@ fn an_old_worker_that_lies_about_parking_runs_on() {
     upgrade.expect_loaded();
     // This is what a broker has to fence.
     let then = vm.report().unwrap().slots[0].sequence;
-    vm.wait_for("turns while parked", |report| report.slots[0].sequence > then + 1000);
+    vm.wait_for("turns while parked", |report| {
+        report.slots[0].sequence > then + 1000
+    });
     // What stops it is a stop, not its word.
     old.signal(libc::SIGSTOP);
     old.wait_stopped();
@@ -196,7 +239,10 @@ fn lies_about_saving_and_loading() {
     upgrade.build(&vm);
     arm(&old, FailSite::Save, FailAction::Lie);
     Upgrade::park(&mut old);
-    assert!(upgrade.new.says_nothing(), "half a stream was taken for a whole one");
+    assert!(
+        upgrade.new.says_nothing(),
+        "half a stream was taken for a whole one"
+    );
     upgrade.new.kill();
     assert_rolls_back(&vm, &mut old, &before);
 

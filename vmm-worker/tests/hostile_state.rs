@@ -1,5 +1,6 @@
 //! A state stream and descriptors of unknown origin: each is refused with a reason, before anything runs, and without
 //! harm to the guest that still runs in the old worker.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod harness;
 
@@ -26,10 +27,16 @@ fn guest() -> Vm {
 
 /// Takes a stream apart, lets `change` at its sections, and puts it together again with a digest that is right.
 fn forge(vm: &Vm, stream: &[u8], change: &dyn Fn(&mut Vec<Section>)) -> Vec<u8> {
-    let mut sections = Decoder::new(vm.config.vm, 2).push(stream).unwrap().unwrap().sections;
+    let mut sections = Decoder::new(vm.config.vm, 2)
+        .push(stream)
+        .unwrap()
+        .unwrap()
+        .sections;
     change(&mut sections);
     let mut encoder = Encoder::new(vm.config.vm, 2);
-    sections.iter().for_each(|section| encoder.section(section).unwrap());
+    sections
+        .iter()
+        .for_each(|section| encoder.section(section).unwrap());
     encoder.finish().0
 }
 
@@ -43,17 +50,35 @@ fn forged_sections_with_a_right_digest() {
     let before = vm.wait_for_turns();
     // Sections 0 and 1 are the vCPUs, 2 the VM, 3 to 7 the devices.
     let forgeries: &[Forgery<'_>] = &[
-        (&|sections| drop(sections.remove(0)), "section 0x8001.0 is missing"),
-        (&|sections| drop(sections.remove(2)), "section 0x8002.0 is missing"),
+        (
+            &|sections| drop(sections.remove(0)),
+            "section 0x8001.0 is missing",
+        ),
+        (
+            &|sections| drop(sections.remove(2)),
+            "section 0x8002.0 is missing",
+        ),
         (&|sections| drop(sections.pop()), "no saved state for rtc"),
         (&|sections| sections.push(sections[0].clone()), "came twice"),
-        (&|sections| sections[1].id.instance = 2, "unknown section 0x8001.2"),
-        (&|sections| sections.swap(4, 5), "where serial[2.0]'s belongs"),
-        (&|sections| sections[3].id.kind = 99, "which this VM does not have"),
-        (&|sections| sections[0].id.kind = 0x9000, "unknown section 0x9000.0"),
+        (
+            &|sections| sections[1].id.instance = 2,
+            "unknown section 0x8001.2",
+        ),
+        (
+            &|sections| sections.swap(4, 5),
+            "where serial[2.0]'s belongs",
+        ),
+        (
+            &|sections| sections[3].id.kind = 99,
+            "which this VM does not have",
+        ),
+        (
+            &|sections| sections[0].id.kind = 0x9000,
+            "unknown section 0x9000.0",
+        ),
         (&|sections| sections[0].version = 2, "version 2"),
         (&|sections| sections[4].version = 2, "version 2"),
-        (&|sections| drop(sections[0].payload.pop()), "malformed"),
+        (&|sections| sections[0].payload.truncate(4000), "malformed"),
         (&|sections| sections[0].payload.push(0), "1 bytes too many"),
         (&|sections| sections[4].payload.push(0), "1 bytes too many"),
         (&|sections| sections[0].payload.clear(), "malformed"),
@@ -62,7 +87,10 @@ fn forged_sections_with_a_right_digest() {
         // The power latch is one byte.
         (&|sections| sections[3].payload[0] = 9, "pending is 0x9"),
         // The VM's begins with the first PIC's length and number.
-        (&|sections| sections[2].payload[2] = 7, "irqchip.chip_id is 0x7"),
+        (
+            &|sections| sections[2].payload[2] = 7,
+            "irqchip.chip_id is 0x7",
+        ),
     ];
     for (change, wanted) in forgeries {
         let (mut upgrade, tap) = Upgrade::agree_tapped(&vm, &mut old, 2);
@@ -123,11 +151,19 @@ fn bent_bytes() {
 
 /// Lets a worker build what `change` made of its registry and header, and returns why it did not.
 #[track_caller]
-fn refused_build(vm: &Vm, step: &str, change: impl FnOnce(&mut Registry, &mut CprHeader)) -> String {
+fn refused_build(
+    vm: &Vm,
+    step: &str,
+    change: impl FnOnce(&mut Registry, &mut CprHeader),
+) -> String {
     let mut worker = Worker::spawn();
     worker.expect_hello();
     worker.configure(vm.config(1), None);
-    let mut header = CprHeader { mode: StartMode::None, vm: vm.config.vm, generation: 1 };
+    let mut header = CprHeader {
+        mode: StartMode::None,
+        vm: vm.config.vm,
+        generation: 1,
+    };
     let mut registry = vm.registry();
     change(&mut registry, &mut header);
     worker.hand_over(&header, &registry);
@@ -143,25 +179,38 @@ fn key(name: &str) -> DescriptorKey {
 #[test]
 fn wrong_descriptors() {
     let vm = guest();
-    for name in [descriptor::KVM, descriptor::RAM, descriptor::KERNEL, descriptor::CONSOLE] {
-        let reason = refused_build(&vm, "build", |registry, _| registry.delete(&key(name)).unwrap());
+    for name in [
+        descriptor::KVM,
+        descriptor::RAM,
+        descriptor::KERNEL,
+        descriptor::CONSOLE,
+    ] {
+        let reason = refused_build(&vm, "build", |registry, _| {
+            registry.delete(&key(name)).unwrap()
+        });
         assert_eq!(reason, format!("descriptor {name}#0 is missing"));
     }
     let extra = |registry: &mut Registry, _: &mut CprHeader| {
         let kernel = vm.kernel.try_clone().unwrap();
-        registry.save(key("extra"), DescriptorKind::Image, kernel).unwrap();
+        registry
+            .save(key("extra"), DescriptorKind::Image, kernel)
+            .unwrap();
     };
     assert_eq!(refused_build(&vm, "build", extra), "nobody claimed extra#0");
     let kind = |registry: &mut Registry, _: &mut CprHeader| {
         registry.delete(&key(descriptor::KERNEL)).unwrap();
         let socket = vm.console.try_clone().unwrap().into();
-        registry.save(key(descriptor::KERNEL), DescriptorKind::Stream, socket).unwrap();
+        registry
+            .save(key(descriptor::KERNEL), DescriptorKind::Stream, socket)
+            .unwrap();
     };
     assert!(refused_build(&vm, "build", kind).contains("is Stream, not Image"));
     let smaller = |registry: &mut Registry, _: &mut CprHeader| {
         registry.delete(&key(descriptor::RAM)).unwrap();
         let other = Vm::ram_of(8 << 20);
-        registry.save(key(descriptor::RAM), DescriptorKind::GuestRam, other).unwrap();
+        registry
+            .save(key(descriptor::RAM), DescriptorKind::GuestRam, other)
+            .unwrap();
     };
     assert!(refused_build(&vm, "build", smaller).contains("its memfd 0x800000"));
 }

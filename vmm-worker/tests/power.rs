@@ -28,7 +28,13 @@ fn expect_event(worker: &mut Worker, event: &GuestEvent) {
 
 #[track_caller]
 fn expect_paused(worker: &mut Worker) {
-    worker.expect("paused", |report| if report == Report::Paused { Ok(()) } else { Err(report) });
+    worker.expect("paused", |report| {
+        if report == Report::Paused {
+            Ok(())
+        } else {
+            Err(report)
+        }
+    });
 }
 
 #[test]
@@ -50,7 +56,15 @@ fn a_paused_guest_stands_still_and_goes_on() {
 
 #[test]
 fn no_kick_is_lost_between_exits() {
-    let vm = Vm::new(2, 16, CommandLine::new().console().period_ms(1).timer_us(300).ipi_us(50));
+    let vm = Vm::new(
+        2,
+        16,
+        CommandLine::new()
+            .console()
+            .period_ms(1)
+            .timer_us(300)
+            .ipi_us(50),
+    );
     let mut worker = vm.start();
     let before = vm.wait_for_turns();
     for _ in 0..300 {
@@ -62,6 +76,9 @@ fn no_kick_is_lost_between_exits() {
     harness::assert_goes_on(&vm, &before);
 }
 
+/// A way to reset a machine.
+type Way<'a> = &'a dyn Fn(&Vm, &Worker);
+
 #[test]
 fn every_kind_of_reset_boots_the_guest_again() {
     let vm = guest();
@@ -69,7 +86,7 @@ fn every_kind_of_reset_boots_the_guest_again() {
     let mut before = vm.wait_for_turns();
     let asked = |command| move |vm: &Vm, _: &Worker| vm.command(command);
     let by_operator = |_: &Vm, worker: &Worker| worker.order(&Order::Reset);
-    let ways: [(&dyn Fn(&Vm, &Worker), GuestEvent); 4] = [
+    let ways: [(Way<'_>, GuestEvent); 4] = [
         (&asked(layout::COMMAND_RESET), GuestEvent::Reset),
         (&asked(layout::COMMAND_ACPI_RESET), GuestEvent::Reset),
         (&asked(layout::COMMAND_CRASH), GuestEvent::TripleFault),
@@ -108,7 +125,11 @@ fn a_guest_that_is_reset_while_paused_stays_paused() {
     assert!(vm.ram_bytes() == still);
     worker.order(&Order::Resume);
     worker.expect_resumed();
-    assert_eq!(vm.wait_for("the second boot", |report| report.boots == 2).faults(), 0);
+    assert_eq!(
+        vm.wait_for("the second boot", |report| report.boots == 2)
+            .faults(),
+        0
+    );
     vm.wait_for_turns();
 }
 
@@ -156,7 +177,15 @@ fn an_order_that_does_not_fit_changes_nothing() {
     let mut worker = Worker::spawn();
     worker.expect_hello();
     worker.build_cold(&vm);
-    for order in [Order::Commit, Order::Park, Order::Resume, Order::Pause, Order::Reset, Order::Rollback, Order::Ceded] {
+    for order in [
+        Order::Commit,
+        Order::Park,
+        Order::Resume,
+        Order::Pause,
+        Order::Reset,
+        Order::Rollback,
+        Order::Ceded,
+    ] {
         worker.order(&order);
         let reason = worker.expect_failed("order");
         assert!(reason.contains("built"), "{reason}");

@@ -12,7 +12,14 @@ use harness::Worker;
 use harness::assert_goes_on;
 
 fn guest() -> Vm {
-    Vm::new(2, 32, CommandLine::new().timer_us(1000).ipi_us(200).walk_bytes(4 << 20))
+    Vm::new(
+        2,
+        32,
+        CommandLine::new()
+            .timer_us(1000)
+            .ipi_us(200)
+            .walk_bytes(4 << 20),
+    )
 }
 
 /// The guest goes on, and can be upgraded after all.
@@ -192,7 +199,10 @@ fn a_stream_that_is_cut_off() {
         tap.send(&stream[..cut]);
         drop(tap);
         let reason = upgrade.new.expect_failed("load");
-        assert!(reason.contains(&format!("ended after {cut} bytes")), "{reason}");
+        assert!(
+            reason.contains(&format!("ended after {cut} bytes")),
+            "{reason}"
+        );
         assert_eq!(upgrade.new.exit_code(), 1);
         roll_back(&mut old);
         assert_goes_on(&vm, &before);
@@ -206,9 +216,18 @@ fn a_machine_that_differs() {
     let mut old = vm.start();
     let before = vm.wait_for_turns();
     for (change, wanted) in [
-        (&(|config: &mut WorkerConfig| config.cpus = 1) as &dyn Fn(&mut WorkerConfig), "1 vCPUs, this one 2"),
-        (&|config| config.ram[0].size = 16 << 20, "RAM [(0, 1000000)]"),
-        (&|config| config.hide.push("sha_ni".parse().unwrap()), "hides the CPU features [\"sha_ni\"]"),
+        (
+            &(|config: &mut WorkerConfig| config.cpus = 1) as &dyn Fn(&mut WorkerConfig),
+            "1 vCPUs, this one 2",
+        ),
+        (
+            &|config| config.ram[0].size = 16 << 20,
+            "RAM [(0, 1000000)]",
+        ),
+        (
+            &|config| config.hide.push("sha_ni".parse().unwrap()),
+            "hides the CPU features [\"sha_ni\"]",
+        ),
     ] {
         let mut other = harness::Worker::spawn();
         other.expect_hello();
@@ -221,7 +240,10 @@ fn a_machine_that_differs() {
         let reason = old.expect_failed("agree");
         assert!(reason.contains(wanted), "{reason}");
         let reason = other.expect_failed("agree");
-        assert!(reason.contains("refuses") && reason.contains(wanted), "{reason}");
+        assert!(
+            reason.contains("refuses") && reason.contains(wanted),
+            "{reason}"
+        );
         assert_eq!(other.exit_code(), 1);
     }
     assert_can_upgrade(&vm, old, &before);
@@ -242,7 +264,12 @@ fn reports_are_in_order() {
     assert!(
         matches!(
             reports.as_slice(),
-            [Report::Parked { .. }, Report::Saved { .. }, Report::Resumed, Report::Status(_)]
+            [
+                Report::Parked { .. },
+                Report::Saved { .. },
+                Report::Resumed,
+                Report::Status(_)
+            ]
         ),
         "{reports:?}"
     );

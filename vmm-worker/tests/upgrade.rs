@@ -11,7 +11,16 @@ use harness::Upgrade;
 use harness::Vm;
 
 fn busy_guest(cpus: u8) -> Vm {
-    Vm::new(cpus, 64, CommandLine::new().timer_us(1000).ipi_us(200).walk_bytes(8 << 20).console().period_ms(20))
+    Vm::new(
+        cpus,
+        64,
+        CommandLine::new()
+            .timer_us(1000)
+            .ipi_us(200)
+            .walk_bytes(8 << 20)
+            .console()
+            .period_ms(20),
+    )
 }
 
 #[test]
@@ -47,7 +56,10 @@ fn nobody_writes_ram_from_parked_to_commit() {
     let saved = Upgrade::park(&mut old);
     let parked = vm.ram_bytes();
     assert_eq!(upgrade.expect_loaded(), saved.digest);
-    assert!(vm.ram_bytes() == parked, "RAM changed while the guest stood still");
+    assert!(
+        vm.ram_bytes() == parked,
+        "RAM changed while the guest stood still"
+    );
     for slot in vm.report().unwrap().slots {
         assert!(slot.unbroken(), "{slot:?}");
     }
@@ -62,7 +74,13 @@ fn building_and_rehearsing_leave_ram_as_it_is() {
     let mut old = vm.start();
     vm.wait_for_turns();
     old.order(&Order::Pause);
-    old.expect("paused", |report| if report == Report::Paused { Ok(()) } else { Err(report) });
+    old.expect("paused", |report| {
+        if report == Report::Paused {
+            Ok(())
+        } else {
+            Err(report)
+        }
+    });
     let before = vm.ram_bytes();
     // The guest is paused, so there is nothing to agree on; the rest of a build is the same.
     let mut cold = harness::Worker::spawn();
@@ -112,5 +130,9 @@ fn many_upgrades_leave_nothing_behind() {
     assert_eq!(vm.wait_for_turns().faults(), 0);
     assert!(sizes.iter().all(|size| *size == sizes[0]), "{sizes:?}");
     blackouts.sort_unstable();
-    println!("blackout in us: median {}, max {}", blackouts[blackouts.len() / 2], blackouts[blackouts.len() - 1]);
+    println!(
+        "blackout in us: median {}, max {}",
+        blackouts[blackouts.len() / 2],
+        blackouts[blackouts.len() - 1]
+    );
 }

@@ -94,10 +94,17 @@ pub(crate) fn agree(
     let begun = Instant::now();
     let mut frame = Frame::default();
     loop {
-        let left = ANSWER_TIMEOUT.checked_sub(begun.elapsed()).ok_or(IncomingError::Silent)?;
-        let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(0), tv_nsec: i64::from(left.subsec_nanos()) };
-        let mut wait =
-            [PollFd::from_borrowed_fd(main.as_fd(), PollFlags::IN), PollFd::from_borrowed_fd(control, PollFlags::IN)];
+        let left = ANSWER_TIMEOUT
+            .checked_sub(begun.elapsed())
+            .ok_or(IncomingError::Silent)?;
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(0),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        let mut wait = [
+            PollFd::from_borrowed_fd(main.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(control, PollFlags::IN),
+        ];
         match rustix::event::poll(&mut wait, Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(IncomingError::Poll(e)),
@@ -111,7 +118,8 @@ pub(crate) fn agree(
             None => {}
             Some(Answer::Refuse(reason)) => return Err(IncomingError::Refused(reason)),
             Some(Answer::Accept { preview }) => {
-                return baton_ipc::channel::decode(&preview).map_err(|e| IncomingError::Preview(e.to_string()));
+                return baton_ipc::channel::decode(&preview)
+                    .map_err(|e| IncomingError::Preview(e.to_string()));
             }
         }
     }
@@ -158,7 +166,10 @@ impl Incoming {
 /// # Errors
 ///
 /// [`IncomingError`]; the VM then has parts of the state and must not run.
-pub(crate) fn load(machinery: &mut Machinery, stream: StateStream) -> Result<StateDigest, IncomingError> {
+pub(crate) fn load(
+    machinery: &mut Machinery,
+    stream: StateStream,
+) -> Result<StateDigest, IncomingError> {
     let digest = stream.digest;
     let parsed = sections::parse(stream, machinery.vcpus.count(), &machinery.inventory)?;
     fail_point!(Validate).map_err(IncomingError::FailPoint)?;
@@ -168,6 +179,9 @@ pub(crate) fn load(machinery: &mut Machinery, stream: StateStream) -> Result<Sta
         return Ok(digest);
     }
     parsed.vm.load(&machinery.vm, Purpose::Transfer)?;
-    machinery.platform.devices.load(baton_ipc::StartMode::CprTransfer, &parsed.devices)?;
+    machinery
+        .platform
+        .devices
+        .load(baton_ipc::StartMode::CprTransfer, &parsed.devices)?;
     Ok(digest)
 }

@@ -42,7 +42,10 @@ pub(crate) enum MainError {
 }
 
 fn io(call: &'static str, source: Errno) -> MainError {
-    MainError::Io { call, source: source.into() }
+    MainError::Io {
+        call,
+        source: source.into(),
+    }
 }
 
 /// A stream socket to the other worker.
@@ -53,7 +56,10 @@ pub(crate) struct MainChannel {
 
 impl MainChannel {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket, buffer: Vec::new() }
+        Self {
+            socket,
+            buffer: Vec::new(),
+        }
     }
 
     /// Sends all of `bytes`, or as much as the other side takes within `timeout`.
@@ -65,13 +71,21 @@ impl MainChannel {
         let begun = Instant::now();
         let mut rest = bytes;
         while !rest.is_empty() {
-            match rustix::net::send(&self.socket, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match rustix::net::send(
+                &self.socket,
+                rest,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     let left = timeout.saturating_sub(begun.elapsed());
                     if left.is_zero() {
-                        return Err(MainError::Stalled { left: rest.len(), length: bytes.len(), timeout });
+                        return Err(MainError::Stalled {
+                            left: rest.len(),
+                            length: bytes.len(),
+                            timeout,
+                        });
                     }
                     self.wait_writable(left)?;
                 }
@@ -86,7 +100,10 @@ impl MainChannel {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(timeout.subsec_nanos()),
         };
-        match rustix::event::poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&timeout)) {
+        match rustix::event::poll(
+            &mut [PollFd::new(&self.socket, PollFlags::OUT)],
+            Some(&timeout),
+        ) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(e) => Err(io("poll", e)),
         }
@@ -100,7 +117,11 @@ impl MainChannel {
     pub(crate) fn receive(&mut self) -> Result<Option<&[u8]>, MainError> {
         self.buffer.resize(BUFFER, 0);
         loop {
-            match rustix::net::recv(&self.socket, self.buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
+            match rustix::net::recv(
+                &self.socket,
+                self.buffer.as_mut_slice(),
+                RecvFlags::DONTWAIT,
+            ) {
                 Ok((_, 0)) | Err(Errno::CONNRESET) => return Ok(None),
                 Ok((_, count)) => return Ok(Some(self.buffer.get(..count).unwrap_or_default())),
                 Err(Errno::AGAIN) => return Ok(Some(&[])),
@@ -147,10 +168,15 @@ mod tests {
         assert_eq!(b.receive().unwrap(), Some(&b"state"[..]));
         let large = vec![0; 8 << 20];
         let stalled = a.send(&large, Duration::from_millis(20)).unwrap_err();
-        assert!(matches!(stalled, MainError::Stalled { length, left, .. } if length == large.len() && left > 0));
+        assert!(
+            matches!(stalled, MainError::Stalled { length, left, .. } if length == large.len() && left > 0)
+        );
         drop(a);
         while b.receive().unwrap().is_some_and(|bytes| !bytes.is_empty()) {}
         assert_eq!(b.receive().unwrap(), None);
-        assert!(matches!(b.send(b"anyone?", Duration::ZERO), Err(MainError::Io { call: "send", .. })));
+        assert!(matches!(
+            b.send(b"anyone?", Duration::ZERO),
+            Err(MainError::Io { call: "send", .. })
+        ));
     }
 }

@@ -67,10 +67,14 @@ impl Outgoing {
 
     /// Takes what has come.
     pub(crate) fn advance(&mut self, ours: &Machine, cpuid: &Told) -> Progress {
-        let Self::Offered(main, frame) = self else { return Progress::Waiting };
+        let Self::Offered(main, frame) = self else {
+            return Progress::Waiting;
+        };
         let received = match main.receive() {
             Ok(Some(bytes)) => frame.push::<Offer>(bytes).map_err(|e| e.to_string()),
-            Ok(None) => Err("the new worker has closed the main channel before its offer".to_owned()),
+            Ok(None) => {
+                Err("the new worker has closed the main channel before its offer".to_owned())
+            }
             Err(error) => Err(error.to_string()),
         };
         let refused = match received {
@@ -79,9 +83,11 @@ impl Outgoing {
             Err(error) => Err(error),
         };
         let answer = match &refused {
-            Ok(()) => postcard::to_stdvec(&Preview { cpuid: cpuid.clone() })
-                .map(|preview| Answer::Accept { preview })
-                .map_err(|e| e.to_string()),
+            Ok(()) => postcard::to_stdvec(&Preview {
+                cpuid: cpuid.clone(),
+            })
+            .map(|preview| Answer::Accept { preview })
+            .map_err(|e| e.to_string()),
             Err(reason) => Ok(Answer::Refuse(reason.clone())),
         };
         let sent = answer

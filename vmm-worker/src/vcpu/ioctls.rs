@@ -1,5 +1,8 @@
 //! The vCPU ioctls that kvm-ioctls does not have on x86-64, or has as unsafe functions.
-#![expect(unsafe_code, reason = "raw ioctls; XSAVE buffers whose length the caller answers for")]
+#![expect(
+    unsafe_code,
+    reason = "raw ioctls; XSAVE buffers whose length the caller answers for"
+)]
 
 use kvm_bindings::KVM_VCPU_TSC_CTRL;
 use kvm_bindings::KVM_VCPU_TSC_OFFSET;
@@ -25,7 +28,11 @@ pub(crate) const XSAVE_MIN: usize = 4096;
 type Result<T> = std::result::Result<T, errno::Error>;
 
 fn outcome(returned: i32) -> Result<()> {
-    if returned < 0 { errno::errno_result() } else { Ok(()) }
+    if returned < 0 {
+        errno::errno_result()
+    } else {
+        Ok(())
+    }
 }
 
 /// KVM_GET_SREGS2: with the PDPTRs of a guest in PAE paging, which KVM_GET_SREGS leaves out.
@@ -90,7 +97,9 @@ pub(crate) fn get_xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u8>> {
 /// KVM_SET_XSAVE of `bytes`, which are as many as [`get_xsave`] gives for this VM.
 pub(crate) fn set_xsave(vcpu: &VcpuFd, bytes: &[u8]) -> Result<()> {
     let mut xsave = blank_xsave(bytes.len())?;
-    let (fixed, flexible) = bytes.split_at_checked(XSAVE_MIN).ok_or(errno::Error::new(libc::EINVAL))?;
+    let (fixed, flexible) = bytes
+        .split_at_checked(XSAVE_MIN)
+        .ok_or(errno::Error::new(libc::EINVAL))?;
     // SAFETY: the flexible array keeps its length; only the fixed part is written.
     let region = unsafe { &mut xsave.as_mut_fam_struct().xsave.region };
     region.as_mut_bytes().copy_from_slice(fixed);
@@ -106,7 +115,6 @@ fn blank_xsave(size: usize) -> Result<Xsave> {
     let words = size.saturating_sub(XSAVE_MIN).div_ceil(size_of::<u32>());
     Xsave::new(words).map_err(|_| errno::Error::new(libc::ENOMEM))
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -115,7 +115,12 @@ impl Link {
         loop {
             match slot.take() {
                 Some(command) => return command,
-                None => slot = self.commanded.wait(slot).unwrap_or_else(PoisonError::into_inner),
+                None => {
+                    slot = self
+                        .commanded
+                        .wait(slot)
+                        .unwrap_or_else(PoisonError::into_inner)
+                }
             }
         }
     }

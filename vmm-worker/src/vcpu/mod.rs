@@ -136,9 +136,18 @@ impl Vcpus {
                 .stack_size(STACK)
                 .spawn(move || thread.serve())
                 .map_err(|source| VcpuError::Thread { index, source })?;
-            handles.push(Handle { link, page, thread, running: false, stuck: None });
+            handles.push(Handle {
+                link,
+                page,
+                thread,
+                running: false,
+                stuck: None,
+            });
         }
-        Ok(Self { handles, rendezvous })
+        Ok(Self {
+            handles,
+            rendezvous,
+        })
     }
 
     /// How many there are.
@@ -177,7 +186,12 @@ impl Vcpus {
         let mut refused = None;
         for (index, handle) in self.handles.iter().enumerate() {
             match handle.link.take_reply() {
-                None => return Err(VcpuError::Silent { index, timeout: COMMAND_TIMEOUT }),
+                None => {
+                    return Err(VcpuError::Silent {
+                        index,
+                        timeout: COMMAND_TIMEOUT,
+                    });
+                }
                 Some(Reply::Failed(reason)) => {
                     refused.get_or_insert(VcpuError::Refused { index, reason });
                 }
@@ -192,9 +206,18 @@ impl Vcpus {
     /// # Errors
     ///
     /// [`VcpuError`].
-    pub(crate) fn command_one(&mut self, index: usize, command: Command) -> Result<Reply, VcpuError> {
-        let silent = VcpuError::Silent { index, timeout: COMMAND_TIMEOUT };
-        let Some(handle) = self.handles.get(index) else { return Err(silent) };
+    pub(crate) fn command_one(
+        &mut self,
+        index: usize,
+        command: Command,
+    ) -> Result<Reply, VcpuError> {
+        let silent = VcpuError::Silent {
+            index,
+            timeout: COMMAND_TIMEOUT,
+        };
+        let Some(handle) = self.handles.get(index) else {
+            return Err(silent);
+        };
         handle.link.command(command);
         self.rendezvous.wait(1, COMMAND_TIMEOUT);
         match handle.link.take_reply() {
@@ -209,7 +232,7 @@ impl Vcpus {
     /// # Errors
     ///
     /// [`VcpuError`].
-    pub(crate) fn save(&mut self) -> Result<Vec<Box<VcpuState>>, VcpuError> {
+    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>, VcpuError> {
         self.begin_save();
         self.finish_save()
     }
@@ -224,12 +247,17 @@ impl Vcpus {
     /// # Errors
     ///
     /// [`VcpuError`].
-    pub(crate) fn finish_save(&mut self) -> Result<Vec<Box<VcpuState>>, VcpuError> {
+    pub(crate) fn finish_save(&mut self) -> Result<Vec<VcpuState>, VcpuError> {
         let mut states = Vec::with_capacity(self.handles.len());
         for (index, reply) in self.collect()?.into_iter().enumerate() {
             match reply {
-                Reply::Saved(state) => states.push(state),
-                other => return Err(VcpuError::Refused { index, reason: format!("unexpected answer {other:?}") }),
+                Reply::Saved(state) => states.push(*state),
+                other => {
+                    return Err(VcpuError::Refused {
+                        index,
+                        reason: format!("unexpected answer {other:?}"),
+                    });
+                }
             }
         }
         Ok(states)
@@ -240,13 +268,20 @@ impl Vcpus {
     /// # Errors
     ///
     /// [`VcpuError`]; the vCPUs then have parts of their states.
-    pub(crate) fn load(&mut self, states: Vec<Box<VcpuState>>, purpose: Purpose) -> Result<(), VcpuError> {
+    pub(crate) fn load(
+        &mut self,
+        states: Vec<VcpuState>,
+        purpose: Purpose,
+    ) -> Result<(), VcpuError> {
         let (index, count) = (states.len(), self.handles.len());
         if index != count {
-            return Err(VcpuError::Refused { index, reason: format!("{index} states for {count} vCPUs") });
+            return Err(VcpuError::Refused {
+                index,
+                reason: format!("{index} states for {count} vCPUs"),
+            });
         }
         for (handle, state) in self.handles.iter().zip(states) {
-            handle.link.command(Command::Load(state, purpose));
+            handle.link.command(Command::Load(Box::new(state), purpose));
         }
         self.collect().map(drop)
     }
@@ -266,7 +301,10 @@ impl Vcpus {
         if !self.rendezvous.all_begun() {
             return None;
         }
-        self.handles.iter().map(|handle| handle.link.began_ns()).max()
+        self.handles
+            .iter()
+            .map(|handle| handle.link.began_ns())
+            .max()
     }
 
     /// Signals a thread that is not running, so that the path of a kick is known to be open.
@@ -289,11 +327,17 @@ impl Vcpus {
     /// When the first of those that have stopped left the guest.
     fn take_stopped(&mut self) -> Option<u64> {
         let mut first_exit_ns = None;
-        for (index, handle) in self.handles.iter_mut().enumerate().filter(|(_, handle)| handle.running) {
+        for (index, handle) in self
+            .handles
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, handle)| handle.running)
+        {
             if let Some(reply) = handle.link.take_reply() {
                 handle.running = false;
                 if let Reply::Stopped(Stopped { left_ns, stuck }) = reply {
-                    first_exit_ns = Some(first_exit_ns.map_or(left_ns, |first: u64| first.min(left_ns)));
+                    first_exit_ns =
+                        Some(first_exit_ns.map_or(left_ns, |first: u64| first.min(left_ns)));
                     handle.stuck = stuck.map(|reason| format!("vCPU {index}: {reason}"));
                 }
             }
@@ -310,7 +354,10 @@ impl Vcpus {
     pub(crate) fn stop(&mut self, timeout: Duration) -> Result<AllStopped, VcpuError> {
         let begun = Instant::now();
         let mut first_exit_ns = u64::MAX;
-        self.handles.iter().filter(|handle| handle.running).for_each(|handle| handle.page.set_immediate_exit(true));
+        self.handles
+            .iter()
+            .filter(|handle| handle.running)
+            .for_each(|handle| handle.page.set_immediate_exit(true));
         loop {
             for handle in self.handles.iter().filter(|handle| handle.running) {
                 // The thread lives as long as the process, so there is somebody to signal; see invariant 4.
@@ -321,15 +368,22 @@ impl Vcpus {
             first_exit_ns = first_exit_ns.min(self.take_stopped().unwrap_or(u64::MAX));
             match self.handles.iter().position(|handle| handle.running) {
                 None => break,
-                Some(index) if begun.elapsed() > timeout => return Err(VcpuError::Silent { index, timeout }),
+                Some(index) if begun.elapsed() > timeout => {
+                    return Err(VcpuError::Silent { index, timeout });
+                }
                 Some(_) => {}
             }
         }
-        Ok(AllStopped { first_exit_ns, stuck: self.stuck() })
+        Ok(AllStopped {
+            first_exit_ns,
+            stuck: self.stuck(),
+        })
     }
 
     /// Forgets why vCPUs could not go on: they have been reset.
     pub(crate) fn unstick(&mut self) {
-        self.handles.iter_mut().for_each(|handle| handle.stuck = None);
+        self.handles
+            .iter_mut()
+            .for_each(|handle| handle.stuck = None);
     }
 }

@@ -1,5 +1,8 @@
 //! The page that a vCPU shares with KVM, as far as more than its own thread looks at it.
-#![expect(unsafe_code, reason = "one byte of the shared page is written by another thread while KVM_RUN runs")]
+#![expect(
+    unsafe_code,
+    reason = "one byte of the shared page is written by another thread while KVM_RUN runs"
+)]
 
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU8;
@@ -26,7 +29,9 @@ unsafe impl Sync for RunPage {}
 impl RunPage {
     /// The page of `vcpu`, which must never be dropped: its thread owns it and lives as long as the process.
     pub(crate) fn of(vcpu: &mut VcpuFd) -> Self {
-        Self { page: NonNull::from(vcpu.get_kvm_run()) }
+        Self {
+            page: NonNull::from(vcpu.get_kvm_run()),
+        }
     }
 
     fn flag(&self) -> &AtomicU8 {

@@ -96,7 +96,16 @@ impl From<kvm_sregs2> for SavedSregs {
 
 impl From<SavedSregs> for kvm_sregs2 {
     fn from(saved: SavedSregs) -> Self {
-        let SavedSregs { segments, gdt, idt, control, efer, apic_base, flags, pdptrs } = saved;
+        let SavedSregs {
+            segments,
+            gdt,
+            idt,
+            control,
+            efer,
+            apic_base,
+            flags,
+            pdptrs,
+        } = saved;
         let [cs, ds, es, fs, gs, ss, tr, ldt] = segments.map(|Blob(segment)| segment);
         let [cr0, cr2, cr3, cr4, cr8] = control;
         kvm_sregs2 {
@@ -130,7 +139,20 @@ impl VcpuState {
     ///
     /// [`StateError::Malformed`] when postcard refuses, which it does not for this type.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, StateError> {
-        let Self { mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, tsc_khz, tsc_offset, tsc, msrs, events } = self;
+        let Self {
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            tsc_khz,
+            tsc_offset,
+            tsc,
+            msrs,
+            events,
+        } = self;
         let saved = SavedVcpu {
             mp_state: mp_state.mp_state,
             regs: Blob(*regs),
@@ -153,32 +175,69 @@ impl VcpuState {
     /// # Errors
     ///
     /// [`StateError`] with the field that no vCPU of this VM can have.
-    pub(crate) fn parse(version: u16, bytes: &[u8], inventory: &Inventory) -> Result<Self, StateError> {
+    pub(crate) fn parse(
+        version: u16,
+        bytes: &[u8],
+        inventory: &Inventory,
+    ) -> Result<Self, StateError> {
         if version != VERSION {
-            return Err(StateError::Version { found: version, supported: VERSION });
+            return Err(StateError::Version {
+                found: version,
+                supported: VERSION,
+            });
         }
-        let saved: SavedVcpu = match postcard::take_from_bytes(bytes).map_err(StateError::Malformed)? {
-            (saved, []) => saved,
-            (_, rest) => return Err(StateError::Trailing(rest.len())),
-        };
-        let SavedVcpu { mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, tsc_khz, tsc_offset, tsc, msrs, events } = saved;
+        let saved: SavedVcpu =
+            match postcard::take_from_bytes(bytes).map_err(StateError::Malformed)? {
+                (saved, []) => saved,
+                (_, rest) => return Err(StateError::Trailing(rest.len())),
+            };
+        let SavedVcpu {
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            tsc_khz,
+            tsc_offset,
+            tsc,
+            msrs,
+            events,
+        } = saved;
         if mp_state > KVM_MP_STATE_SIPI_RECEIVED {
-            return Err(StateError::field("mp_state", mp_state, "not a state of an x86 vCPU (0 to 4)"));
+            return Err(StateError::field(
+                "mp_state",
+                mp_state,
+                "not a state of an x86 vCPU (0 to 4)",
+            ));
         }
         if sregs.flags & !u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0 {
             return Err(StateError::field("sregs.flags", sregs.flags, "not 0 or 1"));
         }
         if xsave.0.len() != inventory.xsave() {
-            return Err(StateError::field("xsave.len", xsave.0.len() as u64, "not the size of this VM's XSAVE area"));
+            return Err(StateError::field(
+                "xsave.len",
+                xsave.0.len() as u64,
+                "not the size of this VM's XSAVE area",
+            ));
         }
         if tsc_khz != inventory.tsc_khz() {
-            return Err(StateError::field("tsc_khz", tsc_khz, "not this host's frequency"));
+            return Err(StateError::field(
+                "tsc_khz",
+                tsc_khz,
+                "not this host's frequency",
+            ));
         }
         for (position, (index, _)) in msrs.iter().enumerate() {
             if inventory.msrs().binary_search(index).is_err() {
                 return Err(StateError::field("msr", *index, "not one that is saved"));
             }
-            if msrs.iter().take(position).any(|(earlier, _)| earlier == index) {
+            if msrs
+                .iter()
+                .take(position)
+                .any(|(earlier, _)| earlier == index)
+            {
                 return Err(StateError::field("msr", *index, "there twice"));
             }
         }

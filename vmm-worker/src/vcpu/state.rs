@@ -86,11 +86,17 @@ impl Inventory {
     pub(crate) fn of(vcpu: &VcpuFd, indexes: &[u32], xsave: usize) -> Result<Self, VcpuStateError> {
         if !ioctls::has_tsc_offset(vcpu) {
             let source = errno::Error::new(libc::ENXIO);
-            return Err(VcpuStateError::Ioctl { call: "KVM_VCPU_TSC_OFFSET (Linux 5.16 is needed)", source });
+            return Err(VcpuStateError::Ioctl {
+                call: "KVM_VCPU_TSC_OFFSET (Linux 5.16 is needed)",
+                source,
+            });
         }
         let tsc_khz = vcpu.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?;
-        let mut msrs: Vec<u32> =
-            indexes.iter().copied().filter(|index| *index != MSR_TSC && !MSR_WALL_CLOCK.contains(index)).collect();
+        let mut msrs: Vec<u32> = indexes
+            .iter()
+            .copied()
+            .filter(|index| *index != MSR_TSC && !MSR_WALL_CLOCK.contains(index))
+            .collect();
         msrs.sort_unstable();
         msrs.dedup();
         // What cannot be read of a fresh vCPU belongs to a feature that the guest does not have.
@@ -102,7 +108,11 @@ impl Inventory {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Self { msrs: readable, xsave, tsc_khz })
+        Ok(Self {
+            msrs: readable,
+            xsave,
+            tsc_khz,
+        })
     }
 
     /// MSRs that are saved, ascending.
@@ -166,11 +176,29 @@ impl VcpuState {
         let debugregs = vcpu.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?;
         let lapic = vcpu.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?;
         let tsc_khz = vcpu.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))?;
-        let tsc_offset = ioctls::get_tsc_offset(vcpu).map_err(ioctl("KVM_VCPU_TSC_OFFSET (get)"))?;
+        let tsc_offset =
+            ioctls::get_tsc_offset(vcpu).map_err(ioctl("KVM_VCPU_TSC_OFFSET (get)"))?;
         let msrs = get_msrs(vcpu, &inventory.msrs)?;
-        let tsc = get_msrs(vcpu, &[MSR_TSC])?.first().map_or(0, |(_, value)| *value);
-        let events = vcpu.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
-        Ok(Self { mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, tsc_khz, tsc_offset, tsc, msrs, events })
+        let tsc = get_msrs(vcpu, &[MSR_TSC])?
+            .first()
+            .map_or(0, |(_, value)| *value);
+        let events = vcpu
+            .get_vcpu_events()
+            .map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
+        Ok(Self {
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            tsc_khz,
+            tsc_offset,
+            tsc,
+            msrs,
+            events,
+        })
     }
 
     /// Loads this state into a vCPU that is stopped, as all others of its VM are.
@@ -180,21 +208,42 @@ impl VcpuState {
     /// [`VcpuStateError`]; the vCPU then has parts of it.
     pub(crate) fn load(&self, vcpu: &VcpuFd, purpose: Purpose) -> Result<(), VcpuStateError> {
         // Exhaustive: a new field does not compile until somebody decides where it goes.
-        let Self { mp_state, regs, sregs, xsave, xcrs, debugregs, lapic, tsc_khz: _, tsc_offset, tsc, msrs, events } = self;
-        vcpu.set_mp_state(*mp_state).map_err(ioctl("KVM_SET_MP_STATE"))?;
+        let Self {
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            tsc_khz: _,
+            tsc_offset,
+            tsc,
+            msrs,
+            events,
+        } = self;
+        vcpu.set_mp_state(*mp_state)
+            .map_err(ioctl("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(regs).map_err(ioctl("KVM_SET_REGS"))?;
         ioctls::set_sregs2(vcpu, sregs).map_err(ioctl("KVM_SET_SREGS2"))?;
         ioctls::set_xsave(vcpu, xsave).map_err(ioctl("KVM_SET_XSAVE"))?;
         vcpu.set_xcrs(xcrs).map_err(ioctl("KVM_SET_XCRS"))?;
-        vcpu.set_debug_regs(debugregs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
+        vcpu.set_debug_regs(debugregs)
+            .map_err(ioctl("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
-        let (deadline, others): (Vec<_>, Vec<_>) = msrs.iter().partition(|(index, _)| *index == MSR_TSC_DEADLINE);
+        let (deadline, others): (Vec<_>, Vec<_>) = msrs
+            .iter()
+            .partition(|(index, _)| *index == MSR_TSC_DEADLINE);
         set_msrs(vcpu, &others)?;
         if purpose == Purpose::Transfer {
-            ioctls::set_tsc_offset(vcpu, *tsc_offset).map_err(ioctl("KVM_VCPU_TSC_OFFSET (set)"))?;
+            ioctls::set_tsc_offset(vcpu, *tsc_offset)
+                .map_err(ioctl("KVM_VCPU_TSC_OFFSET (set)"))?;
             let found = ioctls::get_tsc_offset(vcpu).map_err(ioctl("KVM_VCPU_TSC_OFFSET (get)"))?;
             if found != *tsc_offset {
-                return Err(VcpuStateError::TscOffset { wanted: *tsc_offset, found });
+                return Err(VcpuStateError::TscOffset {
+                    wanted: *tsc_offset,
+                    found,
+                });
             }
         }
         // A deadline of 0 is a timer that is disarmed, or one that has expired and whose interrupt is still on its way,
@@ -202,35 +251,71 @@ impl VcpuState {
         // expire at once. KVM ignores this unless the timer is in its deadline mode.
         let deadline: Vec<_> = deadline
             .iter()
-            .map(|&(index, value)| (index, if value == 0 && purpose == Purpose::Transfer { *tsc } else { value }))
+            .map(|&(index, value)| {
+                (
+                    index,
+                    if value == 0 && purpose == Purpose::Transfer {
+                        *tsc
+                    } else {
+                        value
+                    },
+                )
+            })
             .collect();
         set_msrs(vcpu, &deadline)?;
-        vcpu.set_vcpu_events(events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))
+        vcpu.set_vcpu_events(events)
+            .map_err(ioctl("KVM_SET_VCPU_EVENTS"))
     }
 }
 
 fn get_msrs(vcpu: &VcpuFd, indexes: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
     let mut values = Vec::with_capacity(indexes.len());
     for chunk in indexes.chunks(KVM_MAX_MSR_ENTRIES) {
-        let entries: Vec<_> = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-        let mut msrs = Msrs::from_entries(&entries).map_err(|_| ioctl("KVM_GET_MSRS")(errno::Error::new(libc::ENOMEM)))?;
+        let entries: Vec<_> = chunk
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
+        let mut msrs = Msrs::from_entries(&entries)
+            .map_err(|_| ioctl("KVM_GET_MSRS")(errno::Error::new(libc::ENOMEM)))?;
         let count = vcpu.get_msrs(&mut msrs).map_err(ioctl("KVM_GET_MSRS"))?;
         if let Some(entry) = msrs.as_slice().get(count) {
-            return Err(VcpuStateError::Msr { index: entry.index, verb: "read", value: 0 });
+            return Err(VcpuStateError::Msr {
+                index: entry.index,
+                verb: "read",
+                value: 0,
+            });
         }
-        values.extend(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)));
+        values.extend(
+            msrs.as_slice()
+                .iter()
+                .map(|entry| (entry.index, entry.data)),
+        );
     }
     Ok(values)
 }
 
 fn set_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), VcpuStateError> {
     for chunk in values.chunks(KVM_MAX_MSR_ENTRIES) {
-        let entries: Vec<_> =
-            chunk.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
-        let msrs = Msrs::from_entries(&entries).map_err(|_| ioctl("KVM_SET_MSRS")(errno::Error::new(libc::ENOMEM)))?;
+        let entries: Vec<_> = chunk
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            })
+            .collect();
+        let msrs = Msrs::from_entries(&entries)
+            .map_err(|_| ioctl("KVM_SET_MSRS")(errno::Error::new(libc::ENOMEM)))?;
         let count = vcpu.set_msrs(&msrs).map_err(ioctl("KVM_SET_MSRS"))?;
         if let Some(&(index, value)) = chunk.get(count) {
-            return Err(VcpuStateError::Msr { index, verb: "set", value });
+            return Err(VcpuStateError::Msr {
+                index,
+                verb: "set",
+                value,
+            });
         }
     }
     Ok(())

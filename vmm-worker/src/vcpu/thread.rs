@@ -114,8 +114,15 @@ impl VcpuThread {
             match self.vcpu.run().map_err(|e| e.errno()) {
                 Err(libc::EINTR) => break Reply::Done,
                 Err(libc::EAGAIN) => {}
-                Err(errno) => break Reply::Failed(format!("KVM_RUN: {}", std::io::Error::from_raw_os_error(errno))),
-                Ok(exit) => break Reply::Failed(format!("KVM_RUN with immediate_exit ended with {exit:?}")),
+                Err(errno) => {
+                    break Reply::Failed(format!(
+                        "KVM_RUN: {}",
+                        std::io::Error::from_raw_os_error(errno)
+                    ));
+                }
+                Ok(exit) => {
+                    break Reply::Failed(format!("KVM_RUN with immediate_exit ended with {exit:?}"));
+                }
             }
         };
         self.page.set_immediate_exit(false);
@@ -158,7 +165,10 @@ impl VcpuThread {
                 self.page.set_immediate_exit(true);
             }
         };
-        Stopped { left_ns: left_ns.unwrap_or_else(clock::monotonic_ns), stuck }
+        Stopped {
+            left_ns: left_ns.unwrap_or_else(clock::monotonic_ns),
+            stuck,
+        }
     }
 }
 
@@ -172,8 +182,16 @@ fn done<E: std::fmt::Display>(outcome: Result<(), E>) -> Reply {
 /// Answers one exit. Why the vCPU cannot go on, if it cannot.
 fn dispatch(exit: VcpuExit<'_>, page: &RunPage, exits: &Exits) -> Option<String> {
     match exit {
-        VcpuExit::IoOut(port, data) => exits.ports.write_string(u64::from(port), page.port_access_size(), data),
-        VcpuExit::IoIn(port, data) => exits.ports.read_string(u64::from(port), page.port_access_size(), data),
+        VcpuExit::IoOut(port, data) => {
+            exits
+                .ports
+                .write_string(u64::from(port), page.port_access_size(), data)
+        }
+        VcpuExit::IoIn(port, data) => {
+            exits
+                .ports
+                .read_string(u64::from(port), page.port_access_size(), data)
+        }
         VcpuExit::MmioRead(address, data) => exits.mmio.read(address, data),
         VcpuExit::MmioWrite(address, data) => {
             exits.mmio.write(address, data);
@@ -182,9 +200,13 @@ fn dispatch(exit: VcpuExit<'_>, page: &RunPage, exits: &Exits) -> Option<String>
         VcpuExit::Shutdown => exits.power.raise(PowerEvent::TripleFault),
         VcpuExit::Intr => {}
         VcpuExit::FailEntry(reason, cpu) => {
-            return Some(format!("the processor refused to enter the guest (reason {reason:#x}, host CPU {cpu})"));
+            return Some(format!(
+                "the processor refused to enter the guest (reason {reason:#x}, host CPU {cpu})"
+            ));
         }
-        VcpuExit::InternalError => return Some("KVM cannot emulate an instruction (KVM_EXIT_INTERNAL_ERROR)".to_owned()),
+        VcpuExit::InternalError => {
+            return Some("KVM cannot emulate an instruction (KVM_EXIT_INTERNAL_ERROR)".to_owned());
+        }
         other => return Some(format!("unexpected exit {other:?}")),
     }
     None

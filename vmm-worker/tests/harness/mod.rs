@@ -1,6 +1,16 @@
 //! The part of a broker that tests need: it makes a guest's descriptors, executes the worker under the policy's filters,
 //! and speaks the protocol. Every step is a call of its own, so that a test can leave one out or put a fault between two.
-#![expect(unsafe_code, reason = "the worker is executed from its descriptor, in the child, under its filters")]
+#![expect(
+    unsafe_code,
+    reason = "the worker is executed from its descriptor, in the child, under its filters"
+)]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::ffi::CString;
@@ -76,7 +86,11 @@ pub(crate) struct Vm {
 /// One guest at a time, over all test processes: two busy ones on a small machine miss the deadlines of a pause.
 fn alone() -> File {
     let path = concat!(env!("CARGO_TARGET_TMPDIR"), "/one-guest-at-a-time");
-    let lock = File::options().create(true).append(true).open(path).unwrap();
+    let lock = File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     lock
 }
@@ -106,10 +120,25 @@ impl Vm {
             pages: Pages::Small,
             cmdline: command_line.cpus(cpus.into()).to_string(),
             initrd: false,
-            filters: Filters { control: steady(Role::Control), vcpu: steady(Role::Vcpu) },
+            filters: Filters {
+                control: steady(Role::Control),
+                vcpu: steady(Role::Vcpu),
+            },
         };
-        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("these tests need /dev/kvm");
-        Self { config, ram, kernel: kernel.into(), kvm: kvm.into(), console, worker_console, _alone: alone() }
+        let kvm = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .expect("these tests need /dev/kvm");
+        Self {
+            config,
+            ram,
+            kernel: kernel.into(),
+            kvm: kvm.into(),
+            console,
+            worker_console,
+            _alone: alone(),
+        }
     }
 
     /// Blank guest RAM.
@@ -122,25 +151,49 @@ impl Vm {
 
     /// The configuration of the worker of `generation`.
     pub(crate) fn config(&self, generation: u32) -> WorkerConfig {
-        let mode = if generation == 1 { StartMode::None } else { StartMode::CprTransfer };
-        WorkerConfig { generation, mode, ..self.config.clone() }
+        let mode = if generation == 1 {
+            StartMode::None
+        } else {
+            StartMode::CprTransfer
+        };
+        WorkerConfig {
+            generation,
+            mode,
+            ..self.config.clone()
+        }
     }
 
     /// Every descriptor, as a broker would hand it over.
     pub(crate) fn registry(&self) -> Registry {
         let mut registry = Registry::default();
-        let mut save = |name, kind, fd: OwnedFd| registry.save(DescriptorKey::new(name, 0).unwrap(), kind, fd).unwrap();
+        let mut save = |name, kind, fd: OwnedFd| {
+            registry
+                .save(DescriptorKey::new(name, 0).unwrap(), kind, fd)
+                .unwrap()
+        };
         let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
         save(descriptor::KVM, DescriptorKind::Kvm, copy(&self.kvm));
         save(descriptor::RAM, DescriptorKind::GuestRam, copy(&self.ram));
-        save(descriptor::KERNEL, DescriptorKind::Image, copy(&self.kernel));
-        save(descriptor::CONSOLE, DescriptorKind::Stream, self.worker_console.as_fd().try_clone_to_owned().unwrap());
+        save(
+            descriptor::KERNEL,
+            DescriptorKind::Image,
+            copy(&self.kernel),
+        );
+        save(
+            descriptor::CONSOLE,
+            DescriptorKind::Stream,
+            self.worker_console.as_fd().try_clone_to_owned().unwrap(),
+        );
         registry
     }
 
     fn header(&self, generation: u32) -> CprHeader {
         let config = self.config(generation);
-        CprHeader { mode: config.mode, vm: config.vm, generation }
+        CprHeader {
+            mode: config.mode,
+            vm: config.vm,
+            generation,
+        }
     }
 
     /// The guest's report, from its RAM.
@@ -152,7 +205,11 @@ impl Vm {
 
     /// Waits until the guest's report is as wanted.
     #[track_caller]
-    pub(crate) fn wait_for(&self, what: &str, mut wanted: impl FnMut(&baton_guest::Report) -> bool) -> baton_guest::Report {
+    pub(crate) fn wait_for(
+        &self,
+        what: &str,
+        mut wanted: impl FnMut(&baton_guest::Report) -> bool,
+    ) -> baton_guest::Report {
         let begun = Instant::now();
         loop {
             if let Ok(report) = self.report() {
@@ -160,7 +217,11 @@ impl Vm {
                     return report;
                 }
             }
-            assert!(begun.elapsed() < PATIENCE, "the guest never came to: {what}; {:?}", self.report());
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "the guest never came to: {what}; {:?}",
+                self.report()
+            );
             std::thread::sleep(Duration::from_millis(2));
         }
     }
@@ -171,7 +232,11 @@ impl Vm {
         let cpus = usize::from(self.config.cpus);
         let first = self.wait_for("all vCPUs run", |report| report.vcpus_running == cpus);
         self.wait_for("all vCPUs take turns", |report| {
-            report.slots.iter().zip(&first.slots).all(|(now, then)| now.sequence > then.sequence + 1000)
+            report
+                .slots
+                .iter()
+                .zip(&first.slots)
+                .all(|(now, then)| now.sequence > then.sequence + 1000)
         })
     }
 
@@ -214,7 +279,10 @@ impl Vm {
 
 fn rand_id() -> [u8; 16] {
     let mut id = [0; 16];
-    File::open("/dev/urandom").unwrap().read_exact(&mut id).unwrap();
+    File::open("/dev/urandom")
+        .unwrap()
+        .read_exact(&mut id)
+        .unwrap();
     id
 }
 
@@ -222,7 +290,10 @@ fn rand_id() -> [u8; 16] {
 #[track_caller]
 pub(crate) fn assert_goes_on(vm: &Vm, before: &baton_guest::Report) {
     let after = vm.wait_for_turns();
-    assert_eq!((after.nonce, after.boots, after.faults()), (before.nonce, before.boots, 0));
+    assert_eq!(
+        (after.nonce, after.boots, after.faults()),
+        (before.nonce, before.boots, 0)
+    );
 }
 
 /// A worker's process. Killed when dropped.
@@ -251,7 +322,10 @@ impl Worker {
                 for filter in &install {
                     filter.install()?;
                 }
-                let (argv, envp) = ([name.as_ptr(), std::ptr::null()], [std::ptr::null::<libc::c_char>()]);
+                let (argv, envp) = (
+                    [name.as_ptr(), std::ptr::null()],
+                    [std::ptr::null::<libc::c_char>()],
+                );
                 libc::syscall(
                     libc::SYS_execveat,
                     binary.as_raw_fd(),
@@ -264,7 +338,11 @@ impl Worker {
             });
         }
         let child = command.spawn().unwrap();
-        Self { child, control: Some(Channel::new(ours)), cpr: None }
+        Self {
+            child,
+            control: Some(Channel::new(ours)),
+            cpr: None,
+        }
     }
 
     #[track_caller]
@@ -287,7 +365,13 @@ impl Worker {
                 Received::Empty => {
                     assert!(begun.elapsed() < PATIENCE, "the worker says nothing");
                     let mut fds = [PollFd::new(control, PollFlags::IN)];
-                    let _ = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 }));
+                    let _ = rustix::event::poll(
+                        &mut fds,
+                        Some(&Timespec {
+                            tv_sec: 1,
+                            tv_nsec: 0,
+                        }),
+                    );
                 }
             }
         }
@@ -295,9 +379,16 @@ impl Worker {
 
     /// The next report, which must be as `take` wants it.
     #[track_caller]
-    pub(crate) fn expect<T>(&mut self, what: &str, take: impl FnOnce(Report) -> Result<T, Report>) -> T {
+    pub(crate) fn expect<T>(
+        &mut self,
+        what: &str,
+        take: impl FnOnce(Report) -> Result<T, Report>,
+    ) -> T {
         match self.next() {
-            None => panic!("expected {what}, the worker has closed: {:?}", self.child.wait()),
+            None => panic!(
+                "expected {what}, the worker has closed: {:?}",
+                self.child.wait()
+            ),
             Some(report) => match take(report) {
                 Ok(value) => value,
                 Err(other) => panic!("expected {what}, got {other:?}"),
@@ -308,7 +399,9 @@ impl Worker {
     #[track_caller]
     pub(crate) fn expect_hello(&mut self) {
         self.expect("hello", |report| match report {
-            Report::Hello { protocol: PROTOCOL, .. } => Ok(()),
+            Report::Hello {
+                protocol: PROTOCOL, ..
+            } => Ok(()),
             other => Err(other),
         });
     }
@@ -324,7 +417,13 @@ impl Worker {
     /// "Running", and then "first run".
     #[track_caller]
     pub(crate) fn expect_running(&mut self) -> u64 {
-        self.expect("running", |report| if report == Report::Running { Ok(()) } else { Err(report) });
+        self.expect("running", |report| {
+            if report == Report::Running {
+                Ok(())
+            } else {
+                Err(report)
+            }
+        });
         self.expect("first run", |report| match report {
             Report::FirstRun { last_run_ns } => Ok(last_run_ns),
             other => Err(other),
@@ -333,7 +432,13 @@ impl Worker {
 
     #[track_caller]
     pub(crate) fn expect_resumed(&mut self) {
-        self.expect("resumed", |report| if report == Report::Resumed { Ok(()) } else { Err(report) });
+        self.expect("resumed", |report| {
+            if report == Report::Resumed {
+                Ok(())
+            } else {
+                Err(report)
+            }
+        });
     }
 
     /// Sends the configuration, with the cpr socket and, of a new worker, the main channel.
@@ -342,7 +447,11 @@ impl Worker {
         let mut descriptors = vec![theirs.as_fd()];
         descriptors.extend(main.map(|main| main.as_fd()));
         let order = Order::Configure(Box::new(config));
-        self.control.as_ref().unwrap().send_with(&order, &descriptors).unwrap();
+        self.control
+            .as_ref()
+            .unwrap()
+            .send_with(&order, &descriptors)
+            .unwrap();
         self.cpr = Some(ours);
     }
 
@@ -359,7 +468,10 @@ impl Worker {
     /// Whether the worker lives and says nothing for a while.
     pub(crate) fn says_nothing(&mut self) -> bool {
         std::thread::sleep(Duration::from_millis(100));
-        let silent = matches!(self.control.as_mut().unwrap().receive(), Ok(Received::Empty));
+        let silent = matches!(
+            self.control.as_mut().unwrap().receive(),
+            Ok(Received::Empty)
+        );
         silent && self.child.try_wait().unwrap().is_none()
     }
 
@@ -406,12 +518,22 @@ impl Worker {
 
     /// The worker is to take this channel's place, in an upgrade's step S3.
     pub(crate) fn transfer(&self, main: &OwnedFd) {
-        self.control.as_ref().unwrap().send_with(&Order::Transfer, &[main.as_fd()]).unwrap();
+        self.control
+            .as_ref()
+            .unwrap()
+            .send_with(&Order::Transfer, &[main.as_fd()])
+            .unwrap();
     }
 
     /// Sends bytes that are no order.
     pub(crate) fn send_raw(&self, bytes: &[u8]) {
-        let control = self.control.as_ref().unwrap().as_fd().try_clone_to_owned().unwrap();
+        let control = self
+            .control
+            .as_ref()
+            .unwrap()
+            .as_fd()
+            .try_clone_to_owned()
+            .unwrap();
         FdSocket::from(control).send(bytes, &[]).unwrap();
     }
 
@@ -434,7 +556,9 @@ impl Worker {
     /// Waits until the worker has ended without a signal, and with what status.
     pub(crate) fn exit_code(&mut self) -> i32 {
         let status = self.wait();
-        status.code().unwrap_or_else(|| panic!("ended by signal {:?}", status.signal()))
+        status
+            .code()
+            .unwrap_or_else(|| panic!("ended by signal {:?}", status.signal()))
     }
 
     pub(crate) fn kill(&mut self) {
@@ -455,7 +579,9 @@ impl Worker {
     }
 
     pub(crate) fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+            .unwrap()
+            .count()
     }
 }
 
@@ -482,7 +608,8 @@ pub(crate) struct Tap {
 impl Tap {
     /// A tap, and the two ends for the workers.
     fn new() -> (Self, OwnedFd, OwnedFd) {
-        let ((old, old_end), (new, new_end)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let ((old, old_end), (new, new_end)) =
+            (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
         for end in [&old_end, &new_end] {
             end.set_nonblocking(true).unwrap();
         }
@@ -532,21 +659,33 @@ impl Upgrade {
     /// S2 and S3: a new worker that both workers agree on.
     #[track_caller]
     pub(crate) fn agree(vm: &Vm, old: &mut Worker, generation: u32) -> Self {
-        let mut upgrade = Self { new: Worker::spawn(), generation };
+        let mut upgrade = Self {
+            new: Worker::spawn(),
+            generation,
+        };
         upgrade.new.expect_hello();
         let (old_end, new_end) = main_channel();
         upgrade.new.configure(vm.config(generation), Some(&new_end));
         drop(new_end);
         old.transfer(&old_end);
         drop(old_end);
-        old.expect("agreed", |report| if report == Report::Agreed { Ok(()) } else { Err(report) });
+        old.expect("agreed", |report| {
+            if report == Report::Agreed {
+                Ok(())
+            } else {
+                Err(report)
+            }
+        });
         upgrade
     }
 
     /// S2 and S3, with a tap in the main channel.
     #[track_caller]
     pub(crate) fn agree_tapped(vm: &Vm, old: &mut Worker, generation: u32) -> (Self, Tap) {
-        let mut upgrade = Self { new: Worker::spawn(), generation };
+        let mut upgrade = Self {
+            new: Worker::spawn(),
+            generation,
+        };
         upgrade.new.expect_hello();
         let (tap, old_end, new_end) = Tap::new();
         upgrade.new.configure(vm.config(generation), Some(&new_end));
@@ -554,14 +693,21 @@ impl Upgrade {
         drop((old_end, new_end));
         Tap::relay_frame(&tap.new, &tap.old);
         Tap::relay_frame(&tap.old, &tap.new);
-        old.expect("agreed", |report| if report == Report::Agreed { Ok(()) } else { Err(report) });
+        old.expect("agreed", |report| {
+            if report == Report::Agreed {
+                Ok(())
+            } else {
+                Err(report)
+            }
+        });
         (upgrade, tap)
     }
 
     /// S4 and S5.
     #[track_caller]
     pub(crate) fn build(&mut self, vm: &Vm) -> BuildTimes {
-        self.new.hand_over(&vm.header(self.generation), &vm.registry());
+        self.new
+            .hand_over(&vm.header(self.generation), &vm.registry());
         self.new.expect_ready()
     }
 
@@ -570,11 +716,19 @@ impl Upgrade {
     pub(crate) fn park(old: &mut Worker) -> Saved {
         old.order(&Order::Park);
         let (first_exit_ns, parked_ns) = old.expect("parked", |report| match report {
-            Report::Parked { first_exit_ns, parked_ns } => Ok((first_exit_ns, parked_ns)),
+            Report::Parked {
+                first_exit_ns,
+                parked_ns,
+            } => Ok((first_exit_ns, parked_ns)),
             other => Err(other),
         });
         old.expect("saved", |report| match report {
-            Report::Saved { digest, bytes } => Ok(Saved { first_exit_ns, parked_ns, digest, bytes }),
+            Report::Saved { digest, bytes } => Ok(Saved {
+                first_exit_ns,
+                parked_ns,
+                digest,
+                bytes,
+            }),
             other => Err(other),
         })
     }
