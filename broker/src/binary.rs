@@ -10,7 +10,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use baton_policy::Digest;
-use baton_policy::WorkerAllowList;
 use rustix::fs::MemfdFlags;
 use rustix::fs::SealFlags;
 
@@ -41,8 +40,8 @@ impl WorkerBinary {
         })
     }
 
-    /// Copies a binary into a memfd that nobody can change, and checks that copy.
-    pub(crate) fn admit(file: File, allowed: &WorkerAllowList) -> Result<Self> {
+    /// Copies a binary into a memfd that nobody can change, if `permits` says so of that copy's digest.
+    pub(crate) fn admit(file: File, permits: impl FnOnce(&Digest) -> Result<bool>) -> Result<Self> {
         let metadata = file
             .metadata()
             .doing("cannot examine the worker's binary")?;
@@ -63,7 +62,7 @@ impl WorkerBinary {
             return Err(unfit("the worker's binary grew while it was read", ""));
         }
         let digest = Digest::of(&bytes);
-        if !allowed.permits(&digest) {
+        if !permits(&digest)? {
             return Err(refused(
                 format_args!("the worker {digest} is not on the policy's allow-list"),
                 "install its digest (`sha256sum`) in a file of the policy's workers.directory, then try again",

@@ -208,19 +208,21 @@ impl Nascent {
             Ok(Received::Message(..)) => Err(NascentFault::Wrote),
             Ok(Received::HungUp) | Err(_) => {
                 *cpr = None;
-                match self.ready {
-                    Some(times) => Ok(Advance::Listening(times)),
-                    None => {
-                        let how =
-                            exit_status(worker).unwrap_or_else(|| "it is still there".to_owned());
-                        // Its own word, if it left one, says more than its exit status.
-                        match worker.hear() {
-                            Ok(Some(Report::Failed { step, reason })) => {
-                                Err(failed(&step, &reason))
-                            }
-                            _ => Err(NascentFault::HungUp(how)),
-                        }
+                if let Some(times) = self.ready {
+                    return Ok(Advance::Listening(times));
+                }
+                // Its last word came before the hang-up, but perhaps after this looked for it.
+                match worker.hear() {
+                    Ok(Some(Report::Ready(times))) => {
+                        worker.phase = Phase::Ready;
+                        self.ready = Some(times);
+                        Ok(Advance::Listening(times))
                     }
+                    // Says more than its exit status.
+                    Ok(Some(Report::Failed { step, reason })) => Err(failed(&step, &reason)),
+                    _ => Err(NascentFault::HungUp(
+                        exit_status(worker).unwrap_or_else(|| "it is still there".to_owned()),
+                    )),
                 }
             }
         }

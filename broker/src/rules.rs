@@ -37,23 +37,26 @@ pub(crate) fn worker_binary(
     given: Option<File>,
 ) -> Result<WorkerBinary> {
     let beside = beside_broker()?;
-    let beside_digest = File::open(&beside)
-        .ok()
-        .and_then(|mut file| Digest::of_reader(&mut file).ok());
-    let allowed = WorkerAllowList::load(policy, beside_digest)
-        .doing("cannot read the allow-list of workers")?;
-    let file = match given {
-        Some(file) => file,
-        None => {
-            let path = options
-                .worker
-                .as_ref()
-                .or(vm.worker.as_ref())
-                .unwrap_or(&beside);
-            WorkerBinary::open(path)?
-        }
-    };
-    WorkerBinary::admit(file, &allowed)
+    let named = options
+        .worker
+        .as_ref()
+        .or(vm.worker.as_ref())
+        .unwrap_or(&beside);
+    let is_beside = given.is_none() && *named == beside;
+    let file = given.map_or_else(|| WorkerBinary::open(named), Ok)?;
+    WorkerBinary::admit(file, |digest| {
+        // The one beside the broker is read only once, when it is the one to run.
+        let beside = if is_beside {
+            Some(*digest)
+        } else {
+            File::open(&beside)
+                .ok()
+                .and_then(|mut file| Digest::of_reader(&mut file).ok())
+        };
+        WorkerAllowList::load(policy, beside)
+            .map(|allowed| allowed.permits(digest))
+            .doing("cannot read the allow-list of workers")
+    })
 }
 
 fn beside_broker() -> Result<PathBuf> {

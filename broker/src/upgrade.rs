@@ -24,6 +24,7 @@ use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::WorkerConfig;
+use baton_policy::Confinement;
 use baton_policy::proof::Finding;
 use baton_policy::proof::Moment;
 use serde_json::json;
@@ -72,6 +73,11 @@ impl Upgrade {
         self.nascent.as_ref()
     }
 
+    /// It has failed, and the old worker has been told.
+    pub(crate) fn is_aborting(&self) -> bool {
+        self.aborting.is_some()
+    }
+
     pub(crate) fn deadline(&self) -> Instant {
         match (&self.aborting, &self.nascent) {
             (Some(abort), _) => abort.by,
@@ -89,9 +95,14 @@ impl Broker {
         config: WorkerConfig,
         rules: &Rules,
     ) -> Result<Nascent> {
-        let confinement = rules.policy.confinement(u32::from(self.vm.cpus.count.0));
+        let policy = &rules.policy;
         let launch = Launch::start(LaunchPlan {
-            confinement: confinement.doing("cannot compile the policy")?,
+            confinement: Confinement {
+                rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0)),
+                keep: policy.capabilities,
+                landlock_floor: policy.landlock.floor_abi,
+                filters: rules.compiled.build.clone(),
+            },
             ids: self.ids.ids,
             cgroup: self.cgroup.as_ref(),
             binary: binary.as_fd(),
@@ -447,10 +458,14 @@ impl Broker {
         self.retired
             .extend(upgrade.nascent.take().and_then(Nascent::into_dead));
         let step = upgrade.clock.step();
+        let reason = match upgrade.aborting {
+            Some(abort) => format!("{reason}, while the upgrade was aborted: {}", abort.reason),
+            None => reason.to_owned(),
+        };
         self.finish(
             Outcome::Lost,
             step,
-            reason,
+            &reason,
             upgrade.clock,
             &PauseFacts::default(),
         )

@@ -75,7 +75,7 @@ const PERMITTED: &[Row] = &[
     ("loaded",    &[Ready],                                           |r| matches!(r, Report::Loaded { .. })),
     ("running",   &[Released],                                        |r| matches!(r, Report::Running)),
     ("first-run", &[Running],                                         |r| matches!(r, Report::FirstRun { .. })),
-    ("resumed",   &[Running],                                         |r| matches!(r, Report::Resumed)),
+    ("resumed",   &[Transferring, Running],                           |r| matches!(r, Report::Resumed)),
     ("paused",    &[Running],                                         |r| matches!(r, Report::Paused)),
     ("status",    &[Running, Transferring, Parking],                  |r| matches!(r, Report::Status(_))),
     ("guest",     &[Running, Transferring, Parking],                  |r| matches!(r, Report::Guest(_))),
