@@ -1,1 +1,48 @@
-//! Placeholder.
+//! What the end-to-end tests share: a VM started through the built `baton`, and witnesses that do not ask Baton how the
+//! guest is: its report in its RAM, its console, `/proc`, the cgroup, the audit log.
+//!
+//! ```text
+//! test ──► Vm ──► baton run, upgrade, status, …      the programs as people use them
+//!           ├──► Ram           the guest's own account of itself, through the broker's memfd
+//!           ├──► AuditLog      every record, its chain verified
+//!           └──► Residue       descriptors, processes, cgroup and files of a moment
+//! ```
+//!
+//! Tests run as root, one process each (cargo-nextest), against release builds; [`Binaries`] says where they are looked
+//! for. A failing assertion is a failing test, so this library panics where another would return an error.
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test that cannot do its work fails"
+)]
+
+mod answer;
+mod audit_log;
+mod binaries;
+mod patience;
+mod processes;
+mod ram;
+mod residue;
+mod site;
+mod verdict;
+mod vm;
+mod witness;
+
+pub use answer::Answer;
+pub use answer::Upgrade;
+pub use audit_log::AuditLog;
+pub use audit_log::Record;
+pub use binaries::Binaries;
+pub use patience::until;
+pub use processes::continue_process;
+pub use processes::is_alive;
+pub use processes::kill_process;
+pub use processes::stop_process;
+pub use ram::Ram;
+pub use residue::Residue;
+pub use site::Site;
+pub use verdict::Faulted;
+pub use vm::Builder;
+pub use vm::Vm;
+pub use witness::Witness;

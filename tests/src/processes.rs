@@ -1,0 +1,60 @@
+//! Processes of a VM, looked at from outside.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::process::Pid;
+use rustix::process::Signal;
+
+/// A process's state letter (proc_pid_stat(5)), if it exists.
+pub(crate) fn state(pid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.trim_start().chars().next()
+}
+
+/// Whether a process runs or could run again: it exists and is no zombie.
+#[must_use]
+pub fn is_alive(pid: i32) -> bool {
+    state(pid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+/// All processes in a cgroup that are not dead. A cgroup that is gone has none.
+pub(crate) fn in_cgroup(cgroup: &Path) -> Vec<i32> {
+    let text = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let pids = text.lines().filter_map(|line| line.parse().ok());
+    pids.filter(|pid| is_alive(*pid)).collect()
+}
+
+fn signal(pid: i32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        // The only error for root is that the process is gone.
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
+/// SIGKILL.
+pub fn kill_process(pid: i32) {
+    signal(pid, Signal::KILL);
+}
+
+/// SIGSTOP, and waits until every thread of it stands still.
+pub fn stop_process(pid: i32) {
+    signal(pid, Signal::STOP);
+    crate::until("the process is stopped", || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        let mut states = tasks.flatten().map(|task| {
+            fs::read_to_string(task.path().join("stat"))
+                .ok()
+                .and_then(|stat| stat.rsplit_once(')')?.1.trim_start().chars().next())
+        });
+        states
+            .all(|state| matches!(state, None | Some('T' | 'Z' | 'X')))
+            .then_some(())
+    });
+}
+
+/// SIGCONT.
+pub fn continue_process(pid: i32) {
+    signal(pid, Signal::CONT);
+}

@@ -1,0 +1,103 @@
+//! The guest's RAM, read past everything that runs it.
+
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+
+use baton_guest::Report;
+use baton_guest::ReportError;
+use baton_guest::layout;
+use sha2::Digest;
+use sha2::Sha256;
+
+/// The lowest region of a VM's guest RAM, which starts at address 0.
+#[derive(Debug)]
+pub struct Ram(File);
+
+impl Ram {
+    /// Opens it through a process that holds it: of all its `guest-ram` memfds the one that begins at address 0 has the
+    /// least descriptor number, since the broker makes them in ascending order.
+    pub(crate) fn of(pid: i32) -> Option<Self> {
+        let mut fds: Vec<u32> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .ok()?
+            .flatten()
+            .filter(|entry| {
+                std::fs::read_link(entry.path())
+                    .is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:guest-ram"))
+            })
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        fds.sort_unstable();
+        let path = format!("/proc/{pid}/fd/{}", fds.first()?);
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .ok()
+            .map(Self)
+    }
+
+    /// The guest's report as it is now. Of a running guest the words are of slightly different moments.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, above all because the guest has not come so far.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    pub fn report(&self) -> Result<Report, ReportError> {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        self.0
+            .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
+            .expect("guest RAM can be read");
+        Report::parse(&bytes)
+    }
+
+    /// Puts a command (`layout::COMMAND_*`) into the guest's mailbox.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be written.
+    pub fn mail(&self, command: u64) {
+        let at = layout::REPORT_ADDRESS + layout::MAILBOX_OFFSET as u64;
+        self.0
+            .write_all_at(&command.to_le_bytes(), at)
+            .expect("guest RAM can be written");
+    }
+
+    /// SHA-256 of everything but the guest's report.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn digest_without_report(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut block = vec![0; 1 << 20];
+        let size = self.0.metadata().expect("RAM has a size").len();
+        let report = layout::REPORT_ADDRESS..layout::REPORT_ADDRESS + layout::REPORT_SIZE as u64;
+        let mut at = 0;
+        while at < size {
+            // Blocks end at the report's edges, and the report itself is stepped over.
+            if at == report.start {
+                at = report.end;
+                continue;
+            }
+            let edge = if at < report.start {
+                report.start
+            } else {
+                size
+            };
+            let length =
+                usize::try_from(edge - at).map_or(block.len(), |left| left.min(block.len()));
+            let part = block.get_mut(..length).expect("within the block");
+            self.0
+                .read_exact_at(part, at)
+                .expect("guest RAM can be read");
+            hash.update(&*part);
+            at += length as u64;
+        }
+        format!("{:x}", hash.finalize())
+    }
+}

@@ -1,0 +1,340 @@
+//! A VM, run the way people run it.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_guest::CommandLine;
+use baton_guest::StatusLog;
+use serde_json::Value;
+
+use crate::Answer;
+use crate::AuditLog;
+use crate::Binaries;
+use crate::Ram;
+use crate::Residue;
+use crate::Site;
+use crate::Upgrade;
+use crate::Witness;
+use crate::until;
+
+/// What a VM is to be like.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    binaries: Binaries,
+    memory: String,
+    cpus: usize,
+    line: Option<CommandLine>,
+    faults: Option<String>,
+    slowness: u32,
+    allowed: Vec<PathBuf>,
+}
+
+impl Builder {
+    /// A VM of 64 MiB and one vCPU whose guest counts, prints and walks some of its memory.
+    #[must_use]
+    pub fn new(binaries: Binaries) -> Self {
+        Self {
+            binaries,
+            memory: "64M".into(),
+            cpus: 1,
+            line: None,
+            faults: None,
+            slowness: 10,
+            allowed: Vec::new(),
+        }
+    }
+
+    /// One of the release build.
+    #[must_use]
+    pub fn release() -> Self {
+        Self::new(Binaries::release())
+    }
+
+    /// One of the build with fail points, in which these happen (`BATON_FAIL` of the broker).
+    #[must_use]
+    pub fn faulty(faults: &str) -> Self {
+        let mut builder = Self::new(Binaries::with_fail_points());
+        builder.faults = Some(faults.to_owned());
+        builder
+    }
+
+    /// With this much RAM.
+    #[must_use]
+    pub fn memory(mut self, size: &str) -> Self {
+        size.clone_into(&mut self.memory);
+        self
+    }
+
+    /// With so many vCPUs.
+    #[must_use]
+    pub fn cpus(mut self, count: usize) -> Self {
+        self.cpus = count;
+        self
+    }
+
+    /// With this command line (`cpus=` is added).
+    #[must_use]
+    pub fn line(mut self, line: CommandLine) -> Self {
+        self.line = Some(line);
+        self
+    }
+
+    /// With deadlines that many times the ordinary ones.
+    #[must_use]
+    pub fn slowness(mut self, times: u32) -> Self {
+        self.slowness = times;
+        self
+    }
+
+    /// Under a policy that also allows this worker.
+    #[must_use]
+    pub fn allow(mut self, worker: &Path) -> Self {
+        self.allowed.push(worker.to_owned());
+        self
+    }
+
+    /// Starts it, and waits until its guest counts.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start.
+    #[must_use]
+    pub fn start(self) -> Vm {
+        let mut site = Site::new(self.binaries, self.slowness);
+        if let Some(faults) = &self.faults {
+            site.environment("BATON_FAIL", faults);
+        }
+        let policy = if self.allowed.is_empty() {
+            "default".to_owned()
+        } else {
+            let allowed: Vec<_> = self.allowed.iter().map(PathBuf::as_path).collect();
+            site.write_policy(&allowed).display().to_string()
+        };
+        let line = self
+            .line
+            .unwrap_or_else(|| {
+                CommandLine::new()
+                    .walk_bytes(4 << 20)
+                    .console()
+                    .period_ms(20)
+            })
+            .cpus(self.cpus);
+        let file = format!(
+            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\n\
+             [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n[console]\nkind = \"file\"\npath = \"console.log\"\n",
+            site.name, self.cpus, self.memory
+        );
+        site.write("vm.toml", file);
+        let started = site.run("vm.toml").expect(0).json();
+        let broker = pid(&started, "broker_pid");
+        let ram = Ram::of(broker).unwrap_or_else(|| panic!("broker {broker} holds no guest RAM"));
+        let cgroups = site.cgroups();
+        let vm = Vm {
+            ram,
+            broker,
+            cgroup: cgroups.first().expect("a VM has a cgroup").clone(),
+            site,
+        };
+        until("the guest counts", || {
+            let report = vm.ram.report().ok()?;
+            let counts = |slot: &baton_guest::Slot| slot.running && slot.sequence > 0;
+            report.slots.iter().all(counts).then_some(())
+        });
+        vm
+    }
+}
+
+fn pid(document: &Value, field: &str) -> i32 {
+    let pid = document.get(field).and_then(Value::as_i64);
+    pid.and_then(|pid| i32::try_from(pid).ok())
+        .unwrap_or_else(|| panic!("no {field} in {document}"))
+}
+
+/// A running VM. Dropped at a test's end, it is ended by force, and has to leave nothing.
+#[derive(Debug)]
+pub struct Vm {
+    /// The guest's RAM.
+    pub ram: Ram,
+    /// The broker's process.
+    pub broker: i32,
+    /// The workers' cgroup.
+    pub cgroup: PathBuf,
+    /// Where it lives.
+    pub site: Site,
+}
+
+impl Vm {
+    /// Runs a command about this VM: `baton --json COMMAND NAME ARGUMENTS`.
+    pub fn baton<A: AsRef<OsStr>>(
+        &self,
+        command: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Answer {
+        let mut all = vec![
+            OsStr::new(command).to_owned(),
+            self.site.name.clone().into(),
+        ];
+        all.extend(arguments.into_iter().map(|word| word.as_ref().to_owned()));
+        self.site.baton(all)
+    }
+
+    /// The same, without more arguments.
+    pub fn ask(&self, command: &str) -> Answer {
+        self.baton::<&str>(command, [])
+    }
+
+    /// `baton status`.
+    #[must_use]
+    pub fn status(&self) -> Value {
+        self.ask("status").expect(0).json()
+    }
+
+    /// The state that `baton status` says.
+    #[must_use]
+    pub fn state(&self) -> String {
+        let status = self.status();
+        let state = status.get("state").and_then(Value::as_str);
+        state.unwrap_or_default().to_owned()
+    }
+
+    /// The worker that `baton status` names.
+    #[must_use]
+    pub fn worker(&self) -> i32 {
+        pid(&self.status(), "worker_pid")
+    }
+
+    /// `baton upgrade`, to the worker beside the broker.
+    pub fn upgrade(&self) -> Upgrade {
+        self.ask("upgrade").upgrade()
+    }
+
+    /// `baton upgrade --worker`.
+    pub fn upgrade_to(&self, worker: &Path) -> Answer {
+        self.baton("upgrade", [OsStr::new("--worker"), worker.as_os_str()])
+    }
+
+    /// The console's output so far.
+    #[must_use]
+    pub fn console(&self) -> String {
+        let bytes = std::fs::read(self.site.path("console.log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The status lines on the console, every one exactly once and in order.
+    ///
+    /// # Panics
+    ///
+    /// When they are not.
+    #[must_use]
+    pub fn status_lines(&self) -> StatusLog {
+        let log = StatusLog::parse(&self.console());
+        log.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The audit log, its chain verified.
+    #[must_use]
+    pub fn audit_log(&self) -> AuditLog {
+        let name = format!(".audit/{}.jsonl", self.site.name);
+        AuditLog::read(&self.site.run_dir().join(name))
+    }
+
+    /// What the guest says, read while every process that may run it is stopped.
+    ///
+    /// # Panics
+    ///
+    /// When the guest was disturbed.
+    #[must_use]
+    pub fn witness(&self) -> Witness {
+        let workers = self.site.workers();
+        for worker in &workers {
+            crate::stop_process(*worker);
+        }
+        let report = self.ram.report();
+        for worker in &workers {
+            crate::continue_process(*worker);
+        }
+        Witness::new(report.expect("the guest reports"))
+    }
+
+    /// Waits until every vCPU has gone on from an earlier moment, undisturbed.
+    pub fn assert_goes_on(&self, earlier: &Witness) -> Witness {
+        until("every vCPU goes on", || {
+            let now = self.witness();
+            now.goes_on_from(earlier).then_some(now)
+        })
+    }
+
+    /// The guest stands still: nobody runs it.
+    ///
+    /// # Panics
+    ///
+    /// When it goes on.
+    pub fn assert_stands_still(&self) {
+        let before = self.ram.report().expect("the guest reports");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let after = self.ram.report().expect("the guest reports");
+        assert_eq!(before, after, "somebody runs the guest");
+    }
+
+    /// Waits until the VM's cgroup holds this worker and nobody else.
+    pub fn assert_only_runner(&self, worker: i32) {
+        until("one worker is left", || {
+            (self.site.workers() == [worker]).then_some(())
+        });
+    }
+
+    /// An upgrade that has to succeed, on the same guest (I8).
+    ///
+    /// # Panics
+    ///
+    /// When it does not, or the guest was disturbed.
+    pub fn assert_upgrades(&self) -> Upgrade {
+        let (before, generation) = (self.witness(), self.generation());
+        let upgrade = self.upgrade();
+        assert_eq!(upgrade.outcome, "committed", "{upgrade:?}");
+        assert_eq!(upgrade.generation, generation + 1);
+        assert_eq!(self.worker(), upgrade.worker_pid);
+        self.assert_only_runner(upgrade.worker_pid);
+        self.assert_goes_on(&before);
+        upgrade
+    }
+
+    /// The running generation.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        let status = self.status();
+        let generation = status.get("generation").and_then(Value::as_u64);
+        u32::try_from(generation.unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// What the VM has on its host.
+    #[must_use]
+    pub fn residue(&self) -> Residue {
+        Residue::of(
+            self.broker,
+            self.worker(),
+            &self.cgroup,
+            &self.site.run_dir(),
+        )
+    }
+
+    /// Ends it by force.
+    pub fn end(&self) -> Answer {
+        self.baton("stop", ["--force"])
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The place's own end kills what is left.
+            return;
+        }
+        if self.site.run_dir().join(&self.site.name).exists() {
+            let ended = self.end();
+            assert_eq!(ended.code, Some(0), "it cannot be ended: {ended:#?}");
+        }
+        self.site.assert_nothing_left();
+    }
+}
