@@ -120,10 +120,12 @@ impl Launch {
                 Received::Message(LaunchReport::Unshared, _) => {
                     write_id_maps(self.stage1.id(), self.ids)?;
                     self.send(&LaunchOrder::Mapped, &[])?;
-                    let order = LaunchOrder::Confine(self.confinement.clone());
-                    self.send(&order, &[self.binary.as_fd()])?;
                 }
                 Received::Message(LaunchReport::Spawned(pid), _) => {
+                    // Not before: the worker that stage 2 becomes would say its first word on the same socket, maybe
+                    // ahead of stage 1's last.
+                    let order = LaunchOrder::Confine(self.confinement.clone());
+                    self.send(&order, &[self.binary.as_fd()])?;
                     return self.spawned(pid).map(Some);
                 }
                 Received::Message(LaunchReport::Failed { step, reason }, _) => {
