@@ -106,11 +106,12 @@ pub(crate) struct Broker {
     pub(crate) cgroup: Option<Cgroup>,
     pub(crate) prover: Prover,
     pub(crate) deadlines: Deadlines,
+    /// Goes before the clients do: who sees the hang-up finds the name free.
+    directory: VmDirectory,
     pub(crate) clients: Clients,
     pub(crate) last_upgrade: Option<UpgradeOutcome>,
     console: Console,
     signals: Signals,
-    directory: VmDirectory,
     first: Option<Nascent>,
     starter: Option<Channel<StartReport, ()>>,
     began: Instant,
@@ -255,7 +256,11 @@ impl Broker {
     }
 
     fn turn(&mut self) -> Result<()> {
-        if self.signals.asked_to_end() || self.starter_left() {
+        let signalled = self.signals.take();
+        if signalled.child {
+            self.reap_strangers();
+        }
+        if signalled.end || self.starter_left() {
             self.end = Some(Exit::Done);
             return Ok(());
         }
@@ -280,6 +285,31 @@ impl Broker {
             self.end = Some(Exit::Done);
         }
         Ok(())
+    }
+
+    /// Reaps children that belong to nothing: the second stage of a launch that was given up.
+    fn reap_strangers(&self) {
+        let worker = |worker: &Worker| worker.process.pid;
+        let makings = || {
+            self.first
+                .iter()
+                .chain(self.upgrade.iter().filter_map(Upgrade::nascent))
+        };
+        let known: Vec<i32> = self
+            .worker
+            .iter()
+            .map(worker)
+            .chain(self.retired.iter().map(worker))
+            .chain(makings().filter_map(Nascent::worker).map(worker))
+            .chain(makings().filter_map(Nascent::stage1))
+            .collect();
+        for child in crate::process::children()
+            .into_iter()
+            .filter(|child| !known.contains(child))
+        {
+            let child = rustix::process::Pid::from_raw(child);
+            let _ = rustix::process::waitpid(child, rustix::process::WaitOptions::NOHANG);
+        }
     }
 
     /// In the foreground, the VM ends with whoever started it.

@@ -64,7 +64,15 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.path);
+        // What was killed a moment ago may still be on its way out.
+        for _ in 0..500 {
+            match fs::remove_dir(&self.path) {
+                Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+                _ => return,
+            }
+        }
     }
 }
 

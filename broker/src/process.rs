@@ -48,6 +48,14 @@ pub(crate) fn is_stopped(pid: i32) -> bool {
     stat(Path::new(&format!("/proc/{pid}/stat"))).is_some_and(|stat| stat.state == 'T')
 }
 
+/// This thread's children, the adopted ones too (/proc/PID/task/TID/children, proc(5)).
+pub(crate) fn children() -> Vec<i32> {
+    let text = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
 fn stat(path: &Path) -> Option<TaskStat> {
     // A name is bytes, and hostile ones need not be text.
     TaskStat::parse(&String::from_utf8_lossy(&fs::read(path).ok()?)).ok()

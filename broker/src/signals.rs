@@ -26,15 +26,26 @@ impl Signals {
             .doing("cannot receive signals")
     }
 
-    /// Takes what is pending: whether somebody wants the broker to end.
-    pub(crate) fn asked_to_end(&self) -> bool {
-        let mut end = false;
+    /// Takes what is pending.
+    pub(crate) fn take(&self) -> Taken {
+        let mut taken = Taken::default();
         while let Ok(Some(signal)) = self.0.read_signal() {
-            let number = i32::try_from(signal.ssi_signo);
-            end |= number == Ok(Signal::SIGTERM as i32) || number == Ok(Signal::SIGINT as i32);
+            match i32::try_from(signal.ssi_signo).ok() {
+                Some(number) if number == Signal::SIGCHLD as i32 => taken.child = true,
+                _ => taken.end = true,
+            }
         }
-        end
+        taken
     }
+}
+
+/// What was signalled.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Taken {
+    /// Something became of a child.
+    pub(crate) child: bool,
+    /// Somebody wants the broker to end.
+    pub(crate) end: bool,
 }
 
 impl AsFd for Signals {

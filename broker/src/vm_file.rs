@@ -389,4 +389,40 @@ kernel = "vmlinux"
             assert!(error.contains(expected), "{error}");
         }
     }
+
+    #[test]
+    fn the_json_schema_has_the_fields_that_the_parser_takes() {
+        let schema: serde_json::Value =
+            serde_json::from_str(include_str!("../../docs/vm.schema.json")).unwrap();
+        let names = |object: &serde_json::Value| -> Vec<String> {
+            object["properties"]
+                .as_object()
+                .unwrap()
+                .keys()
+                .cloned()
+                .collect()
+        };
+        for (table, header) in [
+            (None, ""),
+            (Some("cpus"), "[cpus]\n"),
+            (Some("memory"), ""),
+            (Some("boot"), ""),
+        ] {
+            let known = match table {
+                None => names(&schema),
+                Some(table) => names(&schema["properties"][table]),
+            };
+            // serde's complaint about an unknown field lists the ones that it knows.
+            let text = match table {
+                None => format!("zzz = 1\n{GOOD}"),
+                Some("cpus") => format!("{GOOD}{header}zzz = 1\n"),
+                Some(table) => GOOD.replace(&format!("[{table}]"), &format!("[{table}]\nzzz = 1")),
+            };
+            let error = VmFile::parse(&text).unwrap_err().to_string();
+            for name in &known {
+                assert!(error.contains(&format!("`{name}`")), "{name}: {error}");
+            }
+            assert_eq!(error.matches('`').count(), 2 * (known.len() + 1), "{error}");
+        }
+    }
 }

@@ -103,6 +103,11 @@ impl Launch {
             .doing("cannot reach the launcher")
     }
 
+    /// Stage 1's process.
+    pub(crate) fn stage1(&self) -> u32 {
+        self.stage1.id()
+    }
+
     /// Goes on with what the stages have said; the process once it runs.
     pub(crate) fn advance(&mut self) -> Result<Option<Launched>> {
         loop {
