@@ -115,6 +115,28 @@ fn the_console_goes_over_whole() {
 }
 
 #[test]
+fn the_console_is_untouched_until_the_commit() {
+    let vm = Vm::new(1, 16, CommandLine::new().console().period_ms(5));
+    let mut old = vm.start();
+    vm.wait_for("lines", |report| report.lines > 2);
+    let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
+    upgrade.build(&vm);
+    Upgrade::park(&mut old);
+    vm.read_console();
+    (&vm.console).write_all(b"clear\n").unwrap();
+    upgrade.expect_loaded();
+    assert_eq!(vm.unread_console_input(), b"clear\n");
+    assert_eq!(vm.read_console(), "");
+    upgrade.new.order(&Order::Commit);
+    upgrade.new.expect_running();
+    vm.wait_for("the command", |report| report.clears == 1);
+    assert_eq!(vm.unread_console_input(), b"");
+    let lines = vm.report().unwrap().lines;
+    vm.wait_for("lines again", |report| report.lines > lines + 2);
+    assert_ne!(vm.read_console(), "");
+}
+
+#[test]
 fn many_upgrades_leave_nothing_behind() {
     let vm = Vm::new(2, 16, CommandLine::new().timer_us(1000));
     let mut worker = vm.start();

@@ -85,6 +85,8 @@ pub(crate) struct Vm {
 
 /// One guest at a time, over all test processes: two busy ones on a small machine miss the deadlines of a pause.
 fn alone() -> File {
+    // It is not there on another machine than the one that built this.
+    std::fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = concat!(env!("CARGO_TARGET_TMPDIR"), "/one-guest-at-a-time");
     let lock = File::options()
         .create(true)
@@ -102,10 +104,15 @@ fn memfd(name: &str) -> OwnedFd {
 impl Vm {
     /// A guest of the embedded image.
     pub(crate) fn new(cpus: u8, mib: u64, command_line: CommandLine) -> Self {
+        Self::with_kernel(baton_guest::ELF, cpus, mib, command_line)
+    }
+
+    /// A guest of another kernel.
+    pub(crate) fn with_kernel(elf: &[u8], cpus: u8, mib: u64, command_line: CommandLine) -> Self {
         let size = mib << 20;
         let ram = Self::ram_of(size);
         let mut kernel = File::from(memfd("kernel"));
-        kernel.write_all(baton_guest::ELF).unwrap();
+        kernel.write_all(elf).unwrap();
         let (console, worker_console) = UnixStream::pair().unwrap();
         console.set_nonblocking(true).unwrap();
         worker_console.set_nonblocking(true).unwrap();
@@ -245,6 +252,15 @@ impl Vm {
         let mut text = Vec::new();
         let _ = (&self.console).read_to_end(&mut text);
         String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// What was written to the console and no worker has read, without reading it.
+    pub(crate) fn unread_console_input(&self) -> Vec<u8> {
+        let mut bytes = [0; 256];
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        let count = rustix::net::recv(&self.worker_console, &mut bytes[..], flags)
+            .map_or(0, |(_, count)| count);
+        bytes[..count].to_vec()
     }
 
     /// All of guest RAM.
