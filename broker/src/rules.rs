@@ -6,12 +6,15 @@ use std::path::PathBuf;
 use baton_policy::Digest;
 use baton_policy::Policy;
 use baton_policy::WorkerAllowList;
+use baton_policy::diff::Difference;
+use baton_policy::diff::Direction;
 
 use crate::binary::WorkerBinary;
 use crate::broker::Options;
 use crate::broker::Rules;
 use crate::refusal::Doing;
 use crate::refusal::Result;
+use crate::refusal::refused;
 use crate::refusal::unfit;
 use crate::vm_file::VmFile;
 
@@ -59,8 +62,51 @@ pub(crate) fn worker_binary(
     })
 }
 
+/// Refuses a policy under which a worker may do more than the one before it could. Which binaries may run is not among that:
+/// it is how a new build is permitted. Neither is a call that another thread of the worker had already, since its threads
+/// share their memory.
+pub(crate) fn refuse_widening(old: &Policy, new: &Policy) -> Result<()> {
+    let widening: Vec<String> = Difference::between(old, new)
+        .changes
+        .into_iter()
+        .filter(|change| change.direction == Direction::Widens)
+        .filter(|change| change.subject != "workers" && change.elsewhere != Some(true))
+        .map(|change| change.to_string())
+        .collect();
+    if widening.is_empty() {
+        return Ok(());
+    }
+    Err(refused(
+        format_args!(
+            "the policy now permits a worker more than the running one: {}",
+            widening.join("; ")
+        ),
+        "`baton policy diff` shows all of it; stop and start the VM to run it under the wider policy",
+    ))
+}
+
 fn beside_broker() -> Result<PathBuf> {
     let mut path = std::env::current_exe().doing("cannot find the broker's own place")?;
     path.set_file_name("baton-worker");
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wider_policy_is_refused_and_a_new_build_is_not() {
+        let parse = |text: &str| Policy::parse(text, "test").unwrap();
+        let old = parse(baton_policy::BUILTIN);
+        let digest = Digest::of(b"another build");
+        let new_build = baton_policy::BUILTIN
+            .replace("digests = []", &format!("digests = [\"sha256:{digest}\"]"));
+        refuse_widening(&old, &parse(&new_build)).unwrap();
+        let wider = baton_policy::BUILTIN.replace("nofile = 1024", "nofile = 4096");
+        let refusal = refuse_widening(&old, &parse(&wider)).unwrap_err();
+        assert_eq!(refusal.exit, baton_ipc::control::Exit::Refused);
+        assert!(refusal.reason.contains("nofile"), "{refusal}");
+        refuse_widening(&parse(&wider), &old).unwrap();
+    }
 }

@@ -140,6 +140,7 @@ impl Broker {
         }
         self.log.reserve()?;
         let rules = crate::rules::load(&self.vm)?;
+        crate::rules::refuse_widening(&self.rules.policy, &rules.policy)?;
         let binary = crate::rules::worker_binary(&self.vm, &self.options, &rules.policy, file)?;
         for (key, description, _) in self.registry.iter() {
             crate::resources::check_grant(&rules.policy, key, description, None)?;
