@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use super::main_channel::MainChannel;
 use crate::cpuid::Told;
+use crate::fail_point::fail_point;
 use crate::sections;
 
 /// How long the other worker may take to read an answer or a state that fits its socket's buffer.
@@ -79,7 +80,7 @@ impl Outgoing {
         };
         let refused = match received {
             Ok(None) => return Progress::Waiting,
-            Ok(Some(offer)) => sections::judge(ours, &offer),
+            Ok(Some(offer)) => fail_point!(Agree).and_then(|_| sections::judge(ours, &offer)),
             Err(error) => Err(error),
         };
         let answer = match &refused {
