@@ -112,9 +112,8 @@ impl VmDirectory {
 
     fn clear_remains(&mut self, name: &Name) -> Result<()> {
         let state = self.path.join("state.json");
-        let Ok(text) = fs::read_to_string(&state) else {
-            return Ok(());
-        };
+        // A broker that died as it started has left a socket, and no state yet.
+        let text = fs::read_to_string(&state).unwrap_or_default();
         if let Ok(found) = serde_json::from_str::<StateFile>(&text) {
             if found.worker().is_alive() {
                 return Err(unfit(
