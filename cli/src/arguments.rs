@@ -254,8 +254,8 @@ Examples:
   baton demo --json | jq .blackout_us")]
 pub(crate) struct Demo {
     /// How often to replace the worker
-    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(..=100_000))]
-    pub(crate) upgrades: u32,
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    pub(crate) upgrades: usize,
     /// The guest's memory
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     pub(crate) memory: String,

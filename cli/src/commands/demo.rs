@@ -74,7 +74,7 @@ fn fit(demo: &Demo) -> Result<(), Refusal> {
 /// Tells what happens while it happens.
 struct Teller<'a> {
     output: &'a Output,
-    upgrades: u32,
+    upgrades: usize,
     live: crate::output::Live,
     /// Microseconds that fill a bar: a few times the first blackout.
     scale: u64,
@@ -125,6 +125,10 @@ impl Teller<'_> {
                     self.scale = replacement.outcome.blackout_us.saturating_mul(3).max(1);
                 }
                 self.say(&story::replacement(replacement, self.scale));
+            }
+            Event::Aborted(outcome) => {
+                self.step = None;
+                self.say(&story::abort(outcome));
             }
             Event::Auditing => self.live.draw("auditing the worker"),
         }

@@ -25,7 +25,7 @@ use crate::signals::Signals;
 /// What to do.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
-    pub(crate) upgrades: u32,
+    pub(crate) upgrades: usize,
     /// As in a VM file: `256M`.
     pub(crate) memory: String,
     pub(crate) cpus: u8,
@@ -42,6 +42,9 @@ const AFTERWARDS: usize = 2;
 /// And without one, to compare: about as long as an upgrade takes, most of it before the pause.
 const QUIET: usize = 8;
 
+/// How many aborted upgrades are tried again: a host that is busy with other things misses a deadline now and then.
+const ABORTS: usize = 5;
+
 /// What happened.
 #[derive(Debug)]
 pub(crate) struct Run {
@@ -49,6 +52,8 @@ pub(crate) struct Run {
     /// The longest time between two turns of the guest in a while without an upgrade, in microseconds: the host's noise.
     pub(crate) quiet_gap_us: u64,
     pub(crate) upgrades: Vec<Replacement>,
+    /// Those that were aborted, and tried again.
+    pub(crate) aborts: Vec<UpgradeOutcome>,
     /// How the guest was at the end.
     pub(crate) health: Health,
     pub(crate) ram_bytes: u64,
@@ -73,9 +78,11 @@ pub(crate) enum Event<'a> {
     /// It has done so once.
     Booted(&'a Health),
     /// An upgrade is at a step.
-    Step(u32, Option<Step>),
+    Step(usize, Option<Step>),
     /// An upgrade is over.
     Replaced(&'a Replacement),
+    /// One was aborted, and is tried again.
+    Aborted(&'a UpgradeOutcome),
     /// Everything else is over too.
     Auditing,
 }
@@ -101,7 +108,9 @@ pub(crate) fn run(
     let quiet_gap_us = guest.largest_gap_us(signals, QUIET)?;
 
     let mut upgrades = Vec::new();
-    for number in 1..=plan.upgrades {
+    let mut aborts = Vec::new();
+    while upgrades.len() < plan.upgrades {
+        let number = upgrades.len() + 1;
         guest.clear_gap(signals)?;
         let mut interrupted = false;
         let outcome = client.upgrade(
@@ -111,26 +120,35 @@ pub(crate) fn run(
             &mut |step| tell(&Event::Step(number, step)),
             &mut || interrupted = true,
         )?;
-        if outcome.outcome != Outcome::Committed {
-            return Err(failure(
-                upgrade::exit_of(outcome.outcome),
-                format!(
-                    "upgrade {number} did not go through{}",
-                    upgrade::why(&outcome)
-                ),
-                "more with --log",
-            ));
-        }
         if interrupted {
             return Err(guest::interrupted());
         }
+        // Also after an abort: the old worker's guest has to be as well as before.
         let guest_gap_us = guest.largest_gap_us(signals, AFTERWARDS)?;
-        let replacement = Replacement {
-            outcome,
-            guest_gap_us,
-        };
-        tell(&Event::Replaced(&replacement));
-        upgrades.push(replacement);
+        match outcome.outcome {
+            Outcome::Committed => {
+                let replacement = Replacement {
+                    outcome,
+                    guest_gap_us,
+                };
+                tell(&Event::Replaced(&replacement));
+                upgrades.push(replacement);
+            }
+            Outcome::Aborted if aborts.len() < ABORTS => {
+                tell(&Event::Aborted(&outcome));
+                aborts.push(outcome);
+            }
+            _ => {
+                return Err(failure(
+                    upgrade::exit_of(outcome.outcome),
+                    format!(
+                        "upgrade {number} did not go through{}",
+                        upgrade::why(&outcome)
+                    ),
+                    "more with --log",
+                ));
+            }
+        }
     }
     tell(&Event::Auditing);
     let audit = client.audit()?;
@@ -142,6 +160,7 @@ pub(crate) fn run(
         start_us,
         quiet_gap_us,
         upgrades,
+        aborts,
         health,
         ram_bytes: status.ram_bytes,
         audit,

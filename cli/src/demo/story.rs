@@ -6,6 +6,7 @@ use baton_ipc::control::AuditDescriptor;
 use baton_ipc::control::AuditReport;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
+use baton_ipc::control::UpgradeOutcome;
 use baton_policy::Policy;
 use baton_policy::Role;
 use baton_policy::Syscall;
@@ -48,6 +49,7 @@ pub(crate) fn document(run: &Run) -> Result<Value, Refusal> {
     });
     Ok(json!({
         "upgrades": upgrades.collect::<Vec<_>>(),
+        "aborts": run.aborts.iter().map(upgrade::document).collect::<Vec<_>>(),
         "blackout_us": run.blackouts(),
         "guest_gap_us": run.guest_gap_us(),
         "quiet_gap_us": run.quiet_gap_us,
@@ -76,6 +78,15 @@ pub(crate) fn replacement(replacement: &Replacement, scale: u64) -> String {
     )
 }
 
+/// An upgrade that was given up.
+pub(crate) fn abort(outcome: &UpgradeOutcome) -> String {
+    format!(
+        "  generation {:>3}  runs on: the upgrade was aborted{}",
+        outcome.generation,
+        upgrade::why(outcome)
+    )
+}
+
 /// What happened.
 pub(crate) fn person(run: &Run, output: &Output) -> String {
     let mut lines = vec![String::new()];
@@ -85,6 +96,16 @@ pub(crate) fn person(run: &Run, output: &Output) -> String {
             output.paint(Style::Strong, &times(run.upgrades.len())),
             output.paint(Style::Strong, &units::microseconds(median(run.blackouts()))),
             units::microseconds(run.blackouts().into_iter().max().unwrap_or(0)),
+        ));
+    }
+    if !run.aborts.is_empty() {
+        lines.push(format!(
+            "{} it was not: the attempt was given up before it was final, the old worker ran on, and it was tried again.",
+            match times(run.aborts.len()).as_str() {
+                "once" => "Once".to_owned(),
+                "twice" => "Twice".to_owned(),
+                times => times.to_owned(),
+            }
         ));
     }
     let health = &run.health;

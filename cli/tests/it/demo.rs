@@ -28,6 +28,7 @@ use crate::canned::*;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
+    AbortedOnce,
     Aborted,
     Errors,
     Rebooted,
@@ -124,7 +125,8 @@ fn serve(dir: &Path, fault: Fault) -> Heard {
                 Request::Upgrade { .. } => {
                     let number = upgrades.fetch_add(1, Ordering::AcqRel) + 1;
                     let ends = match fault {
-                        Fault::Aborted if number == 2 => Outcome::Aborted,
+                        Fault::AbortedOnce if number == 2 => Outcome::Aborted,
+                        Fault::Aborted if number >= 2 => Outcome::Aborted,
                         _ => Outcome::Committed,
                     };
                     let mut outcome = outcome(ends);
@@ -229,6 +231,19 @@ fn an_audit_that_proves_nothing_is_not_passed_over() {
     let output = run_with(Fault::Finding);
     assert_eq!(code(&output), 1, "{}", stderr(&output));
     assert_eq!(document(&output)["audit"]["verdict"], "findings");
+}
+
+#[test]
+fn an_aborted_upgrade_is_tried_again_and_not_hidden() {
+    let output = run_with(Fault::AbortedOnce);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let document = document(&output);
+    assert_eq!(document["upgrades"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        document["blackout_us"],
+        serde_json::json!([1000, 3000, 4000])
+    );
+    assert_eq!(document["aborts"][0]["failed_step"], "load");
 }
 
 #[test]
