@@ -436,16 +436,30 @@ impl Worker {
         }
     }
 
-    /// Says "running". The vCPUs may be released if and only if this succeeds.
-    pub(crate) fn say_running(&mut self) -> Result<(), Exit> {
+    /// Says "running". Unless it is [`Said::No`], the vCPUs may be released; after a start, only if it was heard.
+    pub(crate) fn say_running(&mut self) -> Said {
         self.flush();
-        let sent = self.unsent.is_empty()
-            && self
-                .control
-                .as_ref()
-                .is_some_and(|c| c.send(&Report::Running).is_ok());
-        if sent { Ok(()) } else { Err(Exit(EXIT_FAILED)) }
+        let sent = match &self.control {
+            Some(control) if self.unsent.is_empty() => control.send(&Report::Running),
+            _ => return Said::No,
+        };
+        match sent {
+            Ok(()) => Said::Heard,
+            Err(ChannelError::Socket(SocketError::HungUp)) => Said::BrokerGone,
+            Err(_) => Said::No,
+        }
     }
+}
+
+/// What became of "running".
+pub(crate) enum Said {
+    /// It is in the broker's queue.
+    Heard,
+    /// The broker has closed its end of the socket. To a process that can still execute, that is the broker's death: in
+    /// its life it closes the socket of a worker only after SIGKILL to that worker.
+    BrokerGone,
+    /// It is not in the queue, and never will be.
+    No,
 }
 
 /// What a descriptor that is waited for is.

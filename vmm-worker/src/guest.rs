@@ -12,6 +12,7 @@ use crate::boot::RamContent;
 use crate::control::EXIT_FAILED;
 use crate::control::Exit;
 use crate::control::Phase;
+use crate::control::Said;
 use crate::control::Worker;
 use crate::devices::lifecycle;
 use crate::devices::power::PowerEvent;
@@ -35,7 +36,9 @@ impl Worker {
             self.fail("start", error.to_string());
             return Err(Exit(EXIT_FAILED));
         }
-        self.say_running()?;
+        if !matches!(self.say_running(), Said::Heard) {
+            return Err(Exit(EXIT_FAILED));
+        }
         self.machinery.vcpus.release(false);
         self.phase = Phase::Running;
         self.first_run_due = true;
@@ -76,7 +79,12 @@ impl Worker {
             Ok(lie) => lie,
             Err(error) => return self.give_up("commit", &error),
         };
-        self.say_running()?;
+        match self.say_running() {
+            // A broker that died after it had sent "commit" had put "ceded" into the old worker's queue before: that one
+            // never resumes, so this one is the VM.
+            Said::Heard | Said::BrokerGone => {}
+            Said::No => return Err(Exit(EXIT_FAILED)),
+        }
         if lie || fail_point!(Running).is_err() {
             // Claimed to run, and does not.
             self.phase = Phase::Off;
