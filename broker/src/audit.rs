@@ -40,17 +40,21 @@ impl Broker {
         let pid = worker.process.pid;
         let verdict = self.prover.threads(&self.rules, worker, self.settled());
         let filters = u32::try_from(self.rules.compiled.build.len()).unwrap_or(0) + 1;
-        let proof = match (verdict.evidence, &self.prover.unreadable) {
-            (Evidence::Bytes, _) => "compared byte for byte".to_owned(),
-            (Evidence::Counted, Some(why)) => format!("by construction: {why}"),
-            (Evidence::Counted, None) => "not compared".to_owned(),
+        let (proof, role) = match (verdict.evidence, &self.prover.unreadable) {
+            (Evidence::Bytes, _) => ("compared byte for byte".to_owned(), None),
+            (Evidence::Counted, Some(why)) => (format!("by construction: {why}"), Some("unknown")),
+            (Evidence::Counted, None) => ("not compared".to_owned(), Some("unknown")),
         };
-        let threads = verdict
-            .roles
-            .iter()
-            .map(|(&tid, role)| AuditThread {
+        let tids = crate::proof::threads_of(pid);
+        let threads = tids
+            .into_iter()
+            .map(|tid| AuditThread {
                 tid,
-                role: role.to_string(),
+                role: match (role, verdict.roles.get(&tid)) {
+                    (None, Some(role)) => role.to_string(),
+                    (Some(unknown), _) => unknown.to_owned(),
+                    (None, None) => "the kernel's own".to_owned(),
+                },
                 filters,
                 proof: proof.clone(),
             })

@@ -164,6 +164,19 @@ pub(crate) fn fresh_process(
     findings
 }
 
+/// The threads of a process, by number.
+pub(crate) fn threads_of(pid: i32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut tids: Vec<u32> = tasks
+        .filter_map(|task| task.file_name().to_str().and_then(|name| name.parse().ok()))
+        .collect();
+    tids.sort_unstable();
+    tids
+}
+
 fn other(tid: Option<u32>, what: String) -> Finding {
     Finding {
         tid,
