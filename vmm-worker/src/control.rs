@@ -335,6 +335,9 @@ impl Worker {
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
             (Order::PowerButton, Phase::Running) => self.press_power_button(),
             (Order::Transfer, Phase::Running) => match main {
+                Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
+                    self.fail("transfer", "an upgrade is under way already".to_owned());
+                }
                 Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
                 None => self.fail("transfer", "no main channel came with the order".to_owned()),
             },

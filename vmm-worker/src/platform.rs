@@ -1,7 +1,8 @@
 //! The devices of a VM: made, put on their buses, and wired to the VM's interrupts.
 //!
-//! Interrupt eventfds are made here, by each generation for itself, and never handed over: KVM refuses an eventfd that
-//! another VM has bound.
+//! These devices raise interrupts by KVM_IRQ_LINE, not by eventfds: KVM carries an eventfd's signal to the PICs and the
+//! I/O APIC from a work queue, which may be after they were saved, and the interrupt would be lost. This way it is in the
+//! saved state of either the controllers or the device.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,10 +14,6 @@ use std::sync::Mutex;
 use kvm_ioctls::VmFd;
 use rustix::event::EventfdFlags;
 use thiserror::Error;
-use vmm_sys_util::errno;
-use vmm_sys_util::eventfd::EFD_CLOEXEC;
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::layout;
 use crate::devices::Bus;
@@ -41,14 +38,6 @@ pub(crate) enum PlatformError {
     /// An eventfd.
     #[error("eventfd: {0}")]
     EventFd(io::Error),
-    /// An interrupt.
-    #[error("KVM_IRQFD of GSI {gsi}: {source}")]
-    Irqfd {
-        /// Its number.
-        gsi: u32,
-        /// Why not.
-        source: errno::Error,
-    },
     /// The devices are not those of [`DEVICES`]: a mistake in this file.
     #[error("the devices are {0:?}")]
     Order(Vec<DeviceId>),
@@ -90,13 +79,18 @@ impl Trigger for Wake {
     }
 }
 
-/// An edge-triggered interrupt: an eventfd that the VM has bound.
-struct Edge(EventFd);
+/// An edge-triggered input of the interrupt controllers.
+struct Edge {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
 
 impl Trigger for Edge {
     fn trigger(&self) {
-        // As above; KVM empties it.
-        let _ = self.0.write(1);
+        for high in [true, false] {
+            // KVM_IRQ_LINE of an existing GSI cannot fail.
+            let _ = self.vm.set_irq_line(self.gsi, high);
+        }
     }
 }
 
@@ -137,7 +131,10 @@ pub(crate) struct Platform {
 ///
 /// [`PlatformError`].
 pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform, PlatformError> {
-    let com1 = edge(vm, layout::COM1_IRQ)?;
+    let com1 = Arc::new(Edge {
+        vm: Arc::clone(vm),
+        gsi: layout::COM1_IRQ,
+    });
     let sci = Arc::new(Line {
         vm: Arc::clone(vm),
         gsi: layout::SCI_IRQ,
@@ -194,12 +191,4 @@ pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform,
         acpi_pm,
         power,
     })
-}
-
-/// An edge-triggered interrupt of its own.
-fn edge(vm: &VmFd, gsi: u32) -> Result<Arc<Edge>, PlatformError> {
-    let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(PlatformError::EventFd)?;
-    vm.register_irqfd(&event, gsi)
-        .map_err(|source| PlatformError::Irqfd { gsi, source })?;
-    Ok(Arc::new(Edge(event)))
 }

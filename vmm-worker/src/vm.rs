@@ -15,7 +15,6 @@ use kvm_bindings::KVM_CAP_EXT_CPUID;
 use kvm_bindings::KVM_CAP_GET_TSC_KHZ;
 use kvm_bindings::KVM_CAP_IMMEDIATE_EXIT;
 use kvm_bindings::KVM_CAP_IRQCHIP;
-use kvm_bindings::KVM_CAP_IRQFD;
 use kvm_bindings::KVM_CAP_KVMCLOCK_CTRL;
 use kvm_bindings::KVM_CAP_MP_STATE;
 use kvm_bindings::KVM_CAP_PIT_STATE2;
@@ -57,7 +56,6 @@ const NEEDED: &[(u32, &str, &str)] = &[
     (KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", "2.6.26"),
     (KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE", "2.6.26"),
     (KVM_CAP_PIT2, "KVM_CAP_PIT2", "2.6.31"),
-    (KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "2.6.32"),
     (
         KVM_CAP_SET_IDENTITY_MAP_ADDR,
         "KVM_CAP_SET_IDENTITY_MAP_ADDR",

@@ -51,6 +51,19 @@ fn before_the_offer() {
 }
 
 #[test]
+fn a_second_upgrade_has_to_wait() {
+    let vm = guest();
+    let mut old = vm.start();
+    let before = vm.wait_for_turns();
+    let _first = Upgrade::agree(&vm, &mut old, 2);
+    let (old_end, _new_end) = harness::main_channel();
+    old.transfer(&old_end);
+    assert!(old.expect_failed("transfer").contains("under way"));
+    roll_back(&mut old);
+    assert_can_upgrade(&vm, old, &before);
+}
+
+#[test]
 fn a_new_worker_that_never_offers() {
     let vm = guest();
     let mut old = vm.start();
@@ -147,7 +160,7 @@ fn the_broker_dies_after_ceding() {
 }
 
 #[test]
-fn a_worker_that_cannot_say_running_does_not_run() {
+fn a_worker_whose_running_is_not_heard_does_not_run() {
     let vm = guest();
     let mut old = vm.start();
     let before = vm.wait_for_turns();
@@ -156,15 +169,34 @@ fn a_worker_that_cannot_say_running_does_not_run() {
     Upgrade::park(&mut old);
     upgrade.expect_loaded();
     let parked = vm.ram_bytes();
-    // The commit is queued, and then nobody is there to be told.
-    upgrade.new.signal(libc::SIGSTOP);
-    upgrade.new.order(&Order::Commit);
-    upgrade.new.abandon();
-    upgrade.new.signal(libc::SIGCONT);
+    // A broker that asks and asks, and does not read the answers.
+    for _ in 0..500 {
+        upgrade.new.order_when_possible(&Order::Query);
+    }
+    upgrade.new.order_when_possible(&Order::Commit);
     assert_eq!(upgrade.new.exit_code(), 1);
     assert!(vm.ram_bytes() == parked);
     roll_back(&mut old);
     assert_can_upgrade(&vm, old, &before);
+}
+
+#[test]
+fn the_broker_dies_between_commit_and_running() {
+    let vm = guest();
+    let mut old = vm.start();
+    let before = vm.wait_for_turns();
+    let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
+    upgrade.build(&vm);
+    Upgrade::park(&mut old);
+    upgrade.expect_loaded();
+    old.order(&Order::Ceded);
+    upgrade.new.signal(libc::SIGSTOP);
+    upgrade.new.order(&Order::Commit);
+    upgrade.new.abandon();
+    old.abandon();
+    assert_eq!(old.exit_code(), 0);
+    upgrade.new.signal(libc::SIGCONT);
+    assert_goes_on(&vm, &before);
 }
 
 #[test]

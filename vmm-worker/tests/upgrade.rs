@@ -94,7 +94,7 @@ fn building_and_rehearsing_leave_ram_as_it_is() {
 
 #[test]
 fn the_console_goes_over_whole() {
-    let vm = Vm::new(1, 16, CommandLine::new().console().period_ms(5));
+    let vm = Vm::new(1, 16, CommandLine::new().console().period_ms(100));
     let mut worker = vm.start();
     let mut text = String::new();
     let mut report = vm.wait_for("lines", |report| report.lines > 5);
@@ -116,7 +116,7 @@ fn the_console_goes_over_whole() {
 
 #[test]
 fn the_console_is_untouched_until_the_commit() {
-    let vm = Vm::new(1, 16, CommandLine::new().console().period_ms(5));
+    let vm = Vm::new(1, 16, CommandLine::new().console().period_ms(100));
     let mut old = vm.start();
     vm.wait_for("lines", |report| report.lines > 2);
     let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
@@ -134,6 +134,38 @@ fn the_console_is_untouched_until_the_commit() {
     let lines = vm.report().unwrap().lines;
     vm.wait_for("lines again", |report| report.lines > lines + 2);
     assert_ne!(vm.read_console(), "");
+}
+
+#[test]
+fn a_vcpu_that_the_guest_has_not_started_goes_over_too() {
+    let mut vm = Vm::new(2, 16, CommandLine::new());
+    vm.config.cmdline = CommandLine::new().timer_us(1000).to_string();
+    let mut worker = vm.start();
+    let before = vm.wait_for("turns", |report| report.slots[0].sequence > 1000);
+    for generation in 2..4 {
+        (worker, _) = Upgrade::complete(&vm, worker, generation);
+        let then = vm.report().unwrap().slots[0].timer.ticks;
+        vm.wait_for("ticks", |report| report.slots[0].timer.ticks > then + 5);
+    }
+    let after = vm.report().unwrap();
+    assert_eq!(
+        (after.nonce, after.vcpus_running, after.faults()),
+        (before.nonce, 1, 0)
+    );
+    drop(worker);
+}
+
+#[test]
+fn memory_above_the_hole_goes_over_too() {
+    let mut vm = Vm::new(1, 16, CommandLine::new());
+    vm.add_high_ram(8);
+    let mut worker = vm.start();
+    vm.wait_for_turns();
+    for generation in 2..4 {
+        (worker, _) = Upgrade::complete(&vm, worker, generation);
+        assert_eq!(vm.wait_for_turns().faults(), 0);
+    }
+    drop(worker);
 }
 
 #[test]

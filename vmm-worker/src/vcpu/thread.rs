@@ -121,7 +121,9 @@ impl VcpuThread {
                     ));
                 }
                 Ok(exit) => {
-                    break Reply::Failed(format!("KVM_RUN with immediate_exit ended with {exit:?}"));
+                    break Reply::Failed(format!(
+                        "KVM_RUN with immediate_exit ended with {exit:?}"
+                    ));
                 }
             }
         };

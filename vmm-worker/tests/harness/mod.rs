@@ -80,6 +80,7 @@ pub(crate) struct Vm {
     /// The broker's end of the console.
     pub(crate) console: UnixStream,
     worker_console: UnixStream,
+    high_ram: Option<OwnedFd>,
     _alone: File,
 }
 
@@ -144,6 +145,7 @@ impl Vm {
             kvm: kvm.into(),
             console,
             worker_console,
+            high_ram: None,
             _alone: alone(),
         }
     }
@@ -154,6 +156,16 @@ impl Vm {
         rustix::fs::ftruncate(&ram, size).unwrap();
         rustix::fs::fcntl_add_seals(&ram, descriptor::RAM_SEALS).unwrap();
         ram
+    }
+
+    /// Adds RAM above 4 GiB.
+    pub(crate) fn add_high_ram(&mut self, mib: u64) {
+        let size = mib << 20;
+        self.config.ram.push(RamRegion {
+            address: 4 << 30,
+            size,
+        });
+        self.high_ram = Some(Self::ram_of(size));
     }
 
     /// The configuration of the worker of `generation`.
@@ -173,11 +185,20 @@ impl Vm {
     /// Every descriptor, as a broker would hand it over.
     pub(crate) fn registry(&self) -> Registry {
         let mut registry = Registry::default();
-        let mut save = |name, kind, fd: OwnedFd| {
+        let mut save_as = |name, id, kind, fd: OwnedFd| {
             registry
-                .save(DescriptorKey::new(name, 0).unwrap(), kind, fd)
+                .save(DescriptorKey::new(name, id).unwrap(), kind, fd)
                 .unwrap()
         };
+        if let Some(ram) = &self.high_ram {
+            save_as(
+                descriptor::RAM,
+                1,
+                DescriptorKind::GuestRam,
+                ram.try_clone().unwrap(),
+            );
+        }
+        let mut save = |name, kind, fd| save_as(name, 0, kind, fd);
         let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
         save(descriptor::KVM, DescriptorKind::Kvm, copy(&self.kvm));
         save(descriptor::RAM, DescriptorKind::GuestRam, copy(&self.ram));
@@ -364,6 +385,16 @@ impl Worker {
     #[track_caller]
     pub(crate) fn order(&self, order: &Order) {
         self.control.as_ref().unwrap().send(order).unwrap();
+    }
+
+    /// Sends an order to a worker that may be slow to read.
+    #[track_caller]
+    pub(crate) fn order_when_possible(&self, order: &Order) {
+        let begun = Instant::now();
+        while self.control.as_ref().unwrap().send(order).is_err() {
+            assert!(begun.elapsed() < PATIENCE, "the worker does not read");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The next report, or `None` when the worker has closed.
