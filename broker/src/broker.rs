@@ -394,10 +394,6 @@ impl Broker {
             Report::Running => self.started(),
             Report::FirstRun { .. } => self.log.write("first-run", &json!({"generation": self.generation()})),
             Report::Resumed => {
-                let transferring = self.worker.as_ref().is_some_and(|worker| worker.phase == Phase::Transferring);
-                if transferring && !self.upgrade.as_ref().is_some_and(Upgrade::is_aborting) {
-                    return self.lose("the worker said that it is back from an upgrade that goes on");
-                }
                 if let Some(worker) = &mut self.worker {
                     worker.phase = Phase::Running;
                 }

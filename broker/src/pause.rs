@@ -378,7 +378,7 @@ impl Pause<'_> {
         if self.old.is_dead() {
             return self.lost(format!("{reason}; and the old worker is dead"));
         }
-        self.old.phase = Phase::Running;
+        self.old.phase = Phase::RollingBack;
         if let Err(fault) = self.old.order(&Order::Rollback) {
             return self.lost(format!(
                 "{reason}; and the old worker cannot be told: {fault}"
@@ -389,7 +389,10 @@ impl Pause<'_> {
         loop {
             let late = Instant::now() > deadline;
             match self.old.hear() {
-                Ok(Some(Report::Resumed)) => break,
+                Ok(Some(Report::Resumed)) => {
+                    self.old.phase = Phase::Running;
+                    break;
+                }
                 // What it said before it heard of the rollback.
                 Ok(Some(Report::Guest(event))) => self.facts.events.push(event),
                 Ok(Some(_)) | Err(WorkerFault::OutOfTurn { .. }) => {}

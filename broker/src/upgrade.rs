@@ -73,11 +73,6 @@ impl Upgrade {
         self.nascent.as_ref()
     }
 
-    /// It has failed, and the old worker has been told.
-    pub(crate) fn is_aborting(&self) -> bool {
-        self.aborting.is_some()
-    }
-
     pub(crate) fn deadline(&self) -> Instant {
         match (&self.aborting, &self.nascent) {
             (Some(abort), _) => abort.by,
@@ -403,6 +398,10 @@ impl Broker {
         let Some(upgrade) = &mut self.upgrade else {
             return Ok(());
         };
+        if self.worker.as_ref().is_some_and(Worker::is_dead) {
+            // Nobody is left to run on; its death may be what the new one failed of.
+            return self.lose(&format!("{reason}; and the old worker is dead"));
+        }
         upgrade.aborting = Some(Abort {
             outcome,
             step: upgrade.clock.step(),
@@ -411,11 +410,12 @@ impl Broker {
         });
         let dead = upgrade.nascent.take().and_then(Nascent::into_dead);
         self.retired.extend(dead);
-        match &self.worker {
+        match &mut self.worker {
             // It knows of the transfer, and says when it has forgotten it.
             Some(old)
                 if old.phase == Phase::Transferring && old.order(&Order::Rollback).is_ok() =>
             {
+                old.phase = Phase::RollingBack;
                 Ok(())
             }
             _ => self.upgrade_rolled_back(),

@@ -49,12 +49,16 @@ pub(crate) enum Phase {
     Parking,
     /// It has said `saved`.
     Saved,
+    /// It was told that the transfer is off, and has not yet said that it is as before. Until then it may still say what it
+    /// had to say before it heard of that.
+    RollingBack,
 }
 
 use Phase::Building;
 use Phase::Parking;
 use Phase::Ready;
 use Phase::Released;
+use Phase::RollingBack;
 use Phase::Running;
 use Phase::Saved;
 use Phase::Spawned;
@@ -66,20 +70,20 @@ type Row = (&'static str, &'static [Phase], fn(&Report) -> bool);
 #[rustfmt::skip]
 const PERMITTED: &[Row] = &[
     ("hello",     &[Spawned],                                         |r| matches!(r, Report::Hello { .. })),
-    ("agreed",    &[Transferring],                                    |r| matches!(r, Report::Agreed)),
+    ("agreed",    &[Transferring, RollingBack],                       |r| matches!(r, Report::Agreed)),
     ("ready",     &[Building],                                        |r| matches!(r, Report::Ready(_))),
-    ("failed",    &[Building, Ready, Transferring, Parking, Saved, Released, Running],
+    ("failed",    &[Building, Ready, Transferring, Parking, Saved, RollingBack, Released, Running],
                                                                       |r| matches!(r, Report::Failed { .. })),
-    ("parked",    &[Parking],                                         |r| matches!(r, Report::Parked { .. })),
-    ("saved",     &[Parking],                                         |r| matches!(r, Report::Saved { .. })),
+    ("parked",    &[Parking, RollingBack],                            |r| matches!(r, Report::Parked { .. })),
+    ("saved",     &[Parking, RollingBack],                            |r| matches!(r, Report::Saved { .. })),
     ("loaded",    &[Ready],                                           |r| matches!(r, Report::Loaded { .. })),
     ("running",   &[Released],                                        |r| matches!(r, Report::Running)),
     ("first-run", &[Running],                                         |r| matches!(r, Report::FirstRun { .. })),
-    ("resumed",   &[Transferring, Running],                           |r| matches!(r, Report::Resumed)),
+    ("resumed",   &[RollingBack, Running],                            |r| matches!(r, Report::Resumed)),
     ("paused",    &[Running],                                         |r| matches!(r, Report::Paused)),
-    ("status",    &[Running, Transferring, Parking],                  |r| matches!(r, Report::Status(_))),
-    ("guest",     &[Running, Transferring, Parking],                  |r| matches!(r, Report::Guest(_))),
-    ("violation", &[Spawned, Building, Ready, Released, Running, Transferring, Parking, Saved],
+    ("status",    &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Status(_))),
+    ("guest",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Guest(_))),
+    ("violation", &[Spawned, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
                                                                       |r| matches!(r, Report::Violation { .. })),
 ];
 
