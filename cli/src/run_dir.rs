@@ -74,9 +74,19 @@ struct State {
     broker_start: u64,
     worker_pid: u32,
     worker_start: u64,
+    /// During an upgrade: whoever may run the guest if the broker dies after the commit.
+    #[serde(default)]
+    successor: Option<Successor>,
     generation: u32,
     ram_bytes: u64,
     cgroup: Option<PathBuf>,
+}
+
+/// A worker that may have been told to commit.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Successor {
+    pid: u32,
+    start: u64,
 }
 
 /// A worker that runs its guest without a broker.
@@ -230,12 +240,18 @@ impl VmDirectory {
         let mut text = Vec::new();
         let file = fs::File::open(self.path.join(STATE)).ok()?;
         file.take(STATE_MAX).read_to_end(&mut text).ok()?;
-        let state: State = serde_json::from_slice(&text).ok()?;
+        let mut state: State = serde_json::from_slice(&text).ok()?;
         // A broker that lives but does not listen yet, or any more, still holds its worker.
         if Process::find(state.broker_pid, state.broker_start).is_some() {
             return None;
         }
-        let worker = Process::find(state.worker_pid, state.worker_start)?;
+        if let Some(worker) = Process::find(state.worker_pid, state.worker_start) {
+            return Some(Orphan { state, worker });
+        }
+        let Successor { pid, start } = state.successor?;
+        let worker = Process::find(pid, start)?;
+        state.worker_pid = pid;
+        state.generation = state.generation.saturating_add(1);
         Some(Orphan { state, worker })
     }
 

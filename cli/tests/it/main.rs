@@ -9,6 +9,7 @@ mod canned;
 mod commands;
 mod demo;
 mod fleet;
+mod help;
 mod orphan;
 mod policy;
 mod run;

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
@@ -172,10 +173,10 @@ fn a_stdio_console_and_json_cannot_share_standard_output() {
     );
 }
 
-/// Sends SIGINT to a process of this test.
+/// Sends SIGINT to the group that a process of this test leads, as a terminal does on Ctrl-C.
 fn interrupt(child: &std::process::Child) {
-    let pid = rustix::process::Pid::from_child(child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let group = rustix::process::Pid::from_child(child);
+    rustix::process::kill_process_group(group, rustix::process::Signal::INT).unwrap();
 }
 
 #[test]
@@ -190,6 +191,7 @@ fn the_first_interrupt_asks_the_guest_and_the_second_ends_it() {
     let broker = broker(dir.path(), Some(&started()), &script);
     let heard = start(dir.path(), "web1", always(Reply::Done));
     let mut child = start_vm(dir.path(), &broker, &["run", "web1.toml"])
+        .process_group(0)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -251,6 +253,7 @@ fn an_interrupt_cancels_an_upgrade_and_its_outcome_is_still_told() {
         }),
     );
     let child = baton(dir.path(), &["upgrade", "web1", "--json"])
+        .process_group(0)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
