@@ -58,6 +58,7 @@ use crate::refusal::unfit;
 use crate::resources;
 use crate::run_dir::BrokerProcess;
 use crate::run_dir::StateFile;
+use crate::run_dir::Successor;
 use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
 use crate::upgrade::Upgrade;
@@ -562,12 +563,18 @@ impl Broker {
 
     /// Writes down who runs what, for those who find no broker.
     pub(crate) fn publish(&mut self) -> Result<()> {
+        self.publish_with(None)
+    }
+
+    /// The same, with the worker that may run the guest from a commit on.
+    pub(crate) fn publish_with(&mut self, successor: Option<ProcessId>) -> Result<()> {
         let Some(worker) = &self.worker else {
             return Ok(());
         };
         let me = ProcessId::of_self()
             .ok_or_else(|| unfit("/proc has no record of this process", "mount /proc"))?;
-        self.ids.record(worker.process)?;
+        let runners: Vec<_> = std::iter::once(worker.process).chain(successor).collect();
+        self.ids.record(&runners)?;
         self.directory.publish(&StateFile {
             name: self.vm.name.as_str().to_owned(),
             broker: BrokerProcess {
@@ -576,6 +583,7 @@ impl Broker {
             },
             worker_pid: worker.process.pid,
             worker_start: worker.process.start,
+            successor: successor.map(|ProcessId { pid, start }| Successor { pid, start }),
             generation: worker.generation,
             ram_bytes: self.vm.memory.size.0,
             cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),

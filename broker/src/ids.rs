@@ -95,14 +95,18 @@ impl VmIds {
         ))
     }
 
-    /// Notes which process runs under the ids, so that they stay taken should it outlive this broker.
-    pub(crate) fn record(&mut self, worker: ProcessId) -> Result<()> {
+    /// Notes which processes run under the ids, so that they stay taken should one outlive this broker.
+    pub(crate) fn record(&mut self, workers: &[ProcessId]) -> Result<()> {
         let Some(lock) = &mut self.lock else {
             return Ok(());
         };
         lock.rewind()
             .and_then(|()| lock.set_len(0))
-            .and_then(|()| write!(lock, "{} {}", worker.pid, worker.start))
+            .and_then(|()| {
+                workers
+                    .iter()
+                    .try_for_each(|worker| writeln!(lock, "{} {}", worker.pid, worker.start))
+            })
             .doing("cannot note the worker in its id's lock")
     }
 }
@@ -125,18 +129,18 @@ fn is_same_file(there: &fs::Metadata, here: &File) -> bool {
 
 fn runs_orphaned(lock: &mut File) -> bool {
     let mut text = String::new();
-    let holder = lock
+    // A worker and its successor, each two numbers of at most 20 digits.
+    let read = lock
         .rewind()
-        .and_then(|()| lock.take(64).read_to_string(&mut text))
-        .ok()
-        .and_then(|_| {
-            let (pid, start) = text.split_once(' ')?;
-            Some(ProcessId {
-                pid: pid.parse().ok()?,
-                start: start.trim().parse().ok()?,
-            })
-        });
-    holder.is_some_and(ProcessId::is_alive)
+        .and_then(|()| lock.take(128).read_to_string(&mut text));
+    let holder = |line: &str| {
+        let (pid, start) = line.split_once(' ')?;
+        Some(ProcessId {
+            pid: pid.parse().ok()?,
+            start: start.parse().ok()?,
+        })
+    };
+    read.is_ok() && text.lines().filter_map(holder).any(ProcessId::is_alive)
 }
 
 #[cfg(test)]
@@ -150,7 +154,10 @@ mod tests {
         let first = VmIds::claim_in(&path, 100..103).unwrap();
         let mut second = VmIds::claim_in(&path, 100..103).unwrap();
         assert_eq!((first.ids.uid, second.ids.uid), (100, 101));
-        second.record(ProcessId::of_self().unwrap()).unwrap();
+        let gone = ProcessId { pid: 1, start: 1 };
+        second
+            .record(&[gone, ProcessId::of_self().unwrap()])
+            .unwrap();
         drop((first, second));
         let third = VmIds::claim_in(&path, 100..103).unwrap();
         let fourth = VmIds::claim_in(&path, 100..103).unwrap();

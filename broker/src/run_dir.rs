@@ -35,9 +35,19 @@ pub(crate) struct StateFile {
     pub(crate) broker: BrokerProcess,
     pub(crate) worker_pid: i32,
     pub(crate) worker_start: u64,
+    /// During an upgrade, from before the pause: whoever may run the guest if the broker dies after the commit.
+    #[serde(default)]
+    pub(crate) successor: Option<Successor>,
     pub(crate) generation: u32,
     pub(crate) ram_bytes: u64,
     pub(crate) cgroup: Option<PathBuf>,
+}
+
+/// A worker that may have been told to commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Successor {
+    pub(crate) pid: i32,
+    pub(crate) start: u64,
 }
 
 /// The broker's part of it.
@@ -48,11 +58,19 @@ pub(crate) struct BrokerProcess {
 }
 
 impl StateFile {
-    fn worker(&self) -> ProcessId {
-        ProcessId {
+    /// Who runs the guest without a broker, and as which generation.
+    fn orphan(&self) -> Option<(i32, u32)> {
+        let worker = ProcessId {
             pid: self.worker_pid,
             start: self.worker_start,
-        }
+        };
+        let successor = self.successor.map(|Successor { pid, start }| {
+            (ProcessId { pid, start }, self.generation.saturating_add(1))
+        });
+        std::iter::once((worker, self.generation))
+            .chain(successor)
+            .find(|(process, _)| process.is_alive())
+            .map(|(process, generation)| (process.pid, generation))
     }
 }
 
@@ -115,14 +133,14 @@ impl VmDirectory {
         // A broker that died as it started has left a socket, and no state yet.
         let text = fs::read_to_string(&state).unwrap_or_default();
         if let Ok(found) = serde_json::from_str::<StateFile>(&text) {
-            if found.worker().is_alive() {
+            if let Some((worker, generation)) = found.orphan() {
                 return Err(unfit(
                     format_args!(
                         "{} runs orphaned: its broker (process {}) is dead, its worker (process {}, generation {}) runs on",
                         name.as_str(),
                         found.broker.broker_pid,
-                        found.worker_pid,
-                        found.generation,
+                        worker,
+                        generation,
                     ),
                     format_args!("`baton stop --force {}` ends it", name.as_str()),
                 ));
@@ -258,6 +276,7 @@ mod tests {
             },
             worker_pid: me.pid,
             worker_start: me.start + 1,
+            successor: None,
             generation: 3,
             ram_bytes: 0,
             cgroup: None,
@@ -286,5 +305,14 @@ mod tests {
         let error = VmDirectory::claim(&run_dir, &name()).unwrap_err();
         assert!(error.reason.contains("orphaned"), "{error}");
         assert!(run_dir.join("web1/state.json").exists());
+
+        state.worker_start += 1;
+        state.successor = Some(Successor {
+            pid: me.pid,
+            start: me.start,
+        });
+        leave_behind(&state);
+        let error = VmDirectory::claim(&run_dir, &name()).unwrap_err();
+        assert!(error.reason.contains("generation 4"), "{error}");
     }
 }

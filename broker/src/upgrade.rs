@@ -319,6 +319,11 @@ impl Broker {
             self.retire(new);
             return self.roll_back_transfer(Outcome::Rehearsed, String::new());
         }
+        // Should this process die after the commit, this is how the guest's worker is found.
+        if let Err(refusal) = self.publish_with(Some(new.process)) {
+            self.retire(new);
+            return Err(refusal);
+        }
         self.pause_and_switch(new)
     }
 
