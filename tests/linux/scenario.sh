@@ -56,7 +56,7 @@ upgrade() {
     grep -q '"outcome": *"committed"' /tmp/upgrade.json || give_up "upgrade $2: $(cat /tmp/upgrade.json)"
     after=$(ticks "$1")
     patiently 120 "upgrade $2: the guest counts on" has_ticks "$1" $((after + 3))
-    echo "  upgrade $2: $(sed -n 's/.*"\(blackout_us\|total_ms\)": *\([0-9]*\).*/\1 \2/p' /tmp/upgrade.json | tr '\n' ' ')ticks $before..$(ticks "$1")"
+    echo "  upgrade $2: $(grep -o '"\(blackout_us\|total_ms\)": *[0-9]*' /tmp/upgrade.json | tr -d '"' | xargs) ticks $before..$(ticks "$1")"
 }
 
 cat >/tmp/vm.toml <<VM

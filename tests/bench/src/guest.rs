@@ -1,0 +1,80 @@
+//! The embedded guest's account of itself, read in its RAM past everything that runs it.
+
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use baton_guest::Report;
+use baton_guest::layout;
+
+/// A VM's lowest region of guest RAM.
+#[derive(Debug)]
+pub(crate) struct Guest(File);
+
+impl Guest {
+    /// Opens it through the broker, whose first `guest-ram` memfd begins at address 0.
+    pub(crate) fn open(broker: u32) -> Result<Self> {
+        let mut numbers: Vec<u32> = std::fs::read_dir(format!("/proc/{broker}/fd"))?
+            .flatten()
+            .filter(|entry| {
+                std::fs::read_link(entry.path())
+                    .is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:guest-ram"))
+            })
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        let number = numbers.first().context("the broker holds no guest RAM")?;
+        let path = format!("/proc/{broker}/fd/{number}");
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        Ok(Self(file.with_context(|| format!("cannot open {path}"))?))
+    }
+
+    /// The report as it is now.
+    pub(crate) fn report(&self) -> Result<Report> {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        self.0.read_exact_at(&mut bytes, layout::REPORT_ADDRESS)?;
+        Ok(Report::parse(&bytes)?)
+    }
+
+    /// Waits until the report is as wished.
+    pub(crate) fn until(
+        &self,
+        what: &str,
+        patience: Duration,
+        wish: impl Fn(&Report) -> bool,
+    ) -> Result<Report> {
+        let deadline = Instant::now() + patience;
+        loop {
+            // Before the guest has booted there is none.
+            if let Ok(report) = self.report() {
+                if wish(&report) {
+                    return Ok(report);
+                }
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "waited {} s in vain for the guest {what}",
+                    patience.as_secs()
+                );
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    /// Has it forget the gaps that it has seen.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let before = self.report()?.clears;
+        let at = layout::REPORT_ADDRESS + layout::MAILBOX_OFFSET as u64;
+        self.0
+            .write_all_at(&layout::COMMAND_CLEAR.to_le_bytes(), at)?;
+        self.until("to take a command", Duration::from_secs(20), |report| {
+            report.clears > before && report.cleared()
+        })?;
+        Ok(())
+    }
+}
