@@ -66,9 +66,6 @@ use crate::vm_file::VmFile;
 use crate::worker::Phase;
 use crate::worker::Worker;
 
-/// How long a guest may take to power off before it is ended anyway.
-const POWER_OFF: Duration = Duration::from_secs(30);
-
 /// What `baton run` has asked for.
 #[derive(Debug)]
 pub(crate) struct Options {
@@ -461,6 +458,10 @@ impl Broker {
             "running",
             &json!({"generation": 1, "start_us": started.start_us}),
         )?;
+        if self.options.detach && !self.options.log {
+            // Until now a failure could be said there. Whoever reads it to its end need not wait for the VM's.
+            crate::leave_standard_error()?;
+        }
         if let Some(starter) = &self.starter {
             // Whoever started it may be gone already; the VM runs.
             let _ = starter.send(&StartReport::Started(started));
@@ -537,7 +538,8 @@ impl Broker {
                 worker
                     .order(&Order::PowerButton)
                     .doing("cannot press the power button")?;
-                self.power_off_by.get_or_insert(Instant::now() + POWER_OFF);
+                self.power_off_by
+                    .get_or_insert(Instant::now() + self.deadlines.power_off());
             }
             _ => self.end = Some(Exit::Done),
         }

@@ -48,6 +48,11 @@ impl Deadlines {
         Duration::from_millis(2)
     }
 
+    /// How long a guest may take to power off before it is ended anyway.
+    pub(crate) fn power_off(self) -> Duration {
+        Duration::from_secs(30) * self.slowness
+    }
+
     /// How long a running worker may take to answer an operator's order.
     pub(crate) fn order(self) -> Duration {
         Duration::from_millis(2_000) * self.slowness

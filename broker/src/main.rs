@@ -150,12 +150,21 @@ fn starter() -> Option<Channel<StartReport, ()>> {
 fn leave_terminal() -> Result<()> {
     // A process group's leader cannot make a session; then it has one of its own already.
     let _ = rustix::process::setsid();
-    let null = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .doing("cannot open /dev/null")?;
+    let null = null()?;
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .doing("cannot leave the terminal")
+}
+
+/// Lets go of the standard error of whoever started this.
+pub(crate) fn leave_standard_error() -> Result<()> {
+    rustix::stdio::dup2_stderr(&null()?).doing("cannot leave the terminal")
+}
+
+fn null() -> Result<std::fs::File> {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .doing("cannot open /dev/null")
 }
