@@ -41,7 +41,6 @@ impl Answer {
     /// # Panics
     ///
     /// When it is another.
-    #[must_use]
     pub fn expect(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "{self:#?}");
         self

@@ -20,6 +20,7 @@
 mod answer;
 mod audit_log;
 mod binaries;
+pub mod hostility;
 mod patience;
 mod processes;
 mod ram;
@@ -37,7 +38,9 @@ pub use binaries::Binaries;
 pub use patience::until;
 pub use processes::continue_process;
 pub use processes::is_alive;
+pub use processes::is_stopped;
 pub use processes::kill_process;
+pub use processes::signal_stop;
 pub use processes::stop_process;
 pub use ram::Ram;
 pub use residue::Residue;

@@ -42,7 +42,10 @@ pub fn kill_process(pid: i32) {
 pub fn stop_process(pid: i32) {
     signal(pid, Signal::STOP);
     crate::until("the process is stopped", || {
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
+            // It is gone.
+            return Some(());
+        };
         let mut states = tasks.flatten().map(|task| {
             fs::read_to_string(task.path().join("stat"))
                 .ok()
@@ -52,6 +55,17 @@ pub fn stop_process(pid: i32) {
             .all(|state| matches!(state, None | Some('T' | 'Z' | 'X')))
             .then_some(())
     });
+}
+
+/// SIGSTOP, without waiting for it to take effect.
+pub fn signal_stop(pid: i32) {
+    signal(pid, Signal::STOP);
+}
+
+/// Whether a process is stopped.
+#[must_use]
+pub fn is_stopped(pid: i32) -> bool {
+    state(pid) == Some('T')
 }
 
 /// SIGCONT.

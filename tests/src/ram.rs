@@ -7,8 +7,6 @@ use std::os::unix::fs::FileExt;
 use baton_guest::Report;
 use baton_guest::ReportError;
 use baton_guest::layout;
-use sha2::Digest;
-use sha2::Sha256;
 
 /// The lowest region of a VM's guest RAM, which starts at address 0.
 #[derive(Debug)]
@@ -64,40 +62,5 @@ impl Ram {
         self.0
             .write_all_at(&command.to_le_bytes(), at)
             .expect("guest RAM can be written");
-    }
-
-    /// SHA-256 of everything but the guest's report.
-    ///
-    /// # Panics
-    ///
-    /// When the RAM cannot be read.
-    #[must_use]
-    pub fn digest_without_report(&self) -> String {
-        let mut hash = Sha256::new();
-        let mut block = vec![0; 1 << 20];
-        let size = self.0.metadata().expect("RAM has a size").len();
-        let report = layout::REPORT_ADDRESS..layout::REPORT_ADDRESS + layout::REPORT_SIZE as u64;
-        let mut at = 0;
-        while at < size {
-            // Blocks end at the report's edges, and the report itself is stepped over.
-            if at == report.start {
-                at = report.end;
-                continue;
-            }
-            let edge = if at < report.start {
-                report.start
-            } else {
-                size
-            };
-            let length =
-                usize::try_from(edge - at).map_or(block.len(), |left| left.min(block.len()));
-            let part = block.get_mut(..length).expect("within the block");
-            self.0
-                .read_exact_at(part, at)
-                .expect("guest RAM can be read");
-            hash.update(&*part);
-            at += length as u64;
-        }
-        format!("{:x}", hash.finalize())
     }
 }

@@ -37,13 +37,13 @@ mod new_worker {
     use super::*;
 
     cells! {
-        s3_agree_is_aborted: "S3:kill-new" => assert_aborted_without_pause("agree");
-        s3_before_its_offer_is_aborted: "new@agree:die" => assert_aborted_without_pause("agree");
-        s4_hand_over_is_aborted: "S4:kill-new" => assert_aborted_without_pause("hand_over");
-        s5_build_is_aborted: "S5:kill-new" => assert_aborted_without_pause("build");
-        s5_half_built_is_aborted: "new@build:die" => assert_aborted_without_pause("build");
-        s5_rehearsing_is_aborted: "new@rehearse:die" => assert_aborted_without_pause("build");
-        s6_park_is_rolled_back: "S6:kill-new" => assert_aborted("park");
+        s3_agree_is_aborted: "S3:kill-new" => assert_aborted_without_pause(&["agree"]);
+        s3_before_its_offer_is_aborted: "new@agree:die" => assert_aborted_without_pause(&["agree"]);
+        s4_hand_over_is_aborted: "S4:kill-new" => assert_aborted_without_pause(&["hand_over", "build"]);
+        s5_build_is_aborted: "S5:kill-new" => assert_aborted_without_pause(&["build"]);
+        s5_half_built_is_aborted: "new@build:die" => assert_aborted_without_pause(&["build"]);
+        s5_rehearsing_is_aborted: "new@rehearse:die" => assert_aborted_without_pause(&["build"]);
+        s6_park_is_rolled_back: "S6:kill-new" => assert_old_runs();
         s7_save_is_rolled_back: "S7:kill-new" => assert_old_runs();
         s8_load_is_rolled_back: "S8:kill-new" => assert_aborted("load");
         s8_half_loaded_is_rolled_back: "new@load:die" => assert_aborted("load");

@@ -4,6 +4,8 @@
 use baton_tests::Builder;
 use baton_tests::Faulted;
 use baton_tests::continue_process;
+use baton_tests::is_stopped;
+use baton_tests::signal_stop;
 use baton_tests::stop_process;
 use baton_tests::until;
 
@@ -22,30 +24,30 @@ mod new_worker {
     use super::*;
 
     cells! {
-        within_deadlines stopped_in_s3_is_aborted: "S3:stop-new" => assert_aborted_without_pause("agree");
-        within_deadlines stopped_in_s4_is_aborted: "S4:stop-new" => assert_aborted_without_pause("build");
-        within_deadlines stopped_in_s5_is_aborted: "S5:stop-new" => assert_aborted_without_pause("build");
+        within_deadlines stopped_in_s3_is_aborted: "S3:stop-new" => assert_aborted_without_pause(&["agree"]);
+        within_deadlines stopped_in_s4_is_aborted: "S4:stop-new" => assert_aborted_without_pause(&["build"]);
+        within_deadlines stopped_in_s5_is_aborted: "S5:stop-new" => assert_aborted_without_pause(&["build"]);
         by stopped_in_s6_is_rolled_back: "S6:stop-new" => assert_old_runs();
         by stopped_in_s7_is_rolled_back: "S7:stop-new" => assert_old_runs();
         by stopped_in_s8_is_rolled_back: "S8:stop-new" => assert_aborted("load");
         by stopped_in_s9_never_said_running: "S9:stop-new" => assert_aborted("run");
         by stopped_in_s10_is_decided_by_its_word: "S10:stop-new" => assert_one_of(&["aborted", "committed"]);
 
-        within_deadlines hanging_before_its_offer_is_aborted: "new@agree:hang" => assert_aborted_without_pause("agree");
-        within_deadlines hanging_in_its_build_is_aborted: "new@build:hang" => assert_aborted_without_pause("build");
-        within_deadlines hanging_in_its_rehearsal_is_aborted: "new@rehearse:hang" => assert_aborted_without_pause("build");
+        within_deadlines hanging_before_its_offer_is_aborted: "new@agree:hang" => assert_aborted_without_pause(&["agree"]);
+        within_deadlines hanging_in_its_build_is_aborted: "new@build:hang" => assert_aborted_without_pause(&["build"]);
+        within_deadlines hanging_in_its_rehearsal_is_aborted: "new@rehearse:hang" => assert_aborted_without_pause(&["build"]);
         by hanging_before_it_loads_is_rolled_back: "new@validate:hang" => assert_aborted("load");
         by hanging_half_loaded_is_rolled_back: "new@load:hang" => assert_aborted("load");
         by hanging_with_the_commit_never_said_running: "new@commit:hang" => assert_aborted("run");
 
-        by failing_before_its_offer_is_aborted: "new@agree:error" => assert_aborted_without_pause("agree");
-        by failing_in_its_build_is_aborted: "new@build:error" => assert_aborted_without_pause("build");
-        by failing_in_its_rehearsal_is_aborted: "new@rehearse:error" => assert_aborted_without_pause("build");
+        by failing_before_its_offer_is_aborted: "new@agree:error" => assert_aborted_without_pause(&["agree"]);
+        by failing_in_its_build_is_aborted: "new@build:error" => assert_aborted_without_pause(&["build"]);
+        by failing_in_its_rehearsal_is_aborted: "new@rehearse:error" => assert_aborted_without_pause(&["build"]);
         by refusing_the_state_is_rolled_back: "new@validate:error" => assert_aborted("load");
         by failing_half_loaded_is_rolled_back: "new@load:error" => assert_aborted("load");
         by failing_with_the_commit_never_said_running: "new@commit:error" => assert_aborted("run");
 
-        by killed_by_its_filter_in_its_rehearsal_is_aborted: "new@rehearse:violate" => assert_aborted_without_pause("build");
+        by killed_by_its_filter_in_its_rehearsal_is_aborted: "new@rehearse:violate" => assert_aborted_without_pause(&["build"]);
         by killed_by_its_filter_before_it_loads_is_rolled_back: "new@validate:violate" => assert_aborted("load");
         by killed_by_its_filter_half_loaded_is_rolled_back: "new@load:violate" => assert_aborted("load");
         by killed_by_its_filter_with_the_commit_never_ran: "new@commit:violate" => assert_aborted("run");
@@ -63,7 +65,7 @@ mod old_worker {
         by stopped_in_s9_rolls_forward: "S9:stop-old" => assert_committed();
         by stopped_in_s10_rolls_forward: "S10:stop-old" => assert_committed();
 
-        by failing_to_agree_is_aborted: "old@agree:error" => assert_aborted_without_pause("agree");
+        by failing_to_agree_is_aborted: "old@agree:error" => assert_aborted_without_pause(&["agree"]);
         by failing_to_park_is_rolled_back: "old@park:error" => assert_aborted("park");
         by failing_half_saved_is_rolled_back: "old@save:error" => assert_aborted("save");
         // The stream is cut in half, and called whole: the digest is never answered.
@@ -89,6 +91,32 @@ mod old_worker {
             (vm.ask("upgrade").upgrade().outcome == "committed").then_some(())
         });
         vm.assert_goes_on(&before);
+    }
+
+    /// Stopped in the pause, told to go on, and stopped again before it can obey, for longer than its broker waits: what it
+    /// says when it comes back at last is not held against it.
+    #[test]
+    fn slow_to_come_back_is_not_lost() {
+        let vm = Builder::faulty("S6:stop-old").slowness(1).start();
+        let (worker, before) = (vm.worker(), vm.witness());
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let upgrade = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // From the fault's own stop on, it is stopped again and again.
+                until("the fault stops it", || is_stopped(worker).then_some(()));
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    signal_stop(worker);
+                }
+            });
+            let upgrade = vm.upgrade();
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            upgrade
+        });
+        assert_eq!(upgrade.outcome, "aborted", "{upgrade:?}");
+        continue_process(worker);
+        vm.assert_goes_on(&before);
+        assert_eq!(vm.state(), "running");
+        vm.assert_upgrades();
     }
 
     #[test]

@@ -1,0 +1,118 @@
+//! I5: after upgrades, aborts and cancels, broker and survivor hold what they held before, and nobody else is left.
+
+use baton_tests::Builder;
+use baton_tests::Residue;
+use baton_tests::Vm;
+use baton_tests::until;
+
+/// The VM comes back to this; retired workers take a moment to be gone.
+fn assert_as_before(vm: &Vm, before: &Residue) {
+    let mut now = vm.residue();
+    for _ in 0..400 {
+        if now == *before {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        now = vm.residue();
+    }
+    assert_eq!(now, *before);
+}
+
+#[test]
+fn twenty_upgrades_leave_nothing() {
+    let vm = Builder::release().cpus(2).start();
+    // The second generation sets the measure: it holds no kernel image's leftovers of a first start.
+    vm.assert_upgrades();
+    let before = vm.residue();
+    let guest = vm.witness();
+    for _ in 0..20 {
+        assert_eq!(vm.upgrade().outcome, "committed");
+    }
+    assert_as_before(&vm, &before);
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
+fn an_aborted_upgrade_leaves_nothing() {
+    for fault in [
+        "new@build:error",
+        "new@agree:die",
+        "new@load:error",
+        "old@save:error",
+        "new@commit:die",
+    ] {
+        let vm = Builder::faulty(fault).start();
+        let before = vm.residue();
+        assert_eq!(vm.upgrade().outcome, "aborted", "{fault}");
+        assert_as_before(&vm, &before);
+        vm.assert_upgrades();
+    }
+}
+
+#[test]
+fn a_rehearsed_upgrade_leaves_nothing() {
+    let vm = Builder::release().start();
+    let before = vm.residue();
+    assert_eq!(
+        vm.baton("upgrade", ["--dry-run"]).upgrade().outcome,
+        "rehearsed"
+    );
+    assert_as_before(&vm, &before);
+}
+
+#[test]
+fn a_cancelled_upgrade_is_aborted_and_leaves_nothing() {
+    // The new worker hangs before its offer, so that there is time to change one's mind.
+    let vm = Builder::faulty("new@agree:hang").slowness(20).start();
+    let (before, guest, worker) = (vm.residue(), vm.witness(), vm.worker());
+    let mut upgrade = vm.site.command();
+    let child = upgrade
+        .args(["upgrade", &vm.site.name])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the upgrade is under way", || {
+        let log = vm.audit_log();
+        let confirmed = log.of("confirmed-fresh").last()?.fields.get("generation")? == 2;
+        confirmed.then_some(())
+    });
+    let busy = vm.ask("upgrade").expect(75);
+    assert!(busy.stderr.contains("being upgraded"), "{busy:?}");
+    // Ctrl-C of the command cancels.
+    let interrupt = rustix::process::Signal::INT;
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, interrupt).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(10), "{output:?}");
+    assert_as_before(&vm, &before);
+    vm.assert_only_runner(worker);
+    vm.assert_goes_on(&guest);
+    assert_eq!(vm.audit_log().upgrades(), ["aborted"]);
+    vm.assert_upgrades();
+}
+
+#[test]
+fn a_client_that_leaves_in_the_middle_leaves_nothing() {
+    let vm = Builder::release().start();
+    vm.assert_upgrades();
+    let (before, guest) = (vm.residue(), vm.witness());
+    let mut child = vm
+        .site
+        .command()
+        .args(["upgrade", &vm.site.name])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until("the upgrade has begun", || {
+        (vm.audit_log().count("upgrade-begin") == 2).then_some(())
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    until("the upgrade has ended", || {
+        (vm.audit_log().upgrades().len() == 2).then_some(())
+    });
+    assert_as_before(&vm, &before);
+    vm.assert_goes_on(&guest);
+}
