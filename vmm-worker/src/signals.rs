@@ -53,7 +53,7 @@ pub(crate) fn take_control() -> Option<OwnedFd> {
 ///
 /// The error of sigaction(2).
 pub(crate) fn install() -> io::Result<()> {
-    register_signal_handler(kick(), on_kick).map_err(io::Error::from)?;
+    install_kick()?;
     register_signal_handler(libc::SIGSYS, on_violation).map_err(io::Error::from)?;
     std::panic::set_hook(Box::new(|info| {
         // Not `eprintln`: a panic inside a panic would abort without a word.
@@ -62,6 +62,15 @@ pub(crate) fn install() -> io::Result<()> {
         end(EXIT_PANIC)
     }));
     Ok(())
+}
+
+/// Installs the handler of the kick alone.
+///
+/// # Errors
+///
+/// The error of sigaction(2).
+pub(crate) fn install_kick() -> io::Result<()> {
+    register_signal_handler(kick(), on_kick).map_err(io::Error::from)
 }
 
 /// Does nothing: that KVM_RUN returns EINTR is all that is wanted.

@@ -171,30 +171,10 @@ fn a_power_event_of_a_parked_guest_is_acted_on_by_whoever_runs() {
     }
 }
 
-/// An ELF kernel of this code, entered in 64-bit mode at 2 MiB.
-fn kernel_of(code: &[u8]) -> Vec<u8> {
-    const ENTRY: u64 = 2 << 20;
-    let length = u64::try_from(code.len()).unwrap();
-    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    // Executable, x86-64, version 1; entry, program headers at 64, no sections; flags, sizes and counts.
-    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for word in [ENTRY, 64, 0] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
-    // One loaded segment: readable, writable, executable.
-    elf.extend([1, 0, 0, 0, 7, 0, 0, 0]);
-    for word in [120, ENTRY, ENTRY, length, length, 4096] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend(code);
-    elf
-}
-
 #[test]
 fn a_guest_that_kvm_cannot_go_on_with_is_stuck_and_its_worker_is_not() {
     // mov eax, 0xd0000000; jmp rax: fetches instructions where there is no memory.
-    let kernel = kernel_of(&[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0]);
+    let kernel = harness::kernel_of(&[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0]);
     let vm = Vm::with_kernel(&kernel, 1, 8, CommandLine::new());
     let mut worker = vm.start();
     worker.expect("a guest that is stuck", |report| match report {

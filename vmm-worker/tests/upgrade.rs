@@ -137,6 +137,25 @@ fn the_console_is_untouched_until_the_commit() {
 }
 
 #[test]
+fn a_port_access_that_is_under_way_is_made_once() {
+    // mov dx, 0x3f8; again: out dx, al; inc al; jmp again: hardly a moment without an exit.
+    let kernel = harness::kernel_of(&[0x66, 0xba, 0xf8, 0x03, 0xee, 0xfe, 0xc0, 0xeb, 0xfb]);
+    let vm = Vm::with_kernel(&kernel, 1, 8, CommandLine::new());
+    let mut worker = vm.start();
+    let mut bytes = Vec::new();
+    for generation in 2..22 {
+        (worker, _) = Upgrade::complete(&vm, worker, generation);
+        bytes.extend(vm.read_console_bytes());
+    }
+    drop(worker);
+    bytes.extend(vm.read_console_bytes());
+    assert!(bytes.len() > 256, "{}", bytes.len());
+    for pair in bytes.windows(2) {
+        assert_eq!(pair[1], pair[0].wrapping_add(1));
+    }
+}
+
+#[test]
 fn a_vcpu_that_the_guest_has_not_started_goes_over_too() {
     let mut vm = Vm::new(2, 16, CommandLine::new());
     vm.config.cmdline = CommandLine::new().timer_us(1000).to_string();

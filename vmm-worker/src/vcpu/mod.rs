@@ -387,3 +387,6 @@ impl Vcpus {
             .for_each(|handle| handle.stuck = None);
     }
 }
+
+#[cfg(test)]
+mod tests;

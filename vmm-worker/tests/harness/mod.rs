@@ -270,9 +270,14 @@ impl Vm {
 
     /// What the console has now.
     pub(crate) fn read_console(&self) -> String {
-        let mut text = Vec::new();
-        let _ = (&self.console).read_to_end(&mut text);
-        String::from_utf8_lossy(&text).into_owned()
+        String::from_utf8_lossy(&self.read_console_bytes()).into_owned()
+    }
+
+    /// What the console has now.
+    pub(crate) fn read_console_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let _ = (&self.console).read_to_end(&mut bytes);
+        bytes
     }
 
     /// What was written to the console and no worker has read, without reading it.
@@ -321,6 +326,26 @@ fn rand_id() -> [u8; 16] {
         .read_exact(&mut id)
         .unwrap();
     id
+}
+
+/// An ELF kernel of this code, entered in 64-bit mode at 2 MiB.
+pub(crate) fn kernel_of(code: &[u8]) -> Vec<u8> {
+    const ENTRY: u64 = 2 << 20;
+    let length = code.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // Executable, x86-64, version 1; entry, program headers at 64, no sections; flags, sizes and counts.
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for word in [ENTRY, 64, 0] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
+    // One loaded segment: readable, writable, executable.
+    elf.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+    for word in [120, ENTRY, ENTRY, length, length, 4096] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(code);
+    elf
 }
 
 /// Whether a guest that another worker was to take over goes on in the old one, as itself.
