@@ -146,7 +146,7 @@ impl VmDirectory {
                 ));
             }
             if let Some(cgroup) = &found.cgroup {
-                let _ = fs::remove_dir(cgroup);
+                remove_when_empty(cgroup);
             }
             self.notes.push(format!(
                 "cleared what a dead broker (process {}) had left of {}, whose worker is dead too",
@@ -202,6 +202,19 @@ impl Drop for VmDirectory {
             let _ = fs::remove_file(self.path.join(file));
         }
         let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// Removes a dead VM's cgroup. A worker that was killed just now is in it until its memory is torn down, about 30 ms a GiB;
+/// one that somebody else uses stays.
+fn remove_when_empty(cgroup: &Path) {
+    for _ in 0..100 {
+        match fs::remove_dir(cgroup) {
+            Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            _ => return,
+        }
     }
 }
 
