@@ -15,6 +15,9 @@ use crate::broker::Broker;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
+/// How many descriptors and findings an answer lists.
+const MAX_LISTED: usize = 128;
+
 /// Anonymous objects that a worker makes for itself, by what /proc calls them.
 const OWN: &[(&str, &str)] = &[
     ("anon_inode:kvm-vm", "made by the worker: its VM"),
@@ -72,10 +75,22 @@ impl Broker {
             })
             .collect();
         let descriptors = self.descriptors(pid, &mut findings)?;
-        let weaker = match &self.prover.unreadable {
-            Some(why) => vec![format!("the filters' bytes cannot be read back: {why}")],
-            None => Vec::new(),
-        };
+        let unreadable = self.prover.unreadable.iter();
+        let mut weaker: Vec<String> = unreadable
+            .map(|why| format!("the filters' bytes cannot be read back: {why}"))
+            .collect();
+        if worker.ids.is_own() {
+            weaker.push(format!(
+                "the worker runs as the broker's own user {}, in no cgroup of its own",
+                worker.ids.uid
+            ));
+            weaker.extend((!self.prover.own_groups.is_empty()).then(|| {
+                format!(
+                    "it has that user's groups {:?}, which nobody without privilege can leave",
+                    self.prover.own_groups
+                )
+            }));
+        }
         let report = AuditReport {
             verdict: if findings.is_empty() {
                 Verdict::Proven
@@ -155,6 +170,16 @@ impl Broker {
             });
         }
         all.sort_by_key(|descriptor| descriptor.fd);
+        if all.len() > MAX_LISTED {
+            findings.push(Finding {
+                rule: "descriptor".to_owned(),
+                subject: "the worker".to_owned(),
+                declared: format!("at most {MAX_LISTED} descriptors"),
+                found: format!("{} descriptors, not all listed", all.len()),
+            });
+            all.truncate(MAX_LISTED);
+        }
+        findings.truncate(MAX_LISTED);
         Ok(all)
     }
 }

@@ -11,12 +11,14 @@ use std::io::SeekFrom;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Instant;
 use std::time::SystemTime;
 use std::time::UNIX_EPOCH;
 
 use baton_policy::Digest;
 use rustix::fs::FallocateFlags;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::refusal::Doing;
 use crate::refusal::Result;
@@ -24,6 +26,8 @@ use crate::refusal::unfit;
 
 /// What an upgrade's records need at most, in bytes: about 25 records of at most 1 KiB.
 const RESERVE: u64 = 64 << 10;
+/// How many records may be noted at once; one more every 50 ms.
+const BURST: u32 = 256;
 /// The longest text of a field that came from a worker or a client, in bytes.
 const MAX_FIELD: usize = 512;
 
@@ -47,6 +51,13 @@ pub(crate) struct AuditLog {
     sequence: u64,
     previous: Digest,
     echo: bool,
+    /// Where the next record begins.
+    end: u64,
+    /// Records that may still be noted now, and when there was last one more.
+    allowance: u32,
+    replenished: Instant,
+    /// Records that were not written since the last that was.
+    unwritten: u64,
 }
 
 impl AuditLog {
@@ -83,6 +94,10 @@ impl AuditLog {
             sequence: u64::try_from(sequence).unwrap_or(0),
             previous: Digest::of(last.unwrap_or_default()),
             echo,
+            end,
+            allowance: BURST,
+            replenished: Instant::now(),
+            unwritten: 0,
         })
     }
 
@@ -115,9 +130,15 @@ impl AuditLog {
         let mut line = serde_json::to_vec(&record).doing("cannot write an audit record")?;
         let digest = Digest::of(&line);
         line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .doing("cannot write to the audit log")?;
+        if let Err(error) = self.file.write_all(&line) {
+            // Half a line would break the chain of every later one.
+            let _ = self
+                .file
+                .set_len(self.end)
+                .and_then(|()| self.file.seek(SeekFrom::Start(self.end)));
+            return Err(error).doing("cannot write to the audit log");
+        }
+        self.end += u64::try_from(line.len()).unwrap_or(0);
         self.previous = digest;
         self.sequence += 1;
         if self.echo {
@@ -127,11 +148,42 @@ impl AuditLog {
         Ok(())
     }
 
+    /// Notes what happened in the life of a guest. A full disk costs the record and not the guest, and what a guest or a
+    /// worker can bring about as often as it likes is bounded in rate; what was left out is counted in the next record.
+    pub(crate) fn note(&mut self, event: &str, fields: &impl Serialize) {
+        let earned = u32::try_from(self.replenished.elapsed().as_millis() / 50).unwrap_or(BURST);
+        if earned > 0 {
+            self.allowance = self.allowance.saturating_add(earned).min(BURST);
+            self.replenished = Instant::now();
+        }
+        if self.allowance == 0 {
+            self.unwritten += 1;
+            return;
+        }
+        self.allowance -= 1;
+        if self.unwritten > 0
+            && self
+                .write("unwritten", &json!({"records": self.unwritten}))
+                .is_ok()
+        {
+            self.unwritten = 0;
+        }
+        if let Err(refusal) = self.write(event, fields) {
+            self.unwritten += 1;
+            complain(&refusal);
+        }
+    }
+
     /// Writes a record, and waits until it is on disk.
     pub(crate) fn write_synced(&mut self, event: &str, fields: &impl Serialize) -> Result<()> {
         self.write(event, fields)?;
         self.file.sync_data().doing("cannot sync the audit log")
     }
+}
+
+/// Says on standard error what nobody else can be told. A standard error that cannot be written is no reason to end.
+pub(crate) fn complain(what: &dyn std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "baton-broker: {what}");
 }
 
 /// A text of a worker or a client as the log takes it: bounded, control characters replaced.
@@ -183,6 +235,25 @@ mod tests {
             previous = Digest::of(line.as_bytes());
         }
         assert_eq!(text.lines().count(), 3);
+    }
+
+    #[test]
+    fn a_flood_is_bounded_and_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = AuditLog::open(&path, "web1", false).unwrap();
+        for _ in 0..10_000 {
+            log.note("guest", &Fields { fd: 1 });
+        }
+        let lines = std::fs::read_to_string(&path).unwrap().lines().count();
+        assert!(lines < 10_000, "{lines}");
+        log.allowance = BURST;
+        log.note("guest", &Fields { fd: 1 });
+        assert!(
+            std::fs::read_to_string(&path)
+                .unwrap()
+                .contains("unwritten")
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::io::Write;
+use std::io::Seek;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -20,6 +20,8 @@ use crate::refusal::unfit;
 
 /// The largest binary, in bytes.
 const MAX_SIZE: u64 = 64 << 20;
+/// How much of it is searched for an interpreter, in bytes. Linkers put the program headers right behind the ELF header.
+const HEAD: usize = 16 << 10;
 
 /// A checked, sealed copy.
 #[derive(Debug)]
@@ -32,7 +34,7 @@ pub(crate) struct WorkerBinary {
 impl WorkerBinary {
     /// Opens a worker by the path that the VM file or the broker's own place names.
     pub(crate) fn open(path: &Path) -> Result<File> {
-        File::open(path).map_err(|e| {
+        crate::resources::open_image(path).map_err(|e| {
             unfit(
                 format_args!("cannot open the worker {}: {e}", path.display()),
                 "name one in the VM file's `worker`, or install baton-worker beside baton-broker",
@@ -54,39 +56,51 @@ impl WorkerBinary {
                 "",
             ));
         }
-        let mut bytes = Vec::with_capacity(usize::try_from(metadata.size()).unwrap_or(0));
-        file.take(MAX_SIZE + 1)
-            .read_to_end(&mut bytes)
-            .doing("cannot read the worker's binary")?;
-        if u64::try_from(bytes.len()).is_ok_and(|size| size > MAX_SIZE) {
+        let memfd = rustix::fs::memfd_create(
+            "baton-worker",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::EXEC,
+        )
+        .doing("cannot make a memfd for the worker's binary")?;
+        // Copied, sealed, and only then looked at: never the whole of it in this process's memory.
+        let mut copy = File::from(memfd);
+        let size = std::io::copy(&mut file.take(MAX_SIZE + 1), &mut copy)
+            .doing("cannot copy the worker's binary")?;
+        if size > MAX_SIZE {
             return Err(unfit("the worker's binary grew while it was read", ""));
         }
-        let digest = Digest::of(&bytes);
+        rustix::fs::fcntl_add_seals(
+            &copy,
+            SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
+        )
+        .doing("cannot seal the worker's binary")?;
+        copy.rewind()
+            .and_then(|()| Digest::of_reader(&mut copy))
+            .doing("cannot read the worker's binary")
+            .and_then(|digest| Self::admit_copy(copy, digest, permits))
+    }
+
+    fn admit_copy(
+        copy: File,
+        digest: Digest,
+        permits: impl FnOnce(&Digest) -> Result<bool>,
+    ) -> Result<Self> {
         if !permits(&digest)? {
             return Err(refused(
                 format_args!("the worker {digest} is not on the policy's allow-list"),
                 "install its digest (`sha256sum`) in a file of the policy's workers.directory, then try again",
             ));
         }
-        if !is_static_elf(&bytes) {
+        let mut head = Vec::with_capacity(HEAD);
+        (&copy)
+            .rewind()
+            .and_then(|()| (&copy).take(HEAD as u64).read_to_end(&mut head))
+            .doing("cannot read the worker's binary")?;
+        if !is_static_elf(&head) {
             return Err(unfit(
                 format_args!("{digest} is no worker: not a static x86-64 ELF executable"),
                 "build it with `cargo build --release -p baton-worker`",
             ));
         }
-        let memfd = rustix::fs::memfd_create(
-            "baton-worker",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::EXEC,
-        )
-        .doing("cannot make a memfd for the worker's binary")?;
-        let mut copy = File::from(memfd);
-        copy.write_all(&bytes)
-            .doing("cannot copy the worker's binary")?;
-        rustix::fs::fcntl_add_seals(
-            &copy,
-            SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-        )
-        .doing("cannot seal the worker's binary")?;
         // The writing descriptor goes; a process that executes a file open for writing gets ETXTBSY.
         let memfd = rustix::fs::open(
             format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy)),

@@ -21,6 +21,7 @@ use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::StartReport;
 use baton_ipc::control::Started;
+use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
@@ -40,6 +41,7 @@ use rustix::time::Timespec;
 use serde_json::json;
 
 use crate::audit_log::AuditLog;
+use crate::audit_log::complain;
 use crate::audit_log::quoted;
 use crate::cgroup::Cgroup;
 use crate::clients::Awaiting;
@@ -65,6 +67,9 @@ use crate::upgrade::Upgrade;
 use crate::vm_file::VmFile;
 use crate::worker::Phase;
 use crate::worker::Worker;
+
+/// How many messages of one worker are taken before everybody else is looked after again.
+pub(crate) const MESSAGES: u32 = 32;
 
 /// What `baton run` has asked for.
 #[derive(Debug)]
@@ -115,6 +120,10 @@ pub(crate) struct Broker {
     began: Instant,
     status: WorkerStatus,
     power_off_by: Option<Instant>,
+    /// When the first worker has to have said that it runs.
+    start_by: Option<Instant>,
+    /// A pause was ordered, and the worker has not said what came of it.
+    pub(crate) pausing: bool,
     end: Option<Exit>,
 }
 
@@ -141,6 +150,7 @@ impl Broker {
             "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))?;
         let mut registry = resources::open(&vm, &rules.policy, &mut log)?;
+        resources::check_console(&vm.console, &rules.policy, &mut log)?;
         let (console, end) = Console::open(&vm.console, directory.path())?;
         let key = DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
         registry
@@ -171,6 +181,8 @@ impl Broker {
             began,
             status: WorkerStatus::default(),
             power_off_by: None,
+            start_by: None,
+            pausing: false,
             end: None,
             options,
             vm,
@@ -188,9 +200,14 @@ impl Broker {
         self.starter = starter;
         loop {
             self.wait();
-            if let Err(refusal) = self.turn() {
-                self.fail_start(&refusal);
-                self.end.get_or_insert(refusal.exit);
+            match self.turn() {
+                Ok(()) => {}
+                Err(refusal) if self.state == VmState::Starting => {
+                    self.fail_start(&refusal);
+                    self.end.get_or_insert(refusal.exit);
+                }
+                // Whatever it is, the guest does not pay for it.
+                Err(refusal) => complain(&refusal),
             }
             if let Some(exit) = self.end {
                 self.farewell(exit);
@@ -244,9 +261,13 @@ impl Broker {
             self.first.as_ref().map(|nascent| nascent.deadline),
             self.upgrade.as_ref().map(Upgrade::deadline),
             self.power_off_by,
+            self.start_by,
             self.clients
                 .any_waiting()
                 .then(|| Instant::now() + Duration::from_millis(100)),
+            self.prover
+                .holds()
+                .then(|| Instant::now() + Duration::from_millis(1)),
             (!self.retired.is_empty()).then(|| Instant::now() + Duration::from_millis(100)),
         ];
         let next = deadlines.into_iter().flatten().min()?;
@@ -278,8 +299,15 @@ impl Broker {
             ));
             self.clients.reply(id, &reply);
         }
+        self.prover.let_go();
+        if self.start_by.is_some_and(|by| Instant::now() > by) {
+            return Err(unfit(
+                "the first worker took too long to run its guest",
+                "the audit log has what it said",
+            ));
+        }
         if self.power_off_by.is_some_and(|by| Instant::now() > by) {
-            self.log.write("power-off-timeout", &json!({}))?;
+            self.log.note("power-off-timeout", &json!({}));
             self.end = Some(Exit::Done);
         }
         Ok(())
@@ -328,7 +356,7 @@ impl Broker {
         let advance = nascent.advance();
         // After the advance: a worker that has failed has said its last by then.
         let text = nascent.read_diagnostics();
-        self.log_diagnostics(&text)?;
+        self.log_diagnostics(&text);
         let failed = |fault: &dyn std::fmt::Display| {
             unfit(fault, "the worker's diagnostics are in the audit log")
         };
@@ -342,7 +370,7 @@ impl Broker {
                 self.confirm_fresh(&nascent, &Rc::clone(&self.rules))?;
                 nascent.configure(None).map_err(|fault| failed(&fault))?;
                 self.record_grants(1)?;
-                let bound = self.deadlines.of(baton_ipc::control::Step::Build);
+                let bound = self.deadlines.of(Step::Build);
                 nascent
                     .hand_over(&self.registry, bound)
                     .map_err(|fault| failed(&fault))?;
@@ -353,11 +381,13 @@ impl Broker {
                 let mut worker = nascent.into_worker()?;
                 self.confirm_settled(&worker, &Rc::clone(&self.rules))?;
                 worker.phase = Phase::Released;
-                worker
-                    .order(&Order::Start)
-                    .map_err(|fault| failed(&fault))?;
+                // Should this process die right after the order, this is how the guest's worker is found.
                 self.worker = Some(worker);
-                return Ok(());
+                self.publish()?;
+                let worker = self.worker.as_ref().ok_or_else(|| failed(&"it is gone"))?;
+                let told = worker.order(&Order::Start).map_err(|fault| failed(&fault));
+                self.start_by = Some(Instant::now() + self.deadlines.of(Step::Build));
+                return told;
             }
         }
         self.first = Some(nascent);
@@ -365,13 +395,14 @@ impl Broker {
     }
 
     fn running_worker(&mut self) -> Result<()> {
-        loop {
+        // Bounded: a worker that talks without end does not keep the loop from its deadlines and its operator.
+        for _ in 0..MESSAGES {
             let Some(worker) = &mut self.worker else {
                 return Ok(());
             };
             let text = worker.read_diagnostics();
             let heard = worker.hear();
-            self.log_diagnostics(&text)?;
+            self.log_diagnostics(&text);
             match heard {
                 Ok(None) => break,
                 Ok(Some(report)) => self.heard(report)?,
@@ -390,8 +421,14 @@ impl Broker {
     fn heard(&mut self, report: Report) -> Result<()> {
         match report {
             Report::Running => self.started(),
-            Report::FirstRun { .. } => self.log.write("first-run", &json!({"generation": self.generation()})),
+            Report::FirstRun { .. } => {
+                let generation = self.generation();
+                self.log
+                    .note("first-run", &json!({"generation": generation}));
+                Ok(())
+            }
             Report::Resumed => {
+                self.pausing = false;
                 if let Some(worker) = &mut self.worker {
                     worker.phase = Phase::Running;
                 }
@@ -402,9 +439,11 @@ impl Broker {
                 self.upgrade_rolled_back()
             }
             Report::Paused => {
-                self.state = VmState::Paused;
+                self.pausing = false;
                 self.clients.answer(Awaiting::Paused, &Reply::Done);
-                Ok(())
+                let aborted = self.upgrade_refused("the guest was paused meanwhile");
+                self.state = VmState::Paused;
+                aborted
             }
             Report::Status(status) => {
                 self.status = status;
@@ -413,16 +452,37 @@ impl Broker {
                 Ok(())
             }
             Report::Guest(event) => self.guest_event(&event),
-            Report::Violation { thread, syscall, address } => self.log.write_synced(
-                "violation",
-                &json!({"generation": self.generation(), "thread": thread, "syscall": syscall, "address": address}),
-            ),
+            Report::Violation {
+                thread,
+                syscall,
+                address,
+            } => {
+                let generation = self.generation();
+                self.log.note(
+                    "violation",
+                    &json!({"generation": generation, "thread": thread, "syscall": syscall, "address": address}),
+                );
+                Ok(())
+            }
             Report::Agreed => self.upgrade_agreed(),
             Report::Failed { step, reason } => {
                 let (step, reason) = (quoted(&step), quoted(&reason));
-                self.log.write("worker-failed", &json!({"step": step, "reason": reason}))?;
+                self.log
+                    .note("worker-failed", &json!({"step": step, "reason": reason}));
+                self.pausing = false;
+                if let Some(worker) = self
+                    .worker
+                    .as_ref()
+                    .filter(|worker| worker.phase == Phase::RollingBack)
+                {
+                    // The guest stands still until it succeeds; its next answer is this one's next try.
+                    let _ = worker.order(&Order::Rollback);
+                }
                 if self.state == VmState::Starting {
-                    return Err(unfit(format_args!("the worker cannot {step}: {reason}"), ""));
+                    return Err(unfit(
+                        format_args!("the worker cannot {step}: {reason}"),
+                        "",
+                    ));
                 }
                 self.upgrade_refused(&format!("the old worker cannot {step}: {reason}"))
             }
@@ -453,14 +513,16 @@ impl Broker {
             notes: self.directory.notes.clone(),
         };
         self.state = VmState::Running;
-        self.publish()?;
-        self.log.write(
+        self.start_by = None;
+        self.log.note(
             "running",
             &json!({"generation": 1, "start_us": started.start_us}),
-        )?;
+        );
         if self.options.detach && !self.options.log {
             // Until now a failure could be said there. Whoever reads it to its end need not wait for the VM's.
-            crate::leave_standard_error()?;
+            if let Err(refusal) = crate::leave_standard_error() {
+                complain(&refusal);
+            }
         }
         if let Some(starter) = &self.starter {
             // Whoever started it may be gone already; the VM runs.
@@ -479,8 +541,8 @@ impl Broker {
     }
 
     pub(crate) fn guest_event(&mut self, event: &GuestEvent) -> Result<()> {
-        self.log
-            .write("guest", &json!({"event": format!("{event:?}")}))?;
+        let event_name = quoted(&format!("{event:?}"));
+        self.log.note("guest", &json!({"event": event_name}));
         match event {
             GuestEvent::Reset | GuestEvent::TripleFault => Ok(()),
             GuestEvent::Shutdown => {
@@ -501,8 +563,14 @@ impl Broker {
             self.retired.push(worker);
         }
         let starting = self.state == VmState::Starting;
-        self.state = VmState::Lost;
-        self.log.write_synced("lost", &json!({"reason": reason}))?;
+        self.state = if starting {
+            VmState::Starting
+        } else {
+            VmState::Lost
+        };
+        if let Err(refusal) = self.log.write_synced("lost", &json!({"reason": reason})) {
+            complain(&refusal);
+        }
         self.upgrade_lost(reason)?;
         for awaiting in [
             Awaiting::Status,
@@ -547,6 +615,10 @@ impl Broker {
     }
 
     fn farewell(&mut self, exit: Exit) {
+        // Its terminal record, whoever ended the VM.
+        if let Err(refusal) = self.upgrade_lost("the VM was ended") {
+            complain(&refusal);
+        }
         if let Some(worker) = self.worker.take() {
             worker.kill();
             self.retired.push(worker);
@@ -651,13 +723,10 @@ impl Broker {
         })
     }
 
-    pub(crate) fn log_diagnostics(&mut self, text: &str) -> Result<()> {
-        text.lines()
-            .filter(|line| !line.is_empty())
-            .try_for_each(|line| {
-                self.log
-                    .write("worker-says", &json!({"line": quoted(line)}))
-            })
+    pub(crate) fn log_diagnostics(&mut self, text: &str) {
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            self.log.note("worker-says", &json!({"line": quoted(line)}));
+        }
     }
 
     pub(crate) fn record_grants(&mut self, generation: u32) -> Result<()> {

@@ -39,8 +39,8 @@ const MAX_LISTENERS: usize = 16;
 struct Listener {
     stream: File,
     behind: VecDeque<u8>,
-    /// A terminal that nobody has open gives errors rather than an end; it stays.
-    permanent: bool,
+    /// The other end of a pseudo-terminal, held so that it never reports a hang-up. Such a listener stays.
+    terminal: Option<OwnedFd>,
 }
 
 /// The console of a VM.
@@ -74,11 +74,11 @@ impl Console {
             Kind::Socket | Kind::Stdio => {}
             Kind::File { path } => console.file = Some(open_file(path)?),
             Kind::Pty => {
-                let master = open_pty(&directory.join("console.pty"))?;
+                let (master, terminal) = open_pty(&directory.join("console.pty"))?;
                 console.listeners.push(Listener {
                     stream: master,
                     behind: VecDeque::new(),
-                    permanent: true,
+                    terminal: Some(terminal),
                 });
             }
         }
@@ -98,7 +98,7 @@ impl Console {
         let mut listener = Listener {
             stream: File::from(OwnedFd::from(ours)),
             behind: self.scrollback.clone(),
-            permanent: false,
+            terminal: None,
         };
         listener.flush();
         self.listeners.push(listener);
@@ -108,10 +108,13 @@ impl Console {
     /// What to poll: the guest first, then every listener.
     pub(crate) fn sources(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let guest = (self.guest.as_fd(), wants(!self.typed.is_empty()));
-        let listeners = self
-            .listeners
-            .iter()
-            .map(|listener| (listener.stream.as_fd(), wants(!listener.behind.is_empty())));
+        // A guest that does not read keeps those who type waiting, not the broker awake.
+        let full = self.typed.len() >= SCROLLBACK;
+        let listeners = self.listeners.iter().map(move |listener| {
+            let mut flags = wants(!listener.behind.is_empty());
+            flags.set(PollFlags::IN, !full);
+            (listener.stream.as_fd(), flags)
+        });
         std::iter::once(guest).chain(listeners)
     }
 
@@ -131,7 +134,7 @@ impl Console {
                 .read(buffer.get_mut(..room).unwrap_or_default());
             listener.flush();
             let keep = match typed {
-                Ok(0) if room > 0 => listener.permanent,
+                Ok(0) if room > 0 => listener.terminal.is_some(),
                 Ok(count) => {
                     self.typed.extend(buffer.iter().take(count));
                     true
@@ -139,11 +142,11 @@ impl Console {
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                     true
                 }
-                Err(_) => listener.permanent,
+                Err(_) => listener.terminal.is_some(),
             };
             if keep && listener.behind.len() <= MAX_BEHIND {
                 index += 1;
-            } else if listener.permanent {
+            } else if listener.terminal.is_some() {
                 listener.behind.clear();
                 index += 1;
             } else {
@@ -196,8 +199,15 @@ fn open_file(path: &Path) -> Result<File> {
         .create(true)
         .append(true)
         .mode(0o600)
-        .custom_flags(i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or(0))
+        .custom_flags(
+            i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits())
+                .unwrap_or(0),
+        )
         .open(path)
+        .and_then(|file| match file.metadata()?.is_file() {
+            true => Ok(file),
+            false => Err(std::io::Error::other("not a regular file")),
+        })
         .map_err(|e| {
             unfit(
                 format_args!("cannot open console.path {}: {e}", path.display()),
@@ -206,7 +216,7 @@ fn open_file(path: &Path) -> Result<File> {
         })
 }
 
-fn open_pty(link: &Path) -> Result<File> {
+fn open_pty(link: &Path) -> Result<(File, OwnedFd)> {
     let failed = "cannot make the console's terminal";
     let master =
         rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
@@ -220,8 +230,14 @@ fn open_pty(link: &Path) -> Result<File> {
     rustix::io::ioctl_fionbio(&master, true).doing(failed)?;
     let name = rustix::pty::ptsname(&master, Vec::new()).doing(failed)?;
     let name = name.into_string().doing(failed)?;
+    let terminal = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(i32::try_from(OFlags::NOCTTY.bits()).unwrap_or(0))
+        .open(&name)
+        .doing(failed)?;
     std::os::unix::fs::symlink(name, link).doing(failed)?;
-    Ok(File::from(master))
+    Ok((File::from(master), terminal.into()))
 }
 
 #[cfg(test)]

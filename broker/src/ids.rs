@@ -100,13 +100,14 @@ impl VmIds {
         let Some(lock) = &mut self.lock else {
             return Ok(());
         };
+        let text: String = workers
+            .iter()
+            .map(|worker| format!("{} {}\n", worker.pid, worker.start))
+            .collect();
+        // The new text before the old one's end goes: a file that was cut short would give an orphan's ids away.
         lock.rewind()
-            .and_then(|()| lock.set_len(0))
-            .and_then(|()| {
-                workers
-                    .iter()
-                    .try_for_each(|worker| writeln!(lock, "{} {}", worker.pid, worker.start))
-            })
+            .and_then(|()| lock.write_all(text.as_bytes()))
+            .and_then(|()| lock.set_len(u64::try_from(text.len()).unwrap_or(0)))
             .doing("cannot note the worker in its id's lock")
     }
 }

@@ -23,6 +23,7 @@ use thiserror::Error;
 
 use crate::audit_log::quoted;
 use crate::binary::WorkerBinary;
+use crate::broker::MESSAGES;
 use crate::cgroup::Cgroup;
 use crate::launch::Launch;
 use crate::proof;
@@ -172,7 +173,7 @@ impl Nascent {
         let Stage::Building(worker, cpr) = &mut self.stage else {
             return Err(NascentFault::Step);
         };
-        loop {
+        for _ in 0..MESSAGES {
             match worker.hear() {
                 Ok(None) => break,
                 Ok(Some(Report::Hello { protocol, build })) => {
@@ -201,7 +202,13 @@ impl Nascent {
                         reason: format!("thread {thread} made system call {syscall}"),
                     });
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(_)) => {
+                    return Err(WorkerFault::OutOfTurn {
+                        report: "something of a running worker",
+                        phase: worker.phase,
+                    }
+                    .into());
+                }
                 Err(WorkerFault::Died(how)) => {
                     return Err(WorkerFault::Died(exit_status(worker).unwrap_or(how)).into());
                 }

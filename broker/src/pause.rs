@@ -26,6 +26,7 @@ use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::time::Timespec;
 
+use crate::audit_log::quoted;
 use crate::deadlines::Deadlines;
 use crate::fail_point;
 use crate::phase_clock::PhaseClock;
@@ -61,6 +62,31 @@ pub(crate) enum PauseEnd {
     Lost(String),
 }
 
+impl PauseFacts {
+    fn note(&mut self, event: GuestEvent) {
+        if self.events.len() < MAX_EVENTS {
+            self.events.push(event);
+        }
+    }
+}
+
+/// The most messages besides the protocol's own that a pause takes.
+const MAX_MESSAGES: u32 = 64;
+/// The most guest events that are kept until the pause is over.
+const MAX_EVENTS: usize = 8;
+
+fn cannot(who: &str, step: &str, reason: &str) -> String {
+    format!(
+        "the {who} worker cannot {}: {}",
+        quoted(step),
+        quoted(reason)
+    )
+}
+
+fn unexpected(report: &Report) -> String {
+    format!("the new worker said {}", quoted(&format!("{report:?}")))
+}
+
 struct Pause<'a> {
     old: &'a mut Worker,
     new: &'a mut Worker,
@@ -69,6 +95,7 @@ struct Pause<'a> {
     facts: PauseFacts,
     park_sent: Instant,
     first_exit_ns: u64,
+    messages: u32,
     saved: Option<StateDigest>,
     loaded: Option<StateDigest>,
     stop_sent: Option<Instant>,
@@ -105,6 +132,7 @@ pub(crate) fn run(
         facts: PauseFacts::default(),
         park_sent: Instant::now(),
         first_exit_ns: 0,
+        messages: 0,
         saved: None,
         loaded: None,
         stop_sent: None,
@@ -131,9 +159,12 @@ impl Pause<'_> {
         self.enter(Step::Park);
         self.park_sent = Instant::now();
         self.old.phase = Phase::Parking;
-        self.old
-            .order(&Order::Park)
-            .map_err(|fault| Failure::Lost(fault.to_string()))?;
+        match self.old.order(&Order::Park) {
+            Ok(()) => {}
+            // It does not read, and so was not told: it runs.
+            Err(fault) if !self.old.is_dead() => return Err(Failure::RollBack(fault.to_string())),
+            Err(fault) => return Err(Failure::Lost(fault.to_string())),
+        }
         loop {
             // A queued message beats an expired timer: look at the clock before the queues, act on it after.
             let expired = self.expired();
@@ -184,12 +215,14 @@ impl Pause<'_> {
                     self.enter(Step::Load);
                 }
                 Ok(Some(Report::Failed { step, reason })) => {
-                    return Err(Failure::RollBack(format!(
-                        "the old worker cannot {step}: {reason}"
-                    )));
+                    return Err(Failure::RollBack(cannot("old", &step, &reason)));
                 }
-                Ok(Some(Report::Guest(event))) => self.facts.events.push(event),
-                Ok(Some(_)) => {}
+                Ok(Some(report)) => {
+                    self.count_message().map_err(Failure::RollBack)?;
+                    if let Report::Guest(event) = report {
+                        self.facts.note(event);
+                    }
+                }
                 // Its death no longer matters once its state is whole on the other side.
                 Err(WorkerFault::Died(_)) if self.saved.is_some() => return Ok(()),
                 Err(WorkerFault::Died(how)) => return Err(Failure::Lost(how)),
@@ -202,18 +235,28 @@ impl Pause<'_> {
         loop {
             match self.new.hear() {
                 Ok(None) => return Ok(()),
-                Ok(Some(Report::Loaded { digest, .. })) => self.loaded = Some(digest),
+                Ok(Some(Report::Loaded { digest, .. })) => {
+                    self.count_message().map_err(Failure::RollBack)?;
+                    self.loaded = Some(digest);
+                }
                 Ok(Some(Report::Failed { step, reason })) => {
-                    return Err(Failure::RollBack(format!(
-                        "the new worker cannot {step}: {reason}"
-                    )));
+                    return Err(Failure::RollBack(cannot("new", &step, &reason)));
                 }
                 Ok(Some(report)) => {
-                    return Err(Failure::RollBack(format!("the new worker said {report:?}")));
+                    return Err(Failure::RollBack(unexpected(&report)));
                 }
                 Err(fault) => return Err(Failure::RollBack(format!("new: {fault}"))),
             }
         }
+    }
+
+    /// No honest pair of workers has this much to say; one that talks without end does not hold the pause up.
+    fn count_message(&mut self) -> Result<(), String> {
+        self.messages += 1;
+        if self.messages > MAX_MESSAGES {
+            return Err("a worker floods its control socket".to_owned());
+        }
+        Ok(())
     }
 
     /// A process that is being torn down closes its socket only after its memory is gone, which may take 100 ms.
@@ -299,10 +342,10 @@ impl Pause<'_> {
             match self.new.hear() {
                 Ok(Some(Report::Running)) => return self.running(),
                 Ok(Some(Report::Failed { step, reason })) => {
-                    return self.undecided(format!("the new worker cannot {step}: {reason}"));
+                    return self.undecided(cannot("new", &step, &reason));
                 }
                 Ok(Some(report)) => {
-                    return self.undecided(format!("the new worker said {report:?}"));
+                    return self.undecided(unexpected(&report));
                 }
                 Err(fault) => return self.undecided(format!("new: {fault}")),
                 Ok(None) => {}
@@ -318,20 +361,28 @@ impl Pause<'_> {
 
     /// "Commit" is out and "running" has not come: the fence, and then what is queued, decides.
     fn undecided(&mut self, reason: String) -> PauseEnd {
-        if self.new.fence(self.deadlines.fence()) == Fence::Unconfirmed {
-            // SIGKILL cannot be undone, and no thread returns to a guest with it pending.
-            self.new.kill();
-        }
+        let mut fenced = self.new.fence(self.deadlines.fence()) != Fence::Unconfirmed;
+        let mut killed = false;
         loop {
             match self.new.hear() {
-                Ok(Some(Report::Running)) if self.new.is_dead() => {
+                Ok(Some(Report::Running)) if killed || self.new.is_dead() => {
                     return self.lost(format!("the new worker died as it began to run: {reason}"));
                 }
                 Ok(Some(Report::Running)) => {
                     self.new.go_on();
                     return self.running();
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(_)) => {
+                    if let Err(flood) = self.count_message() {
+                        return self.roll_back(flood);
+                    }
+                }
+                // It could not be stopped. SIGKILL cannot be undone, and no thread returns to a guest with it pending;
+                // one more look shows what was said before.
+                Ok(None) | Err(_) if !fenced => {
+                    self.new.kill();
+                    (fenced, killed) = (true, true);
+                }
                 Ok(None) | Err(_) => return self.roll_back(reason),
             }
         }
@@ -351,14 +402,13 @@ impl Pause<'_> {
                     self.facts.blackout_us = told.min(seen);
                     break;
                 }
-                Ok(Some(Report::Guest(event))) => self.facts.events.push(event),
-                Ok(Some(_)) => {}
-                Ok(None) if late => {
+                Ok(Some(Report::Guest(event))) => self.facts.note(event),
+                Ok(_) if late => {
                     // It runs, by its word and the queue's; how long it took is then the broker's own measure.
                     self.facts.blackout_us = self.facts.pause_us;
                     break;
                 }
-                Ok(None) => {}
+                Ok(_) => {}
                 Err(fault) => return self.lost(format!("after \"running\": {fault}")),
             }
             if self.wait(self.deadlines.watch()) == Woken::ByTime && self.new.is_dead() {
@@ -394,14 +444,14 @@ impl Pause<'_> {
                     break;
                 }
                 // What it said before it heard of the rollback.
-                Ok(Some(Report::Guest(event))) => self.facts.events.push(event),
-                Ok(Some(_)) | Err(WorkerFault::OutOfTurn { .. }) => {}
-                Ok(None) if late => {
+                Ok(Some(Report::Guest(event))) if !late => self.facts.note(event),
+                Ok(_) | Err(WorkerFault::OutOfTurn { .. }) if late => {
                     self.facts.pause_us = micros(self.park_sent.elapsed());
                     return PauseEnd::RolledBack(format!(
                         "{reason}; the old worker was told to go on and has not answered yet"
                     ));
                 }
+                Ok(Some(_)) | Err(WorkerFault::OutOfTurn { .. }) => {}
                 Ok(None) if self.old.is_dead() => {
                     return self.lost(format!("{reason}; and the old worker died"));
                 }

@@ -26,21 +26,46 @@ impl ProcessId {
         Self::of(rustix::process::getpid().as_raw_nonzero().get())
     }
 
-    /// Whether this very process still runs: it is there, and has not begun to exit.
+    /// Whether this very process still runs: it is there, and has not begun to exit. In doubt, it does.
     pub(crate) fn is_alive(self) -> bool {
-        Self::of(self.pid) == Some(self) && !is_exiting(self.pid)
+        match fs::read(format!("/proc/{}/stat", self.pid)) {
+            Err(error) => !is_absent(&error),
+            Ok(text) => {
+                parse(&text).is_none_or(|stat| stat.start_time == self.start)
+                    && !is_exiting(self.pid)
+            }
+        }
     }
 }
 
 /// Whether every thread of a process has begun to exit (or there is none): from then on none of them returns to user
 /// mode or enters a guest, though the process may take long to be gone, since its memory is torn down first.
+///
+/// Only the kernel's word counts: a record that cannot be read for another reason than its absence is no proof.
 pub(crate) fn is_exiting(pid: i32) -> bool {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return true;
+    let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Ok(tasks) => tasks,
+        Err(error) => return is_absent(&error),
     };
-    tasks
-        .flatten()
-        .all(|task| stat(&task.path().join("stat")).is_none_or(|stat| stat.is_exiting()))
+    for task in tasks {
+        let Ok(task) = task else { return false };
+        match fs::read(task.path().join("stat")) {
+            Ok(text) => {
+                if !parse(&text).is_some_and(|stat| stat.is_exiting()) {
+                    return false;
+                }
+            }
+            Err(error) if is_absent(&error) => {}
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// Whether an error of /proc says that the process or the thread is gone.
+fn is_absent(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
 /// Whether a process is stopped, or is in the kernel and cannot be reached: it will take no orders.
@@ -57,8 +82,12 @@ pub(crate) fn children() -> Vec<i32> {
 }
 
 fn stat(path: &Path) -> Option<TaskStat> {
+    parse(&fs::read(path).ok()?)
+}
+
+fn parse(text: &[u8]) -> Option<TaskStat> {
     // A name is bytes, and hostile ones need not be text.
-    TaskStat::parse(&String::from_utf8_lossy(&fs::read(path).ok()?)).ok()
+    TaskStat::parse(&String::from_utf8_lossy(text)).ok()
 }
 
 #[cfg(test)]

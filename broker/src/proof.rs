@@ -1,10 +1,13 @@
 //! Reading the kernel's own records of a worker, for comparison with what was declared. Nothing that a worker says of itself
 //! is evidence here, and names are not either.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
+use std::time::Instant;
 
 use baton_policy::Namespace;
 use baton_policy::Program;
@@ -22,6 +25,7 @@ use baton_policy::proof::Verdict;
 use baton_policy::proof::prove;
 use nix::sys::ptrace;
 use nix::sys::wait::WaitPidFlag;
+use nix::sys::wait::WaitStatus;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
@@ -30,13 +34,20 @@ use crate::broker::Rules;
 use crate::cgroup::Cgroup;
 use crate::worker::Worker;
 
+/// How long the reading of all filters of one worker may take. A thread that does not stop by then is a finding.
+const READING: Duration = Duration::from_millis(50);
+
 /// What a broker compares its workers with.
 #[derive(Debug)]
 pub(crate) struct Prover {
     inherited_filters: u32,
     own_namespaces: BTreeMap<Namespace, (u64, u64)>,
+    /// The supplementary groups of this process.
+    pub(crate) own_groups: Vec<u32>,
     /// Why filters cannot be read back, when they cannot.
     pub(crate) unreadable: Option<String>,
+    /// Threads that did not stop in time to be read, and have to be let go when they do.
+    held: RefCell<Vec<i32>>,
 }
 
 impl Prover {
@@ -50,7 +61,7 @@ impl Prover {
                 "PTRACE_SECCOMP_GET_FILTER needs CAP_SYS_ADMIN in the initial user namespace"
                     .to_owned(),
             )
-        } else if status.is_none_or(|status| status.seccomp != 0) {
+        } else if status.as_ref().is_none_or(|status| status.seccomp != 0) {
             Some("the broker runs under a seccomp filter of its own".to_owned())
         } else {
             None
@@ -58,7 +69,9 @@ impl Prover {
         Self {
             inherited_filters,
             own_namespaces: namespaces("self"),
+            own_groups: status.map(|status| status.groups).unwrap_or_default(),
             unreadable,
+            held: RefCell::new(Vec::new()),
         }
     }
 
@@ -76,15 +89,20 @@ impl Prover {
         };
         let mut observed = self.observe(worker.process.pid);
         let mut unread = Vec::new();
+        let by = Instant::now() + READING;
         if self.unreadable.is_none() {
             for thread in observed
                 .threads
                 .iter_mut()
                 .filter(|thread| !thread.stat.is_user_worker())
             {
-                match filters(thread.status.pid, thread.status.seccomp_filters) {
+                match filters(thread.status.pid, thread.status.seccomp_filters, by) {
                     Ok(filters) => thread.filters = Some(filters),
-                    Err(what) => unread.push(other(Some(thread.status.pid), what)),
+                    Err((held, what)) => {
+                        let tid = i32::try_from(thread.status.pid).ok().filter(|_| held);
+                        self.held.borrow_mut().extend(tid);
+                        unread.push(other(Some(thread.status.pid), what));
+                    }
                 }
             }
         }
@@ -92,7 +110,34 @@ impl Prover {
         if verdict.evidence == Evidence::Counted && self.unreadable.is_none() {
             verdict.findings.extend(unread);
         }
+        if worker.ids.is_own() {
+            // Without privilege nobody can leave a group: the worker has no other than the broker's user has.
+            verdict.findings.retain(|finding| match &finding.what {
+                Discrepancy::Groups { found } => {
+                    !found.iter().all(|group| self.own_groups.contains(group))
+                }
+                _ => true,
+            });
+        }
         verdict
+    }
+
+    /// Lets go of threads that have stopped by now.
+    pub(crate) fn let_go(&self) {
+        self.held.borrow_mut().retain(|&tid| {
+            let pid = Pid::from_raw(tid);
+            match waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => true,
+                Ok(WaitStatus::Stopped(_, signal)) => ptrace::detach(pid, signal).is_err(),
+                Ok(WaitStatus::PtraceEvent(..)) => ptrace::detach(pid, None).is_err(),
+                Ok(_) | Err(_) => false,
+            }
+        });
+    }
+
+    /// Whether threads are held that have not stopped yet.
+    pub(crate) fn holds(&self) -> bool {
+        !self.held.borrow().is_empty()
     }
 
     fn observe(&self, pid: i32) -> Observed {
@@ -206,22 +251,31 @@ fn thread(task: &Path) -> Option<ObservedThread> {
     })
 }
 
-/// Reads all filters of a thread, which is stopped for that long.
-fn filters(tid: u32, count: u32) -> std::result::Result<Vec<Program>, String> {
-    let raw = i32::try_from(tid).map_err(|e| e.to_string())?;
+/// Reads all filters of a thread, which is stopped for that long. `Err(true, …)`: it is still to be let go of.
+fn filters(tid: u32, count: u32, by: Instant) -> std::result::Result<Vec<Program>, (bool, String)> {
+    let raw = i32::try_from(tid).map_err(|e| (false, e.to_string()))?;
     let pid = Pid::from_raw(raw);
-    let failed = |what: &str, e: &dyn std::fmt::Display| format!("cannot {what}: {e}");
-    ptrace::seize(pid, ptrace::Options::empty()).map_err(|e| failed("trace it", &e))?;
-    let read = ptrace::interrupt(pid)
-        .and_then(|()| waitpid(pid, Some(WaitPidFlag::__WALL)))
-        .map_err(|e| failed("stop it", &e))
-        .and_then(|_| {
-            (0..count)
-                .map(|index| kernel::seccomp_get_filter(raw, index))
-                .collect::<std::result::Result<_, _>>()
-                .map_err(|e| failed("read its filters", &e))
-        });
-    let detached = ptrace::detach(pid, None).map_err(|e| failed("let go of it", &e));
-    let read = read?;
-    detached.map(|()| read)
+    let failed =
+        |held: bool, what: &str, e: &dyn std::fmt::Display| (held, format!("cannot {what}: {e}"));
+    ptrace::seize(pid, ptrace::Options::empty()).map_err(|e| failed(false, "trace it", &e))?;
+    ptrace::interrupt(pid).map_err(|e| failed(true, "stop it", &e))?;
+    let signal = loop {
+        match waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) if Instant::now() < by => {
+                std::thread::sleep(Duration::from_micros(20))
+            }
+            Ok(WaitStatus::StillAlive) => return Err(failed(true, "stop it", &"it does not stop")),
+            // It was about to take a signal, which it gets when it is let go.
+            Ok(WaitStatus::Stopped(_, signal)) => break Some(signal),
+            Ok(WaitStatus::PtraceEvent(..)) => break None,
+            Ok(other) => return Err(failed(false, "stop it", &format_args!("{other:?}"))),
+            Err(e) => return Err(failed(true, "stop it", &e)),
+        }
+    };
+    let read = (0..count)
+        .map(|index| kernel::seccomp_get_filter(raw, index))
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|e| failed(false, "read its filters", &e));
+    ptrace::detach(pid, signal).map_err(|e| failed(true, "let go of it", &e))?;
+    read
 }

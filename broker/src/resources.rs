@@ -6,6 +6,7 @@ use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use baton_ipc::Access;
@@ -20,13 +21,16 @@ use baton_ipc::worker::RamRegion;
 use baton_policy::Policy;
 use baton_policy::Seal;
 use rustix::fs::MemfdFlags;
+use rustix::fs::OFlags;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::audit_log::AuditLog;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
+use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::page_size;
 
@@ -92,7 +96,7 @@ struct Opening<'a> {
 
 impl Opening<'_> {
     fn image(&mut self, name: &str, path: &Path, field: &str) -> Result<()> {
-        let file = File::open(path).map_err(|e| {
+        let file = open_image(path).map_err(|e| {
             unfit(
                 format_args!("cannot open {field} {}: {e}", path.display()),
                 "mend the path in the VM file",
@@ -178,6 +182,44 @@ pub(crate) fn check_grant(
         .ok_or_else(|| denied(&"it has no grant of that name"))?
         .permits(&candidate)
         .map_err(|e| denied(&e))
+}
+
+/// Asks policy whether the console may go where the VM file says.
+pub(crate) fn check_console(console: &Console, policy: &Policy, log: &mut AuditLog) -> Result<()> {
+    let denied = |what: &dyn std::fmt::Display| {
+        refused(
+            format_args!("policy {} does not grant the console {what}", policy.name),
+            "",
+        )
+    };
+    let grant = policy
+        .grant(descriptor::CONSOLE)
+        .ok_or_else(|| denied(&"at all"))?;
+    let Console::File { path } = console else {
+        return Ok(());
+    };
+    let directory = path.parent().unwrap_or(Path::new("/")).canonicalize();
+    let directory = directory.map_err(|e| {
+        unfit(
+            format_args!("cannot open console.path {}: {e}", path.display()),
+            "mend the path in the VM file",
+        )
+    })?;
+    let resolved = directory.join(path.file_name().unwrap_or_default());
+    if !grant.permits_path(&resolved) {
+        return Err(denied(&resolved.display()));
+    }
+    log.write(
+        "open",
+        &json!({"descriptor": "console file", "path": resolved}),
+    )
+}
+
+/// Opens a file for reading, without waiting for anybody at the other end of a pipe that lies there instead.
+pub(crate) fn open_image(path: &Path) -> std::io::Result<File> {
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let flags = i32::try_from(flags.bits()).unwrap_or(0);
+    OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
 /// One region of RAM: a memfd that can neither shrink, grow nor be sealed further, nor be executed.

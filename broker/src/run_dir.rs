@@ -112,6 +112,17 @@ impl VmDirectory {
                 ),
             )
         })?;
+        // The name's last holder may have removed the file between the open and the lock.
+        let same = fs::metadata(path.join("lock")).is_ok_and(|there| {
+            lock.metadata()
+                .is_ok_and(|here| (here.dev(), here.ino()) == (there.dev(), there.ino()))
+        });
+        if !same {
+            return Err(crate::refusal::busy(format_args!(
+                "a VM named {} is just ending",
+                name.as_str()
+            )));
+        }
         let mut directory = Self {
             audit: audit.join(format!("{}.jsonl", name.as_str())),
             path,
@@ -131,8 +142,19 @@ impl VmDirectory {
     fn clear_remains(&mut self, name: &Name) -> Result<()> {
         let state = self.path.join("state.json");
         // A broker that died as it started has left a socket, and no state yet.
-        let text = fs::read_to_string(&state).unwrap_or_default();
-        if let Ok(found) = serde_json::from_str::<StateFile>(&text) {
+        let text = match fs::read_to_string(&state) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            // What cannot be read may name a worker that runs.
+            Err(error) => return Err(error).doing(format_args!("cannot read {}", state.display())),
+        };
+        if let Some(text) = text {
+            let found: StateFile = serde_json::from_str(&text).map_err(|e| {
+                unfit(
+                    format_args!("{} does not say who ran this VM: {e}", state.display()),
+                    "make sure that no baton-worker of it runs, and remove that directory",
+                )
+            })?;
             if let Some((worker, generation)) = found.orphan() {
                 return Err(unfit(
                     format_args!(

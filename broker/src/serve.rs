@@ -31,14 +31,17 @@ impl Broker {
             return Ok(());
         };
         if !matches!(request, Request::Status) {
-            self.log.write(
+            self.log.note(
                 "request",
                 &json!({"request": name, "by_uid": who.0, "by_pid": who.1}),
-            )?;
+            );
         }
         match request {
             Request::Status => self.order_for(client, &Order::Query, Awaiting::Status),
-            Request::Pause => self.order_for(client, &Order::Pause, Awaiting::Paused),
+            Request::Pause => {
+                self.pausing = true;
+                self.order_for(client, &Order::Pause, Awaiting::Paused);
+            }
             Request::Resume => self.order_for(client, &Order::Resume, Awaiting::Resumed),
             Request::Reset => {
                 let told = self
@@ -63,7 +66,7 @@ impl Broker {
                 let file = descriptors.into_iter().next().map(File::from);
                 if let Err(refusal) = self.begin_upgrade(file, dry_run, who) {
                     self.log
-                        .write_synced("upgrade-refused", &json!({"reason": refusal.reason}))?;
+                        .note("upgrade-refused", &json!({"reason": refusal.reason}));
                     self.clients.reply(client, &Reply::Refused(refusal));
                 }
             }

@@ -29,6 +29,8 @@ use baton_policy::proof::Finding;
 use baton_policy::proof::Moment;
 use serde_json::json;
 
+use crate::audit_log::complain;
+use crate::audit_log::quoted;
 use crate::binary::WorkerBinary;
 use crate::broker::Broker;
 use crate::broker::Rules;
@@ -128,9 +130,9 @@ impl Broker {
                 format_args!("continue it: kill -CONT {}", old.process.pid),
             ));
         }
-        if old.phase != Phase::Running {
+        if old.phase != Phase::Running || self.pausing {
             return Err(crate::refusal::busy(
-                "the worker is still busy with the last upgrade",
+                "the worker is still busy with what it was told last",
             ));
         }
         self.log.reserve()?;
@@ -150,7 +152,18 @@ impl Broker {
             "dry_run": dry_run, "by_uid": asked_by.0, "by_pid": asked_by.1,
         }))?;
         clock.enter(Step::Spawn);
-        let nascent = self.launch(binary, config, &rules)?;
+        let nascent = match self.launch(binary, config, &rules) {
+            Ok(nascent) => nascent,
+            Err(refusal) => {
+                return self.finish(
+                    Outcome::Aborted,
+                    Step::Spawn,
+                    &refusal.reason,
+                    clock,
+                    &PauseFacts::default(),
+                );
+            }
+        };
         self.state = VmState::Upgrading;
         self.upgrade = Some(Upgrade {
             nascent: Some(nascent),
@@ -183,7 +196,7 @@ impl Broker {
         let advance = nascent.advance();
         // After the advance: a worker that has failed has said its last by then.
         let text = nascent.read_diagnostics();
-        self.log_diagnostics(&text)?;
+        self.log_diagnostics(&text);
         match advance {
             Ok(Advance::Waiting) if late => {
                 let step = self
@@ -198,10 +211,9 @@ impl Broker {
             Ok(Advance::Waiting) => Ok(()),
             Ok(Advance::Greeted) => self.or_abort(Self::agree),
             Ok(Advance::Listening(times)) => {
-                self.log.write(
-                    "ready",
-                    &json!({"generation": self.generation() + 1, "times": times}),
-                )?;
+                let generation = self.generation() + 1;
+                self.log
+                    .note("ready", &json!({"generation": generation, "times": times}));
                 self.or_abort(Self::take_over)
             }
             Err(fault) => self.abort(&fault.to_string()),
@@ -279,6 +291,9 @@ impl Broker {
         let (Some(nascent), None) = (&mut upgrade.nascent, &upgrade.aborting) else {
             return Ok(());
         };
+        if upgrade.clock.step() != Step::Agree {
+            return Err(unfit("the old worker has agreed twice", ""));
+        }
         upgrade.clock.enter(Step::HandOver);
         self.progress(Step::HandOver);
         #[cfg(feature = "fail-points")]
@@ -367,16 +382,25 @@ impl Broker {
                 (Outcome::Lost, reason)
             }
         };
-        // Whoever runs the guest from now on is written down even if the log is full.
+        // Each of these whatever becomes of the others: the guest's fate is decided.
         let published = self.publish();
-        self.finish(outcome, step, &reason, upgrade.clock, &facts)?;
-        published?;
-        for event in &facts.events {
-            self.guest_event(event)?;
+        let finished = self.finish(outcome, step, &reason, upgrade.clock, &facts);
+        let handled = facts
+            .events
+            .iter()
+            .try_for_each(|event| self.guest_event(event));
+        let lost = match outcome {
+            Outcome::Lost => self.lose(&reason),
+            _ => Ok(()),
+        };
+        for failed in [published, finished, handled, lost] {
+            if let Err(refusal) = failed {
+                complain(&refusal);
+            }
         }
-        if outcome == Outcome::Lost {
-            self.lose(&reason)?;
-        }
+        // A worker that was parked had no time for questions.
+        let status = Reply::Status(Box::new(self.vm_status()));
+        self.clients.answer(Awaiting::Status, &status);
         Ok(())
     }
 
@@ -509,7 +533,7 @@ impl Broker {
                 .unwrap_or_default(),
             phases: clock.finish(),
             failed_step: failed.then_some(step),
-            reason: reason.to_owned(),
+            reason: quoted(reason),
         };
         let written = self.log.write_synced("upgrade", &outcome);
         self.last_upgrade = Some(outcome.clone());
@@ -517,7 +541,7 @@ impl Broker {
             .answer(Awaiting::Upgrade, &Reply::Upgrade(Box::new(outcome)));
         // A log that cannot be written is the operator's to mend; the guest does not pay for it.
         if let Err(refusal) = written {
-            eprintln!("baton-broker: {refusal}");
+            complain(&refusal);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! The VM file: one TOML document that describes one VM. It names paths, never descriptor numbers.
 
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -240,16 +242,32 @@ impl VmFile {
     /// Reads and checks a VM file. Relative paths in it are relative to its directory.
     pub(crate) fn load(path: &Path) -> Result<Self> {
         let shown = path.display();
-        let metadata = std::fs::metadata(path)
-            .map_err(|e| unfit(format_args!("cannot read the VM file {shown}: {e}"), ""))?;
+        let unreadable =
+            |e: std::io::Error| unfit(format_args!("cannot read the VM file {shown}: {e}"), "");
+        let file = crate::resources::open_image(path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
         if !metadata.is_file() || metadata.len() > MAX_FILE {
             return Err(unfit(
                 format_args!("{shown} is no VM file: not a regular file of at most 1 MiB"),
                 "",
             ));
         }
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| unfit(format_args!("cannot read the VM file {shown}: {e}"), ""))?;
+        // What it names is opened with this process's rights.
+        let me = rustix::process::geteuid().as_raw();
+        if ![0, me].contains(&metadata.uid()) || metadata.mode() & 0o022 != 0 {
+            return Err(unfit(
+                format_args!(
+                    "{shown} is not to be trusted: it belongs to user {} with mode {:o}",
+                    metadata.uid(),
+                    metadata.mode() & 0o7777
+                ),
+                format_args!("it has to belong to root or user {me}, and nobody else may write it"),
+            ));
+        }
+        let mut text = String::new();
+        file.take(MAX_FILE)
+            .read_to_string(&mut text)
+            .map_err(unreadable)?;
         let mut file = Self::parse(&text).map_err(|e| {
             unfit(
                 format_args!("{shown}: {e}"),

@@ -55,6 +55,7 @@ pub(crate) enum Phase {
 }
 
 use Phase::Building;
+use Phase::Confined;
 use Phase::Parking;
 use Phase::Ready;
 use Phase::Released;
@@ -72,7 +73,7 @@ const PERMITTED: &[Row] = &[
     ("hello",     &[Spawned],                                         |r| matches!(r, Report::Hello { .. })),
     ("agreed",    &[Transferring, RollingBack],                       |r| matches!(r, Report::Agreed)),
     ("ready",     &[Building],                                        |r| matches!(r, Report::Ready(_))),
-    ("failed",    &[Building, Ready, Transferring, Parking, Saved, RollingBack, Released, Running],
+    ("failed",    &[Spawned, Confined, Building, Ready, Transferring, Parking, Saved, RollingBack, Released, Running],
                                                                       |r| matches!(r, Report::Failed { .. })),
     ("parked",    &[Parking, RollingBack],                            |r| matches!(r, Report::Parked { .. })),
     ("saved",     &[Parking, RollingBack],                            |r| matches!(r, Report::Saved { .. })),
@@ -80,10 +81,10 @@ const PERMITTED: &[Row] = &[
     ("running",   &[Released],                                        |r| matches!(r, Report::Running)),
     ("first-run", &[Running],                                         |r| matches!(r, Report::FirstRun { .. })),
     ("resumed",   &[RollingBack, Running],                            |r| matches!(r, Report::Resumed)),
-    ("paused",    &[Running],                                         |r| matches!(r, Report::Paused)),
+    ("paused",    &[Running, Transferring, RollingBack],              |r| matches!(r, Report::Paused)),
     ("status",    &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Status(_))),
     ("guest",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Guest(_))),
-    ("violation", &[Spawned, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
+    ("violation", &[Spawned, Confined, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
                                                                       |r| matches!(r, Report::Violation { .. })),
 ];
 

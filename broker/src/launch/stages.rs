@@ -6,6 +6,8 @@ use std::process::Command;
 
 use baton_ipc::Channel;
 use baton_ipc::Received;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::Report;
 use baton_policy::Confinement;
 use nix::mount::MntFlags;
 use nix::mount::MsFlags;
@@ -43,7 +45,10 @@ impl<T, E: std::fmt::Display> Step<T> for Result<T, E> {
 
 /// Stage 1. Exits 0 when stage 2 runs.
 pub(crate) fn unshare() -> std::process::ExitCode {
-    report(|socket| {
+    let failed = |socket: Socket, step, reason| {
+        let _ = socket.send(&LaunchReport::Failed { step, reason });
+    };
+    let stage = |socket: &mut Socket| {
         expect(socket, |order| matches!(order, LaunchOrder::Begin))?;
         nix::sched::unshare(NAMESPACES).step("unshare the namespaces")?;
         socket.send(&LaunchReport::Unshared).step("report")?;
@@ -63,12 +68,18 @@ pub(crate) fn unshare() -> std::process::ExitCode {
             .step("start the second stage")?;
         let pid = i32::try_from(child.id()).step("start the second stage")?;
         socket.send(&LaunchReport::Spawned(pid)).step("report")
-    })
+    };
+    report(stage, failed)
 }
 
 /// Stage 2. Does not return when all went well.
 pub(crate) fn confine() -> std::process::ExitCode {
-    report(|socket| {
+    // The broker already hears this socket as the worker's.
+    let failed = |socket: Socket, step, reason| {
+        let socket: Channel<Report, Order> = Channel::new(OwnedFd::from(socket).into());
+        let _ = socket.send(&Report::Failed { step, reason });
+    };
+    let stage = |socket: &mut Socket| {
         let (order, descriptors) = receive(socket)?;
         let LaunchOrder::Confine(confinement) = order else {
             return Err(("receive the confinement", "another order".to_owned()));
@@ -90,7 +101,8 @@ pub(crate) fn confine() -> std::process::ExitCode {
         )
         .map(drop)
         .step("execute the worker")
-    })
+    };
+    report(stage, failed)
 }
 
 fn put_in_place(confinement: &Confinement) -> StageResult {
@@ -124,7 +136,10 @@ fn empty_root() -> nix::Result<()> {
     nix::unistd::chdir("/")
 }
 
-fn report(stage: impl FnOnce(&mut Socket) -> StageResult) -> std::process::ExitCode {
+fn report(
+    stage: impl FnOnce(&mut Socket) -> StageResult,
+    failed: impl FnOnce(Socket, String, String),
+) -> std::process::ExitCode {
     let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else {
         return std::process::ExitCode::FAILURE;
     };
@@ -132,10 +147,7 @@ fn report(stage: impl FnOnce(&mut Socket) -> StageResult) -> std::process::ExitC
     match stage(&mut socket) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err((step, reason)) => {
-            let _ = socket.send(&LaunchReport::Failed {
-                step: step.to_owned(),
-                reason,
-            });
+            failed(socket, step.to_owned(), reason);
             std::process::ExitCode::FAILURE
         }
     }
