@@ -17,6 +17,12 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// Of a command that was run by other means.
+    #[must_use]
+    pub fn of(output: &Output) -> Self {
+        Self::new(output, String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
     pub(crate) fn new(output: &Output, stderr: String) -> Self {
         Self {
             code: output.status.code(),

@@ -16,6 +16,7 @@ use crate::Residue;
 use crate::Site;
 use crate::Upgrade;
 use crate::Witness;
+use crate::audit_log::OVERLOADED;
 use crate::until;
 
 /// What a VM is to be like.
@@ -204,9 +205,14 @@ impl Vm {
         pid(&self.status(), "worker_pid")
     }
 
-    /// `baton upgrade`, to the worker beside the broker.
+    /// `baton upgrade`, to the worker beside the broker; again if the machine was too busy for it.
     pub fn upgrade(&self) -> Upgrade {
-        self.ask("upgrade").upgrade()
+        loop {
+            let upgrade = self.ask("upgrade").upgrade();
+            if !upgrade.reason.contains(OVERLOADED) {
+                return upgrade;
+            }
+        }
     }
 
     /// `baton upgrade --worker`.

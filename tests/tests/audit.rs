@@ -1,4 +1,9 @@
 //! `baton audit` proves a running worker's confinement from the kernel's records, in every generation.
+#![expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test that cannot do its work fails"
+)]
 
 use baton_tests::Binaries;
 use baton_tests::Builder;

@@ -46,6 +46,6 @@ fn an_old_worker_that_runs_on_is_stopped_before_the_new_one_runs() {
 fn a_stopped_worker_is_not_taken_for_a_parked_one() {
     // Stopped before it parks, an old worker never says so: there is nothing to take over, and nobody else runs.
     let faulted = baton_tests::Faulted::by("S6:stop-old");
-    faulted.assert_aborted("park");
+    faulted.assert_aborted(&["park"]);
     assert_eq!(faulted.upgrade.state_bytes, 0);
 }

@@ -64,9 +64,9 @@ fn main() {
             std::process::exit(4);
         }
     }
-    wait_for_the_end();
 }
 
+/// Keeps everything open that is.
 fn wait_for_the_end() {
     loop {
         std::thread::sleep(Duration::from_secs(3600));
@@ -91,9 +91,13 @@ fn raw(what: &str, control: OwnedFd) {
         "empty" => send(&[]),
         // A hello whose text claims to be 2^60 bytes long.
         "length" => send(&[0, 1, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x10]),
-        "hang-up" => drop(socket),
+        "hang-up" => {
+            drop(socket);
+            wait_for_the_end();
+        }
         _ => std::process::exit(4),
     }
+    wait_for_the_end();
 }
 
 fn hello() -> Report {
@@ -153,6 +157,7 @@ fn first_word(what: &str, control: OwnedFd) {
         other => broker.send(&report(other)),
     };
     drop(sent);
+    wait_for_the_end();
 }
 
 /// Says hello, and more than it was asked.
@@ -160,6 +165,7 @@ fn after_hello(what: &str, control: OwnedFd) {
     let broker = Broker::new(FdSocket::from(control));
     drop(broker.send(&hello()));
     drop(broker.send(&report(what)));
+    wait_for_the_end();
 }
 
 /// Attempts a system call that no worker may make, with arguments that would succeed outside.
@@ -197,6 +203,7 @@ fn forbidden_call(what: &str, control: OwnedFd) {
         step: "obey".into(),
         reason,
     }));
+    wait_for_the_end();
 }
 
 /// Behaves until it is configured.
