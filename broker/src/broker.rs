@@ -542,7 +542,7 @@ impl Broker {
 
     pub(crate) fn guest_event(&mut self, event: &GuestEvent) -> Result<()> {
         let event_name = quoted(&format!("{event:?}"));
-        self.log.note("guest", &json!({"event": event_name}));
+        self.log.note("guest", &json!({"what": event_name}));
         match event {
             GuestEvent::Reset | GuestEvent::TripleFault => Ok(()),
             GuestEvent::Shutdown => {
@@ -572,8 +572,10 @@ impl Broker {
             complain(&refusal);
         }
         self.upgrade_lost(reason)?;
+        // How it is, is known: lost.
+        let status = Reply::Status(Box::new(self.vm_status()));
+        self.clients.answer(Awaiting::Status, &status);
         for awaiting in [
-            Awaiting::Status,
             Awaiting::Paused,
             Awaiting::Resumed,
             Awaiting::End,
