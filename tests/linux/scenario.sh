@@ -26,7 +26,7 @@ give_up() {
 
 # patiently SECONDS WHAT TEST...: repeats the test until it holds.
 patiently() {
-    local seconds=$1 what=$2 started
+    local seconds="$1" what="$2" started
     shift 2
     started=$(date +%s)
     until "$@"; do

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use baton_guest::Report;
 use serde::Serialize;
 
 use crate::clock::TscOrigin;
@@ -52,6 +53,8 @@ pub(crate) struct Figures {
     pub(crate) blackout_us: Option<Summary>,
     pub(crate) pause_us: Option<Summary>,
     pub(crate) guest_gap_us: Option<Summary>,
+    /// The guest's gap while nothing was done to it for as long: what the host's other work does.
+    pub(crate) quiet_gap_us: Option<Summary>,
     pub(crate) request_to_commit_us: Option<Summary>,
     /// The guest's first round over its memory after an upgrade.
     pub(crate) first_sweep_us: Option<Summary>,
@@ -92,6 +95,7 @@ struct Samples {
     blackout: Vec<f64>,
     pause: Vec<f64>,
     gap: Vec<f64>,
+    quiet_gap: Vec<f64>,
     commit: Vec<f64>,
     first_sweep: Vec<f64>,
     warm_sweep: Vec<f64>,
@@ -147,6 +151,7 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
         blackout_us: Summary::of(samples.blackout),
         pause_us: Summary::of(samples.pause),
         guest_gap_us: Summary::of(samples.gap),
+        quiet_gap_us: Summary::of(samples.quiet_gap),
         request_to_commit_us: Summary::of(samples.commit),
         first_sweep_us: Summary::of(samples.first_sweep),
         warm_sweep_us: Summary::of(samples.warm_sweep),
@@ -225,27 +230,34 @@ fn upgrade(vm: &Vm, guest: &Guest, sweep: bool, samples: &mut Samples) -> Result
             .entry(format!("{:02} {}", phase.step.number(), phase.step));
         step.or_default().push(phase.us as f64);
     }
-    if !sweep {
-        return Ok(());
+    if sweep {
+        let (first, warm) = swept(guest, &before)?;
+        samples.first_sweep.push(micros(first));
+        samples.warm_sweep.push(micros(warm));
     }
-    // The round that began when the upgrade's gap ended, of the vCPU that took longest.
+    guest.clear()?;
+    std::thread::sleep(upgraded.took);
+    let quiet = guest.report()?.cleared_max_gap();
+    samples.quiet_gap.push(micros(quiet));
+    Ok(())
+}
+
+/// Waits for the round over all memory that began when the upgrade's gap ended: its ticks, and those of a warm one, of the
+/// vCPU that took longest.
+fn swept(guest: &Guest, before: &Report) -> Result<(u64, u64)> {
     let swept = guest.until("to go through its memory", SWEEP, |report| {
         report.slots.iter().zip(&before.slots).all(|(now, then)| {
             now.walk.gap_rounds > then.walk.gap_rounds && now.walk.cleared_max_gap_round > 0
         })
     })?;
-    let rounds = swept
-        .slots
-        .iter()
-        .map(|slot| slot.walk.cleared_max_gap_round);
-    samples.first_sweep.push(micros(rounds.max().unwrap_or(0)));
+    let walks = || swept.slots.iter().map(|slot| &slot.walk);
+    let first = walks().map(|walk| walk.cleared_max_gap_round).max();
     // On a busy host hardly a sweep is without a gap; the fastest is then the best that is known.
-    let warm = swept.slots.iter().map(|slot| match slot.walk.median_sweep {
-        0 => slot.walk.min_sweep,
+    let warm = walks().map(|walk| match walk.median_sweep {
+        0 => walk.min_sweep,
         median => median,
     });
-    samples.warm_sweep.push(micros(warm.max().unwrap_or(0)));
-    Ok(())
+    Ok((first.unwrap_or(0), warm.max().unwrap_or(0)))
 }
 
 fn us(duration: Duration) -> f64 {

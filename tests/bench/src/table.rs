@@ -58,6 +58,7 @@ pub(crate) fn of(figures: &Figures) -> String {
     time("blackout", &figures.blackout_us);
     time("the broker's pause", &figures.pause_us);
     time("the guest's gap", &figures.guest_gap_us);
+    time("  while nothing is done", &figures.quiet_gap_us);
     time("request to commit", &figures.request_to_commit_us);
     for (step, summary) in &figures.steps_us {
         let name = step.split_once(' ').map_or(step.as_str(), |(_, name)| name);
