@@ -20,13 +20,13 @@ impl Binaries {
     pub fn release() -> Self {
         Self::find(
             "BATON_BIN",
-            "",
+            "release",
             "cargo build --release -p baton -p baton-broker -p baton-worker",
         )
     }
 
-    /// A release build with fail points, whose worker is another binary: `$BATON_FAULT_BIN`, else `fault/` in the target
-    /// directory.
+    /// The build with fail points (profile `fault`), whose worker is another binary: `$BATON_FAULT_BIN`, else the target
+    /// directory's.
     ///
     /// # Panics
     ///
@@ -36,11 +36,11 @@ impl Binaries {
         Self::find(
             "BATON_FAULT_BIN",
             "fault",
-            "cargo build --release -p baton -p baton-broker -p baton-worker --features baton-broker/fail-points,baton-worker/fail-points --target-dir target/fault",
+            "cargo build --profile fault -p baton -p baton-broker -p baton-worker --features baton-broker/fail-points,baton-worker/fail-points",
         )
     }
 
-    fn find(variable: &str, below: &str, command: &str) -> Self {
+    fn find(variable: &str, profile: &str, command: &str) -> Self {
         let named = std::env::var_os(variable).map(PathBuf::from);
         let directory =
             named.unwrap_or_else(|| target_directory().join(below).join(TARGET).join("release"));
