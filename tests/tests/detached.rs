@@ -1,0 +1,36 @@
+//! A detached VM holds nothing of whoever started it: not its standard streams, not its session, not its directory.
+
+use baton_tests::Answer;
+use baton_tests::Binaries;
+use baton_tests::Site;
+
+#[test]
+fn its_starter_has_its_pipes_and_its_session_to_itself_again() {
+    let site = Site::new(Binaries::release(), 10);
+    let file = format!(
+        "schema = 1\nname = \"{}\"\n[memory]\nsize = \"64M\"\n[boot]\nkernel = \"guest.elf\"\n",
+        site.name
+    );
+    site.write("vm.toml", file);
+    // Both pipes: this returns when nobody has them open any more.
+    let output = site
+        .command()
+        .args(["run", "--detach"])
+        .arg(site.path("vm.toml"))
+        .output()
+        .unwrap();
+    let _started = Answer::of(&output).expect(0);
+    let brokers = site.brokers();
+    let [broker] = brokers.as_slice() else {
+        panic!("one broker: {brokers:?}");
+    };
+    for fd in ["0", "1", "2"] {
+        let target = std::fs::read_link(format!("/proc/{broker}/fd/{fd}")).unwrap();
+        assert!(!target.starts_with("/dev/pts"), "{fd} leads to {target:?}");
+    }
+    let pid = rustix::process::Pid::from_raw(*broker);
+    let session = rustix::process::getsid(pid).unwrap();
+    assert_ne!(session, rustix::process::getsid(None).unwrap());
+    site.baton(["stop", "--force", &site.name]).expect(0);
+    site.assert_nothing_left();
+}
