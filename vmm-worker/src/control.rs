@@ -14,7 +14,6 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use baton_ipc::Channel;
@@ -24,10 +23,8 @@ use baton_ipc::SocketError;
 use baton_ipc::StartMode;
 use baton_ipc::VmId;
 use baton_ipc::state_stream::Machine;
-use baton_ipc::worker::GuestEvent;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
-use baton_ipc::worker::WorkerStatus;
 use libc::c_int;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
@@ -46,7 +43,7 @@ use crate::transfer::outgoing::Progress;
 const MAX_UNSENT: usize = 64;
 
 /// The exit status of a worker that is no longer needed.
-const EXIT_DONE: c_int = 0;
+pub(crate) const EXIT_DONE: c_int = 0;
 /// The exit status of a worker that could not do its work; its `failed` report says why.
 pub(crate) const EXIT_FAILED: c_int = 1;
 
@@ -72,7 +69,7 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Built => "built",
             Self::Receiving(_) => "waiting for the guest's state",
@@ -94,7 +91,7 @@ pub(crate) struct Exit(pub(crate) c_int);
 pub(crate) struct Worker {
     /// The broker; none when it has died.
     pub(crate) control: Option<Channel<Report, Order>>,
-    unsent: VecDeque<Report>,
+    pub(crate) unsent: VecDeque<Report>,
     pub(crate) vm: VmId,
     pub(crate) generation: u32,
     pub(crate) machine: Machine,
@@ -302,89 +299,6 @@ impl Worker {
             }
         }
         Ok(())
-    }
-
-    fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
-        let main = if matches!(order, Order::Transfer) {
-            descriptors.pop()
-        } else {
-            None
-        };
-        if !descriptors.is_empty() {
-            log!(
-                "{} descriptors came with an order that has none",
-                descriptors.len()
-            );
-            return Err(Exit(EXIT_FAILED));
-        }
-        match (order, &self.phase) {
-            (Order::Query, _) => {
-                let status = WorkerStatus {
-                    tsc_khz: self.machinery.inventory.tsc_khz(),
-                    exits: self.machinery.vcpus.exits(),
-                    console_dropped: self.machinery.console.dropped(),
-                };
-                self.report(Report::Status(status));
-            }
-            #[cfg(feature = "fail-points")]
-            (Order::Fail(fault), _) => crate::fail_point::arm(fault),
-            (Order::Start, Phase::Built) => return self.start(),
-            (Order::Commit, Phase::Loaded) => return self.commit(),
-            (Order::Pause, Phase::Running) => self.pause(),
-            (Order::Resume, Phase::Paused) => self.resume(),
-            (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
-            (Order::PowerButton, Phase::Running) => self.press_power_button(),
-            (Order::Transfer, Phase::Running) => match main {
-                Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
-                    self.fail("transfer", "an upgrade is under way already".to_owned());
-                }
-                Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
-                None => self.fail("transfer", "no main channel came with the order".to_owned()),
-            },
-            (Order::Park, Phase::Running) => {
-                match std::mem::replace(&mut self.outgoing, Outgoing::Idle) {
-                    Outgoing::Agreed(main) => self.park(main),
-                    other => {
-                        self.outgoing = other;
-                        self.fail("park", "no new worker has been agreed with".to_owned());
-                    }
-                }
-            }
-            (Order::Rollback, Phase::Running) => {
-                self.outgoing = Outgoing::Idle;
-                self.report(Report::Resumed);
-            }
-            (Order::Rollback, Phase::Parked(_) | Phase::Ceded) => self.unpark(),
-            (Order::Ceded, Phase::Parked(_)) => self.phase = Phase::Ceded,
-            (order, phase) => {
-                let mut order = format!("{order:?}");
-                order.truncate(order.find(['(', ' ']).unwrap_or(order.len()));
-                let reason = format!(
-                    "order {order} does not fit: this worker is {}",
-                    phase.name()
-                );
-                self.fail("order", reason);
-            }
-        }
-        Ok(())
-    }
-
-    /// The broker has died, and everything that it had sent was obeyed.
-    fn orphaned(&mut self) -> Result<(), Exit> {
-        self.control = None;
-        self.unsent.clear();
-        self.outgoing = Outgoing::Idle;
-        match self.phase {
-            // Never run without an order to.
-            Phase::Built | Phase::Receiving(_) | Phase::Loaded => Err(Exit(EXIT_DONE)),
-            // Another worker may run, or nobody needs this one any more.
-            Phase::Ceded | Phase::Off => Err(Exit(EXIT_DONE)),
-            Phase::Running | Phase::Paused => Ok(()),
-            Phase::Parked(_) => {
-                self.unpark();
-                Ok(())
-            }
-        }
     }
 
     /// Says that an order could not be carried out; this worker goes on.

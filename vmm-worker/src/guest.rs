@@ -22,7 +22,9 @@ use crate::transfer::incoming;
 use crate::vcpu::Command;
 use crate::vcpu::Purpose;
 
-/// How long vCPUs may take to stop when no upgrade's deadline is running.
+/// How long vCPUs may take to stop: only a host that runs a thread not at all for so long is given up on. In a pause the
+/// broker's deadline, which is far shorter, is the one that counts: its order to roll back is obeyed as soon as the vCPUs
+/// stand still, and before that there is nothing to let run.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Worker {
@@ -112,14 +114,23 @@ impl Worker {
                 self.report(Report::Paused);
             }
             Ok(Some(reason)) => self.end(GuestEvent::Stuck(reason)),
-            Err(reason) => self.fail("pause", reason),
+            Err(reason) => {
+                // Some vCPUs stand still and some are on their way: what a resume puts right.
+                self.phase = Phase::Paused;
+                self.fail("pause", reason);
+            }
         }
     }
 
     /// Lets a guest run again that the operator stopped.
     pub(crate) fn resume(&mut self) {
-        self.go_on();
-        self.report(Report::Resumed);
+        match self.stop() {
+            Ok(_) => {
+                self.go_on();
+                self.report(Report::Resumed);
+            }
+            Err(reason) => self.fail("resume", reason),
+        }
     }
 
     fn go_on(&mut self) {

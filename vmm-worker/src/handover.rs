@@ -1,7 +1,5 @@
 //! The old side of the pause: park, save, stream; and back, when the upgrade does not happen.
 
-use std::time::Duration;
-
 use baton_ipc::StartMode;
 use baton_ipc::worker::Report;
 
@@ -15,10 +13,6 @@ use crate::sections;
 use crate::transfer::main_channel::MainChannel;
 use crate::transfer::outgoing::SEND_TIMEOUT;
 use crate::vm_state::VmState;
-
-/// How long vCPUs may take to stop in a pause. Longer than the broker's deadline for the step (50 ms), which is the one
-/// that counts, so that a busy host ends in one abort and not in two; shorter than the longest pause that is promised.
-const PARK_TIMEOUT: Duration = Duration::from_millis(150);
 
 const MODE: StartMode = StartMode::CprTransfer;
 
@@ -45,7 +39,7 @@ impl Worker {
         let stopped = self
             .machinery
             .vcpus
-            .stop(PARK_TIMEOUT)
+            .stop(STOP_TIMEOUT)
             .map_err(failure("park"))?;
         if let Some(reason) = stopped.stuck {
             return Err(("park", reason));

@@ -3,6 +3,7 @@
 //! ```text
 //! life        hello, configuration, descriptors ──► assembly ──► rehearsal ──► ready
 //! control     one thread: orders, the other worker, the guest's events, the console
+//!   orders      what each order does in each phase
 //!   guest       start, commit, pause, reset
 //!   handover    park, save, stream, roll back          transfer   the main channel's two sides
 //! vcpu        one thread each; its state, and how it is stopped without losing a kick
@@ -27,6 +28,7 @@ mod guest;
 mod handover;
 mod life;
 mod memory;
+mod orders;
 mod platform;
 mod rehearsal;
 mod sections;

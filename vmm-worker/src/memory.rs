@@ -257,13 +257,19 @@ mod tests {
 
     #[test]
     fn a_write_reaches_the_file() {
+        for pages in [Pages::Small, Pages::Transparent] {
+            writes_through(pages);
+        }
+    }
+
+    fn writes_through(pages: Pages) {
         let fd = memfd(1 << 20);
         let copy = fd.as_fd().try_clone_to_owned().unwrap();
         let regions = [RamRegion {
             address: 0,
             size: 1 << 20,
         }];
-        let memory = map(&regions, vec![copy], Pages::Small, StartMode::None).unwrap();
+        let memory = map(&regions, vec![copy], pages, StartMode::None).unwrap();
         memory.write_obj(0x55_u8, GuestAddress(0x1234)).unwrap();
         let mut byte = [0];
         rustix::io::pread(&fd, &mut byte, 0x1234).unwrap();

@@ -49,8 +49,9 @@ use thread::VcpuThread;
 
 /// The stack of a vCPU's thread, in bytes: an exit's handling needs little, decoding nothing.
 const STACK: usize = 256 << 10;
-/// How long a command may take that the kernel answers without waiting.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a command may take. The kernel answers each without waiting, so this is about hosts that do not run the thread;
+/// what an upgrade can wait for is the broker's to say.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a kick is repeated.
 const KICK_INTERVAL: Duration = Duration::from_millis(1);
 

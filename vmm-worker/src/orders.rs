@@ -1,0 +1,109 @@
+//! The broker's orders: what each does in each phase, and what the broker's death does. One table; what is not in it does
+//! not fit.
+
+use std::os::fd::OwnedFd;
+
+use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::Report;
+use baton_ipc::worker::WorkerStatus;
+
+use crate::control::EXIT_DONE;
+use crate::control::EXIT_FAILED;
+use crate::control::Exit;
+use crate::control::Phase;
+use crate::control::Worker;
+use crate::diagnostics::log;
+use crate::transfer::main_channel::MainChannel;
+use crate::transfer::outgoing::Outgoing;
+
+impl Worker {
+    /// Carries an order out, or says why not.
+    pub(crate) fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
+        let main = if matches!(order, Order::Transfer) {
+            descriptors.pop()
+        } else {
+            None
+        };
+        if !descriptors.is_empty() {
+            log!(
+                "{} descriptors came with an order that has none",
+                descriptors.len()
+            );
+            return Err(Exit(EXIT_FAILED));
+        }
+        match (order, &self.phase) {
+            (Order::Query, _) => {
+                let status = WorkerStatus {
+                    tsc_khz: self.machinery.inventory.tsc_khz(),
+                    exits: self.machinery.vcpus.exits(),
+                    console_dropped: self.machinery.console.dropped(),
+                };
+                self.report(Report::Status(status));
+            }
+            #[cfg(feature = "fail-points")]
+            (Order::Fail(fault), _) => crate::fail_point::arm(fault),
+            (Order::Start, Phase::Built) => return self.start(),
+            (Order::Commit, Phase::Loaded) => return self.commit(),
+            (Order::Pause, Phase::Running) => self.pause(),
+            (Order::Resume, Phase::Paused) => self.resume(),
+            (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
+            (Order::PowerButton, Phase::Running) => self.press_power_button(),
+            (Order::Transfer, Phase::Running) => match main {
+                Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
+                    self.fail("transfer", "an upgrade is under way already".to_owned());
+                }
+                Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
+                None => self.fail("transfer", "no main channel came with the order".to_owned()),
+            },
+            (Order::Park, Phase::Running) => {
+                match std::mem::replace(&mut self.outgoing, Outgoing::Idle) {
+                    Outgoing::Agreed(main) => self.park(main),
+                    other => {
+                        self.outgoing = other;
+                        self.fail("park", "no new worker has been agreed with".to_owned());
+                    }
+                }
+            }
+            (Order::Rollback, Phase::Running) => {
+                self.outgoing = Outgoing::Idle;
+                self.report(Report::Resumed);
+            }
+            (Order::Rollback, Phase::Parked(_) | Phase::Ceded) => self.unpark(),
+            (Order::Rollback, Phase::Paused | Phase::Off) => {
+                self.outgoing = Outgoing::Idle;
+                let reason = format!("there is no guest to let run: it is {}", self.phase.name());
+                self.fail("rollback", reason);
+            }
+            (Order::Ceded, Phase::Parked(_)) => self.phase = Phase::Ceded,
+            (order, phase) => {
+                let mut order = format!("{order:?}");
+                order.truncate(order.find(['(', ' ']).unwrap_or(order.len()));
+                let reason = format!(
+                    "order {order} does not fit: this worker is {}",
+                    phase.name()
+                );
+                self.fail("order", reason);
+            }
+        }
+        Ok(())
+    }
+
+    /// The broker has died, and everything that it had sent was obeyed.
+    pub(crate) fn orphaned(&mut self) -> Result<(), Exit> {
+        self.control = None;
+        self.unsent.clear();
+        self.outgoing = Outgoing::Idle;
+        match self.phase {
+            // Never run without an order to.
+            Phase::Built | Phase::Receiving(_) | Phase::Loaded => Err(Exit(EXIT_DONE)),
+            // Another worker may run, or nobody needs this one any more.
+            Phase::Ceded | Phase::Off => Err(Exit(EXIT_DONE)),
+            Phase::Running | Phase::Paused => Ok(()),
+            Phase::Parked(_) => {
+                self.unpark();
+                Ok(())
+            }
+        }
+    }
+}
