@@ -159,8 +159,9 @@ impl Broker {
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose an identity for the VM")?;
+        let deadlines = Deadlines::new(vm.memory.size.0, options.slowness);
         let mut broker = Self {
-            deadlines: Deadlines::new(vm.memory.size.0, options.slowness),
+            deadlines,
             id: VmId(id),
             state: VmState::Starting,
             worker: None,
@@ -170,7 +171,7 @@ impl Broker {
             registry,
             ids,
             cgroup,
-            prover: Prover::new(),
+            prover: Prover::new(deadlines.reading()),
             clients: Clients::listen(&directory.socket())?,
             last_upgrade: None,
             console,
@@ -575,11 +576,7 @@ impl Broker {
         // How it is, is known: lost.
         let status = Reply::Status(Box::new(self.vm_status()));
         self.clients.answer(Awaiting::Status, &status);
-        for awaiting in [
-            Awaiting::Paused,
-            Awaiting::Resumed,
-            Awaiting::End,
-        ] {
+        for awaiting in [Awaiting::Paused, Awaiting::Resumed, Awaiting::End] {
             let reply = Reply::Refused(refusal(
                 Exit::Lost,
                 format_args!("the VM is lost: {reason}"),

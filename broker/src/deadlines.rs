@@ -48,6 +48,11 @@ impl Deadlines {
         Duration::from_millis(2)
     }
 
+    /// How long the reading of all filters of one worker may take.
+    pub(crate) fn reading(self) -> Duration {
+        Duration::from_millis(50) * self.slowness
+    }
+
     /// How long a guest may take to power off before it is ended anyway.
     pub(crate) fn power_off(self) -> Duration {
         Duration::from_secs(30) * self.slowness

@@ -34,9 +34,6 @@ use crate::broker::Rules;
 use crate::cgroup::Cgroup;
 use crate::worker::Worker;
 
-/// How long the reading of all filters of one worker may take. A thread that does not stop by then is a finding.
-const READING: Duration = Duration::from_millis(50);
-
 /// What a broker compares its workers with.
 #[derive(Debug)]
 pub(crate) struct Prover {
@@ -48,11 +45,13 @@ pub(crate) struct Prover {
     pub(crate) unreadable: Option<String>,
     /// Threads that did not stop in time to be read, and have to be let go when they do.
     held: RefCell<Vec<i32>>,
+    /// How long the reading of all filters of one worker may take. A thread that does not stop by then is a finding.
+    reading: Duration,
 }
 
 impl Prover {
     /// Reads what this process has, which its children inherit.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(reading: Duration) -> Self {
         let own = fs::read_to_string("/proc/self/status").ok();
         let status = own.and_then(|text| TaskStatus::parse(&text).ok());
         let inherited_filters = status.as_ref().map_or(0, |status| status.seccomp_filters);
@@ -72,6 +71,7 @@ impl Prover {
             own_groups: status.map(|status| status.groups).unwrap_or_default(),
             unreadable,
             held: RefCell::new(Vec::new()),
+            reading,
         }
     }
 
@@ -89,7 +89,7 @@ impl Prover {
         };
         let mut observed = self.observe(worker.process.pid);
         let mut unread = Vec::new();
-        let by = Instant::now() + READING;
+        let by = Instant::now() + self.reading;
         if self.unreadable.is_none() {
             for thread in observed
                 .threads
