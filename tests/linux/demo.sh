@@ -3,7 +3,7 @@
 # its clock, and says if an upgrade was more to it than a pause.
 #
 #   demo.sh CPUS UPGRADES SLOWNESS
-if baton demo --slow-host "$3" --cpus "$1" --upgrades "$2" --memory 64M --json >/tmp/demo.json 2>/tmp/demo.err &&
+if baton demo --log --slow-host "$3" --cpus "$1" --upgrades "$2" --memory 64M --json >/tmp/demo.json 2>/tmp/demo.err &&
     [ "$(grep -o '"outcome": *"committed"' /tmp/demo.json | wc -l)" = "$2" ] &&
     grep -q '"aborts": *\[\]' /tmp/demo.json && grep -q '"verdict": *"proven"' /tmp/demo.json; then
     echo "PASS the embedded guest is undisturbed by $2 upgrades, and its worker proven confined"
