@@ -148,7 +148,7 @@ fn starter() -> Option<Channel<StartReport, ()>> {
 
 /// Leaves the session and the standard streams of whoever started this.
 fn leave_terminal() -> Result<()> {
-    // A process group's leader cannot make a session; then it has one of its own already.
+    // Whoever leads a process group cannot; a shell's background job stays in the shell's session.
     let _ = rustix::process::setsid();
     let null = null()?;
     rustix::stdio::dup2_stdin(&null)

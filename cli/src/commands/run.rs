@@ -126,13 +126,15 @@ impl Broker {
             command.arg("--slow-host").arg(factor.to_string());
         }
         if run.detach {
+            // It makes a session of its own, which the leader of a group could not.
             command.arg("--detach");
+        } else {
+            // A group of its own: Ctrl-C reaches this process alone, which then asks the broker to stop the guest.
+            command.process_group(0);
         }
         let child = command
             .arg(&run.file)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            // A group of its own: Ctrl-C reaches this process alone, which then asks the broker to stop the guest.
-            .process_group(0)
             .spawn()
             .map_err(|error| crate::failure::file("start the broker", &binary, &error))?;
         // Closes this process's copy of the broker's end.
