@@ -16,9 +16,24 @@ fail() {
     failed=1
 }
 
+# What the worker's threads do: twice, so that those which run and those which wait can be told apart.
+threads() {
+    for thread in /proc/"$1"/task/*; do
+        echo "$(cat "$thread/comm") $(cut -d' ' -f3,14,15 "$thread/stat") $(cat "$thread/syscall")"
+    done
+    sleep 1
+}
+
 # Ends the scenario: what follows could not hold.
 give_up() {
     fail "$*"
+    running=$(sed -n 's/.*"worker_pid": *\([0-9]*\).*/\1/p' /run/baton/$vm/state.json 2>/dev/null)
+    if [ "$running" ]; then
+        echo "--- the worker's threads: state, user and system time, system call"
+        threads "$running" && threads "$running"
+        echo "--- KVM's counts of the VM"
+        grep -s . /sys/kernel/debug/kvm/*/exits /sys/kernel/debug/kvm/*/io_exits /sys/kernel/debug/kvm/*/halt_exits
+    fi
     echo "--- the console's end" && tail -n 60 "$console"
     echo "--- the audit log's end" && tail -n 30 /run/baton/.audit/$vm.jsonl
     exit 1
