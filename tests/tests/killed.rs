@@ -4,6 +4,7 @@
 //! has one terminal record (I7).
 
 use baton_tests::Faulted;
+use baton_tests::until;
 
 macro_rules! cells {
     ($($name:ident: $fault:literal => $check:ident($($argument:expr),*);)*) => {
@@ -60,7 +61,6 @@ mod both_workers {
     use super::*;
 
     cells! {
-        s3_agree_is_lost: "S3:kill-both" => assert_lost();
         s4_hand_over_is_lost: "S4:kill-both" => assert_lost();
         s5_build_is_lost: "S5:kill-both" => assert_lost();
         s6_park_is_lost: "S6:kill-both" => assert_lost();
@@ -68,5 +68,24 @@ mod both_workers {
         s8_load_is_lost: "S8:kill-both" => assert_lost();
         s9_commit_is_lost: "S9:kill-both" => assert_lost();
         s10_run_is_lost: "S10:kill-both" => assert_lost();
+    }
+
+    /// The broker may hear of the new one's death first, and then cannot know yet that the old one has been killed too: the
+    /// VM is lost all the same, and said to be.
+    #[test]
+    fn s3_agree_is_lost_though_the_upgrade_may_have_been_aborted_first() {
+        let faulted = Faulted::by("S3:kill-both");
+        assert_ne!(faulted.upgrade.outcome, "committed");
+        let vm = &faulted.vm;
+        until("the loss is known", || (vm.state() == "lost").then_some(()));
+        until("nobody is left", || {
+            vm.site.workers().is_empty().then_some(())
+        });
+        vm.assert_stands_still();
+        assert_eq!(vm.audit_log().count("lost"), 1);
+        assert_eq!(
+            vm.audit_log().upgrades(),
+            [faulted.upgrade.outcome.as_str()]
+        );
     }
 }
