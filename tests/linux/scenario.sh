@@ -155,5 +155,9 @@ if verdict=$(/console "$console" "$cpus" 3 $((upgrades * 3)) 2>&1); then
     pass "the console: ${verdict#ok: }"
 else
     fail "the console: $verdict"
+    line=${verdict#line }
+    line=${line%%:*}
+    echo "--- the console there"
+    sed -n "$((line > 10 ? line - 10 : 1)),$((line + 40))p" "$console"
 fi
 [ $failed = 0 ] || give_up "the scenario"
