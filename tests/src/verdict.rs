@@ -131,6 +131,28 @@ impl Faulted {
         assert_eq!(vm.ask("upgrade").code, Some(20));
     }
 
+    /// The new worker was killed after the commit was sent: it may never have run, have died as it began, or have run the guest
+    /// for a moment. In the last case the upgrade was committed, truly, and the VM is lost with its worker.
+    ///
+    /// # Panics
+    ///
+    /// When anybody else runs the guest, or the broker does not say what became of it.
+    pub fn assert_decided_by_its_word(&self) {
+        let Self { vm, upgrade, .. } = self;
+        match upgrade.outcome.as_str() {
+            "aborted" => self.assert_old_runs(),
+            "committed" => {
+                until("the loss is known", || (vm.state() == "lost").then_some(()));
+                until("nobody is left", || {
+                    vm.site.workers().is_empty().then_some(())
+                });
+                vm.assert_stands_still();
+                assert_eq!(vm.audit_log().upgrades(), ["committed"]);
+            }
+            _ => self.assert_lost(),
+        }
+    }
+
     /// Whichever of these the race between the fault and the worker made of it: that, whole.
     ///
     /// # Panics
