@@ -151,6 +151,11 @@ impl VmState {
     ///
     /// [`StateError`] with the field that no VM of this kind can have.
     pub(crate) fn parse(version: u16, bytes: &[u8]) -> Result<Self, StateError> {
+        Self::parse_at(version, bytes, clock::raw_ns())
+    }
+
+    /// [`VmState::parse`], when CLOCK_MONOTONIC_RAW is `now`.
+    fn parse_at(version: u16, bytes: &[u8], now: u64) -> Result<Self, StateError> {
         if version != VERSION {
             return Err(StateError::Version {
                 found: version,
@@ -206,7 +211,6 @@ impl VmState {
                 ));
             }
         }
-        let now = clock::raw_ns();
         let pause_max = u64::try_from(PAUSE_MAX.as_nanos()).unwrap_or(u64::MAX);
         if clock_at_ns > now || now - clock_at_ns > pause_max {
             return Err(StateError::field(
@@ -288,14 +292,17 @@ mod tests {
         let mut wrong = saved();
         wrong.pit.0.channels[2].mode = 8;
         refused(&wrong, "pit.mode");
-        for at in [u64::MAX, clock::raw_ns() + 1_000_000_000, 0] {
-            refused(
-                &SavedVm {
-                    clock_at_ns: at,
-                    ..saved()
-                },
-                "clock_at_ns",
-            );
+        let now = 1 << 40;
+        for at in [u64::MAX, now + 1, now - 60_000_000_001, 0] {
+            let wrong = SavedVm {
+                clock_at_ns: at,
+                ..saved()
+            };
+            let bytes = postcard::to_stdvec(&wrong).unwrap();
+            match VmState::parse_at(VERSION, &bytes, now).err() {
+                Some(StateError::Field { name, .. }) => assert_eq!(name, "clock_at_ns"),
+                other => panic!("{other:?}"),
+            }
         }
         refused(
             &SavedVm {
