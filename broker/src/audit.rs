@@ -12,6 +12,7 @@ use baton_policy::proof::Evidence;
 use serde_json::json;
 
 use crate::broker::Broker;
+use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
@@ -103,10 +104,8 @@ impl Broker {
             findings,
             weaker,
         };
-        self.log.write(
-            "audit",
-            &json!({"verdict": report.verdict, "findings": report.findings}),
-        )?;
+        let record = json!({"verdict": report.verdict, "findings": report.findings});
+        self.log.write("audit", &record).recorded()?;
         Ok(report)
     }
 

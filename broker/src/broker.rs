@@ -5,11 +5,16 @@
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use std::time::Instant;
 
+use baton_audit::AuditLog;
+use baton_audit::Limits;
+use baton_audit::quoted;
+use baton_audit::shape::Subject;
 use baton_ipc::Channel;
 use baton_ipc::DescriptorKey;
 use baton_ipc::DescriptorKind;
@@ -40,9 +45,6 @@ use rustix::event::PollFlags;
 use rustix::time::Timespec;
 use serde_json::json;
 
-use crate::audit_log::AuditLog;
-use crate::audit_log::complain;
-use crate::audit_log::quoted;
 use crate::cgroup::Cgroup;
 use crate::clients::Awaiting;
 use crate::clients::Clients;
@@ -54,7 +56,9 @@ use crate::nascent::Nascent;
 use crate::process::ProcessId;
 use crate::proof::Prover;
 use crate::refusal::Doing;
+use crate::refusal::Recorded;
 use crate::refusal::Result;
+use crate::refusal::complain;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::resources;
@@ -141,14 +145,15 @@ impl Broker {
         let signals = Signals::new()?;
         nix::sys::prctl::set_child_subreaper(true).doing("cannot adopt workers")?;
         let directory = VmDirectory::claim(&options.run_dir, &vm.name)?;
-        let mut log = AuditLog::open(directory.audit_log(), vm.name.as_str(), options.log)?;
+        let mut log = open_log(&directory, &vm, options.log)?;
         let rules = crate::rules::load(&vm)?;
         let ids = VmIds::claim(&rules.policy)?;
         let cgroup = make_cgroup(&vm, &rules.policy)?;
         log.write("vm-start", &json!({
             "vm_file": options.vm_file, "policy": rules.policy.name, "policy_digest": rules.policy.digest.to_string(),
             "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
-        }))?;
+        }))
+        .recorded()?;
         let mut registry = resources::open(&vm, &rules.policy, &mut log)?;
         resources::check_console(&vm.console, &rules.policy, &mut log)?;
         let (console, end) = Console::open(&vm.console, directory.path())?;
@@ -378,7 +383,8 @@ impl Broker {
             }
             Advance::Listening(times) => {
                 self.log
-                    .write("ready", &json!({"generation": 1, "times": times}))?;
+                    .write("ready", &json!({"generation": 1, "times": times}))
+                    .recorded()?;
                 let mut worker = nascent.into_worker()?;
                 self.confirm_settled(&worker, &Rc::clone(&self.rules))?;
                 worker.phase = Phase::Released;
@@ -731,11 +737,31 @@ impl Broker {
     pub(crate) fn record_grants(&mut self, generation: u32) -> Result<()> {
         for (key, description, _) in self.registry.iter() {
             self.log.write("grant", &json!({
-                "generation": generation, "descriptor": key.name(), "id": key.id(), "what": description,
-            }))?;
+                "generation": generation, "descriptor": key.name(), "id": key.id(), "uid": self.ids.ids.uid, "what": description,
+            }))
+            .recorded()?;
         }
         Ok(())
     }
+}
+
+/// The VM's audit log, with its copies: standard error where that is asked for, the journal where there is one.
+fn open_log(directory: &VmDirectory, vm: &VmFile, repeat: bool) -> Result<AuditLog> {
+    let subject = Subject {
+        vm: vm.name.as_str().to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
+        pid: std::process::id(),
+    };
+    let mut log = AuditLog::open(directory.audit_log(), subject, Limits::default()).recorded()?;
+    if repeat {
+        log.repeat_on_standard_error();
+    }
+    log.copy_to_journal(Path::new(baton_audit::journal::SOCKET));
+    Ok(log)
 }
 
 /// One cgroup for two workers during an upgrade. An ordinary user's broker has none to make.

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Instant;
 
+use baton_audit::Actor;
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
@@ -15,10 +16,15 @@ use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use baton_ipc::control::VmState;
+use nix::sys::socket::sockopt::PeerPidfd;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
 use rustix::net::AddressFamily;
 use rustix::net::SocketAddrUnix;
 use rustix::net::SocketFlags;
 use rustix::net::SocketType;
+use rustix::net::UCred;
+use rustix::time::Timespec;
 
 use crate::refusal::Doing;
 use crate::refusal::Result;
@@ -63,6 +69,7 @@ const ANY: &[VmState] = &[Starting, Running, Paused, Upgrading, Stopped, Lost];
 const REQUESTS: &[Row] = &[
     ("status",  |r| matches!(r, Request::Status),         ANY,                  View),
     ("audit",   |r| matches!(r, Request::Audit),          &[Running, Paused],   View),
+    ("log-head", |r| matches!(r, Request::LogHead),       ANY,                  View),
     ("console", |r| matches!(r, Request::Console),        ANY,                  Power),
     ("pause",   |r| matches!(r, Request::Pause),          &[Running],           Power),
     ("resume",  |r| matches!(r, Request::Resume),         &[Paused],            Power),
@@ -93,10 +100,8 @@ pub(crate) enum Awaiting {
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) id: u64,
-    /// Its user, as the kernel says (SO_PEERCRED, unix(7)).
-    pub(crate) uid: u32,
-    /// Its process, likewise.
-    pub(crate) pid: i32,
+    /// Who it is, as the kernel says.
+    pub(crate) actor: Actor,
     pub(crate) awaiting: Awaiting,
     pub(crate) since: Instant,
     channel: Channel<Reply, Request>,
@@ -164,6 +169,7 @@ impl Clients {
             if !known || self.clients.len() >= MAX_CLIENTS {
                 continue;
             }
+            let actor = actor(&socket, &peer);
             let channel = Channel::new(FdSocket::from(socket));
             let hello = Reply::Hello {
                 protocol: PROTOCOL,
@@ -173,8 +179,7 @@ impl Clients {
                 self.next += 1;
                 self.clients.push(Client {
                     id: self.next,
-                    uid: peer.uid.as_raw(),
-                    pid: peer.pid.as_raw_nonzero().get(),
+                    actor,
                     awaiting: Awaiting::Nothing,
                     since: Instant::now(),
                     channel,
@@ -281,6 +286,26 @@ impl Clients {
         self.clients
             .iter()
             .any(|client| client.awaiting != Awaiting::Nothing)
+    }
+}
+
+/// Who is at the other end. The unit is that of the process that connected, or none when that is gone by now: its number
+/// may be another's.
+fn actor(socket: &OwnedFd, peer: &UCred) -> Actor {
+    let pid = peer.pid.as_raw_nonzero().get();
+    let unit = nix::sys::socket::getsockopt(socket, PeerPidfd)
+        .ok()
+        .and_then(|held| {
+            let unit = baton_audit::actor::unit_of(pid)?;
+            let mut fds = [PollFd::new(&held, PollFlags::IN)];
+            // Readable: it has ended (pidfd_open(2)).
+            let alive = rustix::event::poll(&mut fds, Some(&Timespec::default())) == Ok(0);
+            alive.then_some(unit)
+        });
+    Actor {
+        uid: peer.uid.as_raw(),
+        pid,
+        unit,
     }
 }
 

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 mod audit;
-mod audit_log;
 mod binary;
 mod broker;
 mod cgroup;

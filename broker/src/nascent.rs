@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 use std::time::Instant;
 
+use baton_audit::quoted;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::Registry;
@@ -21,7 +22,6 @@ use baton_ipc::worker::WorkerConfig;
 use baton_policy::proof::Finding;
 use thiserror::Error;
 
-use crate::audit_log::quoted;
 use crate::binary::WorkerBinary;
 use crate::broker::MESSAGES;
 use crate::cgroup::Cgroup;

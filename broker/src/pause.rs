@@ -17,6 +17,7 @@
 use std::time::Duration;
 use std::time::Instant;
 
+use baton_audit::quoted;
 use baton_ipc::StateDigest;
 use baton_ipc::control::Step;
 use baton_ipc::worker::GuestEvent;
@@ -26,7 +27,6 @@ use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::time::Timespec;
 
-use crate::audit_log::quoted;
 use crate::deadlines::Deadlines;
 use crate::fail_point;
 use crate::phase_clock::PhaseClock;

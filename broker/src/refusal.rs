@@ -2,6 +2,8 @@
 
 use std::fmt::Display;
 
+use baton_audit::LogError;
+use baton_audit::echo::Echo;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 
@@ -29,6 +31,23 @@ pub(crate) fn refusal(exit: Exit, reason: impl Display, remedy: impl Display) ->
         exit,
         reason: reason.to_string(),
         remedy: remedy.to_string(),
+    }
+}
+
+/// Says on standard error what nobody else can be told, as far as that is taken.
+pub(crate) fn complain(what: &dyn Display) {
+    Echo::new().say(format!("baton-broker: {what}\n").as_bytes());
+}
+
+/// What cannot be recorded is not done.
+pub(crate) trait Recorded<T> {
+    /// The log's error as a refusal.
+    fn recorded(self) -> Result<T>;
+}
+
+impl<T> Recorded<T> for std::result::Result<T, LogError> {
+    fn recorded(self) -> Result<T> {
+        self.map_err(|error| unfit(error, ""))
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use baton_audit::AuditLog;
 use baton_ipc::Access;
 use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
@@ -25,8 +26,8 @@ use rustix::fs::OFlags;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::audit_log::AuditLog;
 use crate::refusal::Doing;
+use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
@@ -134,7 +135,7 @@ impl Opening<'_> {
             kind,
             path: path.display().to_string(),
         };
-        self.log.write("open", &record)?;
+        self.log.write("open", &record).recorded()?;
         self.registry
             .save(key, kind, fd)
             .doing("cannot hold a descriptor")
@@ -209,10 +210,8 @@ pub(crate) fn check_console(console: &Console, policy: &Policy, log: &mut AuditL
     if !grant.permits_path(&resolved) {
         return Err(denied(&resolved.display()));
     }
-    log.write(
-        "open",
-        &json!({"descriptor": "console file", "path": resolved}),
-    )
+    let record = json!({"descriptor": "console file", "path": resolved});
+    log.write("open", &record).recorded()
 }
 
 /// Opens a file for reading, without waiting for anybody at the other end of a pipe that lies there instead.

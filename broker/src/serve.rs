@@ -4,6 +4,9 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use baton_audit::Checkpoint;
+use baton_audit::quoted;
+use baton_ipc::control::LogHead;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use baton_ipc::worker::Order;
@@ -26,15 +29,13 @@ impl Broker {
         let Some(who) = self
             .clients
             .get_mut(client)
-            .map(|client| (client.uid, client.pid))
+            .map(|client| client.actor.clone())
         else {
             return Ok(());
         };
-        if !matches!(request, Request::Status) {
-            self.log.note(
-                "request",
-                &json!({"request": name, "by_uid": who.0, "by_pid": who.1}),
-            );
+        if !matches!(request, Request::Status | Request::LogHead) {
+            self.log
+                .note_by("request", Some(&who), &json!({"request": name}));
         }
         match request {
             Request::Status => self.order_for(client, &Order::Query, Awaiting::Status),
@@ -64,9 +65,9 @@ impl Broker {
             Request::Upgrade { dry_run } => {
                 self.await_for(client, Awaiting::Upgrade);
                 let file = descriptors.into_iter().next().map(File::from);
-                if let Err(refusal) = self.begin_upgrade(file, dry_run, who) {
-                    self.log
-                        .note("upgrade-refused", &json!({"reason": refusal.reason}));
+                if let Err(refusal) = self.begin_upgrade(file, dry_run, &who) {
+                    let record = json!({"request": name, "reason": quoted(&refusal.reason)});
+                    self.log.note_by("upgrade-refused", Some(&who), &record);
                     self.clients.reply(client, &Reply::Refused(refusal));
                 }
             }
@@ -80,6 +81,11 @@ impl Broker {
                     .reply_with(client, &Reply::Console, &[end.as_fd()]),
                 Err(refusal) => self.clients.reply(client, &Reply::Refused(refusal)),
             },
+            Request::LogHead => {
+                let Checkpoint { count, head, .. } = self.log.checkpoint();
+                self.clients
+                    .reply(client, &Reply::LogHead(LogHead { count, head }));
+            }
             Request::Audit => {
                 let reply = match self.audit() {
                     Ok(report) => Reply::Audit(Box::new(report)),

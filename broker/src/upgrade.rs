@@ -15,6 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Instant;
 
+use baton_audit::Actor;
+use baton_audit::quoted;
 use baton_ipc::StartMode;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Outcome;
@@ -29,8 +31,6 @@ use baton_policy::proof::Finding;
 use baton_policy::proof::Moment;
 use serde_json::json;
 
-use crate::audit_log::complain;
-use crate::audit_log::quoted;
 use crate::binary::WorkerBinary;
 use crate::broker::Broker;
 use crate::broker::Rules;
@@ -45,7 +45,9 @@ use crate::pause::PauseFacts;
 use crate::phase_clock::PhaseClock;
 use crate::process::is_stopped;
 use crate::refusal::Doing;
+use crate::refusal::Recorded;
 use crate::refusal::Result;
+use crate::refusal::complain;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::worker::Phase;
@@ -117,9 +119,9 @@ impl Broker {
         &mut self,
         file: Option<File>,
         dry_run: bool,
-        asked_by: (u32, i32),
+        asked_by: &Actor,
     ) -> Result<()> {
-        let mut clock = PhaseClock::start(Instant::now());
+        let clock = PhaseClock::start(Instant::now());
         let old = self
             .worker
             .as_ref()
@@ -135,7 +137,21 @@ impl Broker {
                 "the worker is still busy with what it was told last",
             ));
         }
-        self.log.reserve()?;
+        self.log.reserve().recorded()?;
+        let begun = self.admit_upgrade(file, dry_run, asked_by, clock);
+        if self.upgrade.is_none() {
+            self.log.release();
+        }
+        begun
+    }
+
+    fn admit_upgrade(
+        &mut self,
+        file: Option<File>,
+        dry_run: bool,
+        asked_by: &Actor,
+        mut clock: PhaseClock,
+    ) -> Result<()> {
         let rules = crate::rules::load(&self.vm)?;
         crate::rules::refuse_widening(&self.rules.policy, &rules.policy)?;
         let binary = crate::rules::worker_binary(&self.vm, &self.options, &rules.policy, file)?;
@@ -147,10 +163,11 @@ impl Broker {
             StartMode::CprTransfer,
             &rules.compiled,
         )?;
-        self.log.write_synced("upgrade-begin", &json!({
+        self.log.write_synced_by("upgrade-begin", asked_by, &json!({
             "generation": config.generation, "worker": binary.digest.to_string(), "policy_digest": rules.policy.digest.to_string(),
-            "dry_run": dry_run, "by_uid": asked_by.0, "by_pid": asked_by.1,
-        }))?;
+            "dry_run": dry_run,
+        }))
+        .recorded()?;
         clock.enter(Step::Spawn);
         let nascent = match self.launch(binary, config, &rules) {
             Ok(nascent) => nascent,
@@ -358,6 +375,7 @@ impl Broker {
                     "commit-intent",
                     &json!({"generation": generation, "state_digest": digest.to_string()}),
                 )
+                .recorded()
             },
         );
         let step = upgrade.clock.step();
@@ -536,6 +554,7 @@ impl Broker {
             reason: quoted(reason),
         };
         let written = self.log.write_synced("upgrade", &outcome);
+        self.log.release();
         self.last_upgrade = Some(outcome.clone());
         self.clients
             .answer(Awaiting::Upgrade, &Reply::Upgrade(Box::new(outcome)));
@@ -579,7 +598,8 @@ impl Broker {
         let findings: Vec<_> = findings.iter().map(ToString::to_string).collect();
         self.log.write(event, &json!({
             "generation": generation, "findings": findings, "filters_unreadable": self.prover.unreadable,
-        }))?;
+        }))
+        .recorded()?;
         if findings.is_empty() {
             return Ok(());
         }

@@ -149,6 +149,19 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+    /// Read a VM's audit log, and verify that nobody has changed it
+    #[command(
+        subcommand_required = true,
+        after_help = "\
+Examples:
+  baton log show web1
+  baton log verify web1
+  baton log checkpoint web1 > web1.checkpoint    keep it elsewhere, or sign it"
+    )]
+    Log {
+        #[command(subcommand)]
+        command: LogCommand,
+    },
     /// Read policies: what a worker may hold and do
     #[command(
         subcommand_required = true,
@@ -173,6 +186,66 @@ Examples:
   baton doctor
   baton doctor --json | jq -r '.checks[] | select(.level != \"ok\").remedy'")]
     Doctor,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LogCommand {
+    /// What happened: grants, refusals, confirmations, upgrades, and who asked
+    #[command(after_help = "\
+Examples:
+  baton log show web1
+  baton log show web1 --event upgrade --last 1000
+  baton log show web1 --json | jq '.[] | select(.severity_id > 2)'")]
+    Show {
+        #[command(flatten)]
+        log: LogFiles,
+        /// Only records of this event
+        #[arg(long, value_name = "NAME")]
+        event: Option<String>,
+        /// How many records to show, of the last
+        #[arg(long, value_name = "N", default_value_t = 50)]
+        last: usize,
+    },
+    /// Whether a record was edited, removed, moved or cut short since it was written
+    #[command(after_help = "\
+Exit status 0: intact, as far as the chain, the running broker and the checkpoints
+show. 1: there are findings.
+
+The chain by itself does not show that its end was removed, or that the whole was
+written anew. A running broker knows its log's end; for a VM that has ended, keep
+checkpoints.
+
+Examples:
+  baton log verify web1
+  baton log verify web1 --checkpoint web1.checkpoint
+  baton log verify web1 --file ./shipped/web1.jsonl")]
+    Verify {
+        #[command(flatten)]
+        log: LogFiles,
+        /// What `baton log checkpoint` said earlier; may be given more than once
+        #[arg(long, value_name = "FILE")]
+        checkpoint: Vec<PathBuf>,
+    },
+    /// Where the chain stands: four lines to keep elsewhere, or to sign
+    #[command(after_help = "\
+Examples:
+  baton log checkpoint web1 > web1.checkpoint
+  ssh-keygen -Y sign -n baton-audit -f key web1.checkpoint
+  minisign -Sm web1.checkpoint")]
+    Checkpoint {
+        #[command(flatten)]
+        log: LogFiles,
+    },
+}
+
+/// Which log.
+#[derive(Debug, Args)]
+pub(crate) struct LogFiles {
+    /// The VM's name
+    pub(crate) vm: String,
+    /// Files to read instead of the run dir's, in the order of their records
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Vec<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,6 +13,7 @@ use baton_ipc::Received;
 use baton_ipc::SocketError;
 use baton_ipc::control::AuditReport;
 use baton_ipc::control::Exit;
+use baton_ipc::control::LogHead;
 use baton_ipc::control::PROTOCOL;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
@@ -158,6 +159,14 @@ impl Client {
     pub(crate) fn audit(&mut self) -> Result<AuditReport, Refusal> {
         match self.ask(&Request::Audit)? {
             (Reply::Audit(report), _) => Ok(*report),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// Where the audit log's chain stands.
+    pub(crate) fn log_head(&mut self) -> Result<LogHead, Refusal> {
+        match self.ask(&Request::LogHead)? {
+            (Reply::LogHead(head), _) => Ok(head),
             _ => Err(self.unexpected()),
         }
     }

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         Command::Upgrade(upgrade) => commands::upgrade::execute(globals, &upgrade, &output),
         Command::Console { vm } => commands::console::execute(globals, &vm, &output),
         Command::Audit { vm } => commands::audit::execute(globals, &vm, &output),
+        Command::Log { command } => commands::log::execute(globals, &command, &output),
         Command::Policy { command } => commands::policy::execute(&command, &output),
         Command::Doctor => commands::doctor::execute(&output),
         Command::Pause { vm } => commands::steer::pause(globals, &vm, &output),

@@ -45,6 +45,48 @@ pub(crate) fn seconds(count: u64) -> String {
     }
 }
 
+/// Milliseconds since the epoch, in UTC, as RFC 3339 writes it.
+pub(crate) fn timestamp(ms: u64) -> String {
+    let (days, second) = (ms / 86_400_000, ms / 1000 % 86_400);
+    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let (mut year, mut day) = (1970, days);
+    // A clock that is set to the far future has its year cut off, not this loop run on.
+    while year < 9999 && day >= 365 + u64::from(leap(year)) {
+        day -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let months = [
+        31,
+        28 + u64::from(leap(year)),
+        31,
+        30,
+        31,
+        30,
+        31,
+        31,
+        30,
+        31,
+        30,
+        31,
+    ];
+    let mut month = 1;
+    for length in months {
+        if day < length || month == 12 {
+            break;
+        }
+        day -= length;
+        month += 1;
+    }
+    format!(
+        "{year:04}-{month:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
+        day + 1,
+        second / 3600,
+        second / 60 % 60,
+        second % 60,
+        ms % 1000
+    )
+}
+
 /// The first twelve digits of a digest, enough to tell builds apart.
 pub(crate) fn short_digest(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
@@ -63,6 +105,10 @@ mod tests {
         assert_eq!(microseconds(999), "999 µs");
         assert_eq!(microseconds(1_500), "1.50 ms");
         assert_eq!(microseconds(2_500_000), "2.50 s");
+        assert_eq!(timestamp(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(timestamp(951_782_400_000), "2000-02-29T00:00:00.000Z");
+        assert_eq!(timestamp(1_735_689_599_999), "2024-12-31T23:59:59.999Z");
+        assert!(timestamp(u64::MAX).starts_with("9999-12-"));
         assert_eq!(seconds(59), "59 s");
         assert_eq!(seconds(61), "1 min 1 s");
         assert_eq!(seconds(90_000), "1 d 1 h");

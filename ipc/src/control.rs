@@ -89,6 +89,8 @@ pub enum Request {
     Console,
     /// Compare the kernel's records of the worker with its policy.
     Audit,
+    /// Where does the audit log's chain stand?
+    LogHead,
 }
 
 /// A reply.
@@ -115,6 +117,8 @@ pub enum Reply {
     Console,
     /// The answer to [`Request::Audit`].
     Audit(Box<AuditReport>),
+    /// The answer to [`Request::LogHead`].
+    LogHead(LogHead),
 }
 
 /// Why a request was refused.
@@ -341,6 +345,15 @@ pub struct PhaseTime {
     pub step: Step,
     /// Microseconds.
     pub us: u64,
+}
+
+/// Where an audit log's chain stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogHead {
+    /// How many records it has, those in rotated files too.
+    pub count: u64,
+    /// SHA-256 of the last one's line, in hex.
+    pub head: String,
 }
 
 /// Whether a worker's confinement is what its policy says.

@@ -145,10 +145,10 @@ else
 fi
 last=$(tail -n 1 /run/baton/.audit/$vm.jsonl)
 case $last in
-    *'"event":"vm-end"'*) ;;
+    *'"event_code":"vm-end"'*) ;;
     *) fail "the audit log ends with the VM: $last" ;;
 esac
-if grep -q '"event":"power-off-timeout"' /run/baton/.audit/$vm.jsonl; then
+if grep -q '"event_code":"power-off-timeout"' /run/baton/.audit/$vm.jsonl; then
     fail "the guest obeys its power button: the broker had to end it"
 fi
 if verdict=$(/console "$console" "$cpus" 3 $((upgrades * 3)) 2>&1); then

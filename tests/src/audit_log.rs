@@ -15,8 +15,10 @@ pub(crate) const OVERLOADED: &str = "did not answer within";
 pub struct Record {
     /// What happened.
     pub event: String,
-    /// The whole record.
+    /// Our own fields of it.
     pub fields: Value,
+    /// The whole record.
+    pub record: Value,
 }
 
 /// A log whose chain holds.
@@ -40,20 +42,26 @@ impl AuditLog {
         let mut previous = format!("{:x}", Sha256::digest(b""));
         let mut records = Vec::new();
         for (number, line) in whole.lines().enumerate() {
-            let fields: Value = serde_json::from_str(line)
+            let record: Value = serde_json::from_str(line)
                 .unwrap_or_else(|error| panic!("record {number} is no JSON ({error}): {line}"));
-            let field = |name: &str| fields.get(name).cloned().unwrap_or_default();
-            assert_eq!(field("seq"), number, "the sequence is broken at {line}");
-            let linked = field("prev");
-            let linked = linked.as_str().unwrap_or_default();
+            let at = |pointer: &str| record.pointer(pointer).cloned().unwrap_or_default();
             assert_eq!(
-                linked.trim_start_matches("sha256:"),
+                at("/metadata/sequence"),
+                number,
+                "the sequence is broken at {line}"
+            );
+            assert_eq!(
+                at("/unmapped/prev"),
                 previous,
                 "the hash chain is broken at {line}"
             );
             previous = format!("{:x}", Sha256::digest(line.as_bytes()));
-            let event = field("event").as_str().unwrap_or_default().to_owned();
-            records.push(Record { event, fields });
+            let event = at("/metadata/event_code");
+            records.push(Record {
+                event: event.as_str().unwrap_or_default().to_owned(),
+                fields: at("/unmapped"),
+                record,
+            });
         }
         Self(records)
     }

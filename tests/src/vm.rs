@@ -102,7 +102,18 @@ impl Builder {
     /// When it does not start.
     #[must_use]
     pub fn start(self) -> Vm {
+        self.start_in(|_| {})
+    }
+
+    /// Starts it in a place that was prepared before.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start.
+    #[must_use]
+    pub fn start_in(self, prepare: impl FnOnce(&Site)) -> Vm {
         let mut site = Site::new(self.binaries, self.slowness);
+        prepare(&site);
         if let Some(faults) = &self.faults {
             site.environment("BATON_FAIL", faults);
         }

@@ -6,6 +6,7 @@ pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod fleet;
 pub(crate) mod list;
+pub(crate) mod log;
 pub(crate) mod policy;
 pub(crate) mod run;
 pub(crate) mod status;
