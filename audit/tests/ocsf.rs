@@ -1,6 +1,10 @@
 //! Every event that the log knows is an event of OCSF 1.5.0: a known class, every attribute known, of its type and among its
 //! values, every required one there.
-#![expect(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test's helpers fail as the test does"
+)]
 
 use baton_audit::Actor;
 use baton_audit::AuditLog;

@@ -271,6 +271,7 @@ impl Broker {
             self.clients
                 .any_waiting()
                 .then(|| Instant::now() + Duration::from_millis(100)),
+            self.clients.resting(),
             self.prover
                 .holds()
                 .then(|| Instant::now() + Duration::from_millis(1)),
@@ -772,12 +773,8 @@ fn make_cgroup(vm: &VmFile, policy: &Policy) -> Result<Option<Cgroup>> {
     let tasks = policy
         .task_limit(u32::from(vm.cpus.count.0))
         .saturating_mul(2);
-    let name = format!(
-        "{}-{}",
-        vm.name.as_str(),
-        rustix::process::getpid().as_raw_nonzero()
-    );
-    Cgroup::create(&name, tasks).map(Some)
+    let process = rustix::process::getpid().as_raw_nonzero().get();
+    Cgroup::create(vm.name.as_str(), process, tasks).map(Some)
 }
 
 /// Tells whoever started the broker why there is no VM.

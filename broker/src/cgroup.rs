@@ -22,9 +22,12 @@ pub(crate) struct Cgroup {
 
 impl Cgroup {
     /// Makes the VM's cgroup with room for this many tasks.
-    pub(crate) fn create(name: &str, tasks: u64) -> Result<Self> {
+    ///
+    /// It is called `VM-PROCESS`, after the broker. What brokers of the same VM that are dead have left is removed.
+    pub(crate) fn create(vm: &str, process: i32, tasks: u64) -> Result<Self> {
         let parent = parent()?;
-        let path = parent.join(name);
+        sweep(&parent, vm);
+        let path = parent.join(format!("{vm}-{process}"));
         fs::create_dir_all(&path)
             .doing(format_args!("cannot make the cgroup {}", path.display()))?;
         let cgroup = Self { path };
@@ -72,6 +75,23 @@ impl Drop for Cgroup {
                 }
                 _ => return,
             }
+        }
+    }
+}
+
+/// Removes the empty cgroups of this VM's dead brokers: one that was killed before it had published anything left no other
+/// trace.
+fn sweep(parent: &Path, vm: &str) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let process = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(vm)?.strip_prefix('-'))
+            .filter(|process| process.bytes().all(|byte| byte.is_ascii_digit()));
+        // A process of that number that is no broker spares the cgroup until the next start.
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            // Fails when somebody is in it.
+            let _ = fs::remove_dir(entry.path());
         }
     }
 }

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 use std::time::Instant;
 
 use baton_audit::Actor;
@@ -19,6 +20,7 @@ use baton_ipc::control::VmState;
 use nix::sys::socket::sockopt::PeerPidfd;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 use rustix::net::AddressFamily;
 use rustix::net::SocketAddrUnix;
 use rustix::net::SocketFlags;
@@ -33,6 +35,9 @@ use crate::refusal::unfit;
 
 /// The most clients at once; one more is turned away.
 const MAX_CLIENTS: usize = 32;
+
+/// How long nobody is let in after accept(2) has failed for want of descriptors or memory.
+const REST: Duration = Duration::from_millis(100);
 
 /// What a client has to be allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +127,8 @@ pub(crate) struct Clients {
     listener: OwnedFd,
     clients: Vec<Client>,
     next: u64,
+    /// Nobody can be let in before this: descriptors had run out.
+    rest_until: Option<Instant>,
 }
 
 impl Clients {
@@ -148,19 +155,41 @@ impl Clients {
             listener,
             clients: Vec::new(),
             next: 0,
+            rest_until: None,
         })
     }
 
     /// What to poll for reading.
     pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let clients = self.clients.iter().map(|client| client.channel.as_fd());
-        std::iter::once(self.listener.as_fd()).chain(clients)
+        // Who waits at the door would wake the loop without end while nobody can be let in.
+        let listener = self.rest_until.is_none().then(|| self.listener.as_fd());
+        listener.into_iter().chain(clients)
+    }
+
+    /// When the door is looked at again, if it is left alone now.
+    pub(crate) fn resting(&self) -> Option<Instant> {
+        self.rest_until
     }
 
     /// Takes everybody who waits at the door.
     pub(crate) fn accept(&mut self) {
+        if self.rest_until.is_some_and(|until| Instant::now() < until) {
+            return;
+        }
+        self.rest_until = None;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        while let Ok(socket) = rustix::net::accept_with(&self.listener, flags) {
+        loop {
+            let socket = match rustix::net::accept_with(&self.listener, flags) {
+                Ok(socket) => socket,
+                Err(Errno::AGAIN) => return,
+                // One that had left again, or a signal: the next one.
+                Err(Errno::CONNABORTED | Errno::INTR) => continue,
+                Err(_) => {
+                    self.rest_until = Some(Instant::now() + REST);
+                    return;
+                }
+            };
             let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
                 continue;
             };
@@ -266,7 +295,7 @@ impl Clients {
     }
 
     /// Who waits for the worker's answer, and since when.
-    pub(crate) fn overdue(&self, bound: std::time::Duration) -> Vec<u64> {
+    pub(crate) fn overdue(&self, bound: Duration) -> Vec<u64> {
         let waits_for_worker = |client: &&Client| {
             matches!(
                 client.awaiting,

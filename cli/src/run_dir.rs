@@ -93,7 +93,8 @@ struct Successor {
 #[derive(Debug)]
 pub(crate) struct Orphan {
     state: State,
-    worker: Process,
+    /// The worker, and during an upgrade its successor: each that is alive. The broker's death decides which runs the guest.
+    workers: Vec<Process>,
 }
 
 impl RunDir {
@@ -245,14 +246,19 @@ impl VmDirectory {
         if Process::find(state.broker_pid, state.broker_start).is_some() {
             return None;
         }
-        if let Some(worker) = Process::find(state.worker_pid, state.worker_start) {
-            return Some(Orphan { state, worker });
+        let worker = Process::find(state.worker_pid, state.worker_start);
+        let successor = state
+            .successor
+            .and_then(|Successor { pid, start }| Some((pid, Process::find(pid, start)?)));
+        if let (None, Some((pid, _))) = (&worker, &successor) {
+            state.worker_pid = *pid;
+            state.generation = state.generation.saturating_add(1);
         }
-        let Successor { pid, start } = state.successor?;
-        let worker = Process::find(pid, start)?;
-        state.worker_pid = pid;
-        state.generation = state.generation.saturating_add(1);
-        Some(Orphan { state, worker })
+        let workers: Vec<Process> = worker
+            .into_iter()
+            .chain(successor.map(|(_, process)| process))
+            .collect();
+        (!workers.is_empty()).then_some(Orphan { state, workers })
     }
 
     /// Kills the orphan and removes what its broker kept here; the broker's log stays, and the directory with it.
@@ -342,9 +348,14 @@ impl Orphan {
         self.state.ram_bytes
     }
 
-    /// Kills the worker. The kernel then ends everything in its pid namespace.
+    /// Kills all workers that are left. The kernel then ends everything in their pid namespaces.
     fn kill(&self) -> Result<(), Refusal> {
-        self.worker.kill(TEARDOWN).map_err(|error| {
+        let killed = self
+            .workers
+            .iter()
+            .map(|worker| worker.kill(TEARDOWN))
+            .fold(Ok(()), Result::and);
+        killed.map_err(|error| {
             unfit(
                 format!("cannot end the worker {}: {error}", self.state.worker_pid),
                 match error.kind() {

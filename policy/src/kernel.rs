@@ -5,7 +5,7 @@
 //! through the call and is as long as the kernel is told.
 #![expect(
     unsafe_code,
-    reason = "seccomp(2), ptrace(2), TUNSETIFF and close_range(2) have no safe wrapper"
+    reason = "seccomp(2), ptrace(2), TUNSETIFF, signal(2) and close_range(2) have no safe wrapper"
 )]
 
 use std::io;
@@ -56,6 +56,21 @@ pub fn seccomp_install(program: &Program) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Gives SIGCHLD its default action, whatever whoever started this process had it set to.
+///
+/// # Errors
+///
+/// None that signal(2) has for this signal.
+pub fn default_sigchld() -> io::Result<()> {
+    // SAFETY: SIG_DFL is no function, so none of ours can be run in a signal's context.
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    if before == libc::SIG_ERR {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
     }
 }
 

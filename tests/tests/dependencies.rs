@@ -13,7 +13,8 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The crates whose binaries and libraries are shipped, with their folders.
-const SHIPPED: [(&str, &str); 5] = [
+const SHIPPED: [(&str, &str); 6] = [
+    ("baton-audit", "audit"),
     ("baton-ipc", "ipc"),
     ("baton-policy", "policy"),
     ("baton-broker", "broker"),

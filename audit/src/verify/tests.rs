@@ -81,7 +81,7 @@ proptest! {
 #[test]
 fn an_intact_log_has_no_findings() {
     let (log, checkpoint) = log(10);
-    let verification = bytes("web1", &log, &[checkpoint.clone()]);
+    let verification = bytes("web1", &log, std::slice::from_ref(&checkpoint));
     assert_eq!(verification.findings, []);
     assert_eq!(verification.head, Some(checkpoint));
     assert_eq!(verification.records, 10);

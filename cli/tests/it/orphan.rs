@@ -102,3 +102,18 @@ fn a_process_that_only_has_the_workers_pid_is_left_alone() {
     );
     assert!(stranger.runs());
 }
+
+#[test]
+fn a_worker_and_its_successor_are_both_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut worker, mut successor) = (Worker::start(), Worker::start());
+    leave_behind(dir.path(), &worker, worker.start_time());
+    let state = dir.path().join("web1/state.json");
+    let text = std::fs::read_to_string(&state).unwrap();
+    let mut document: serde_json::Value = serde_json::from_str(&text).unwrap();
+    document["successor"] = json!({"pid": successor.0.id(), "start": successor.start_time()});
+    std::fs::write(&state, document.to_string()).unwrap();
+    let output = run(dir.path(), &["stop", "web1", "--force"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(!worker.runs() && !successor.runs());
+}
