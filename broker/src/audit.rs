@@ -1,8 +1,11 @@
 //! The audit of a running worker: the kernel's records of its threads and descriptors beside what it was granted.
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 
+use baton_ipc::DescriptorKind;
 use baton_ipc::control::AuditDescriptor;
 use baton_ipc::control::AuditReport;
 use baton_ipc::control::AuditThread;
@@ -17,7 +20,7 @@ use crate::refusal::Result;
 use crate::refusal::unfit;
 
 /// How many descriptors and findings an answer lists.
-const MAX_LISTED: usize = 128;
+const MAX_LISTED: usize = 256;
 
 /// Anonymous objects that a worker makes for itself, by what /proc calls them.
 const OWN: &[(&str, &str)] = &[
@@ -33,6 +36,20 @@ const OWN: &[(&str, &str)] = &[
     ),
     ("anon_inode:[timerfd]", "made by the worker: a timer"),
 ];
+
+/// The kernel's number of an eventfd (`eventfd-id` in fdinfo, proc_pid_fdinfo(5)); none of anything else.
+fn eventfd_id(pid: i32, fd: u32) -> Option<String> {
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+    let line = info
+        .lines()
+        .find_map(|line| line.strip_prefix("eventfd-id:"))?;
+    Some(line.trim().to_owned())
+}
+
+fn eventfd_id_of_own(fd: BorrowedFd<'_>) -> Option<String> {
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    eventfd_id(pid, u32::try_from(fd.as_raw_fd()).ok()?)
+}
 
 impl Broker {
     /// Compares everything anew.
@@ -133,8 +150,14 @@ impl Broker {
             let identity = fs::metadata(entry.path())
                 .ok()
                 .map(|file| (file.dev(), file.ino()));
-            let granted = self.registry.iter().find(|(_, description, _)| {
-                identity == Some((description.device, description.inode))
+            // All eventfds are one file to stat(2), as is much else that is anonymous; the kernel numbers them.
+            let counter = eventfd_id(pid, fd);
+            let granted = self.registry.iter().find(|(_, description, own)| {
+                if description.kind == DescriptorKind::Eventfd {
+                    counter.is_some() && counter == eventfd_id_of_own(*own)
+                } else {
+                    identity == Some((description.device, description.inode))
+                }
             });
             let own = OWN.iter().find(|(prefix, _)| target.starts_with(prefix));
             let (grant, kind, access) = match (granted, own, fd) {

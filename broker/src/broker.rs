@@ -33,8 +33,10 @@ use baton_ipc::control::VmStatus;
 use baton_ipc::descriptor;
 use baton_ipc::worker::Filters;
 use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::MAX_IO_THREADS;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
+use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::WorkerConfig;
 use baton_ipc::worker::WorkerStatus;
 use baton_policy::Compiled;
@@ -62,6 +64,7 @@ use crate::refusal::complain;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::resources;
+use crate::resources::Resources;
 use crate::run_dir::BrokerProcess;
 use crate::run_dir::StateFile;
 use crate::run_dir::Successor;
@@ -109,6 +112,8 @@ pub(crate) struct Broker {
     /// Killed, and not yet gone.
     pub(crate) retired: Vec<Worker>,
     pub(crate) registry: Registry,
+    /// Its virtio devices, whose descriptors are in the registry.
+    pub(crate) virtio: Vec<VirtioConfig>,
     pub(crate) ids: VmIds,
     pub(crate) cgroup: Option<Cgroup>,
     pub(crate) prover: Prover,
@@ -154,7 +159,10 @@ impl Broker {
             "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))
         .recorded()?;
-        let mut registry = resources::open(&vm, &rules.policy, &mut log)?;
+        let Resources {
+            mut registry,
+            virtio,
+        } = resources::open(&vm, &rules.policy, &mut log)?;
         resources::check_console(&vm.console, &rules.policy, &mut log)?;
         let (console, end) = Console::open(&vm.console, directory.path())?;
         let key = DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
@@ -174,6 +182,7 @@ impl Broker {
             upgrade: None,
             retired: Vec::new(),
             registry,
+            virtio,
             ids,
             cgroup,
             prover: Prover::new(deadlines.reading()),
@@ -725,8 +734,20 @@ impl Broker {
             filters: Filters {
                 control: filter(Role::Control)?,
                 vcpu: filter(Role::Vcpu)?,
+                io: filter(Role::Io)?,
             },
+            virtio: self.virtio.clone(),
+            io_threads: self.io_threads(),
+            drain_ms: u32::try_from(self.deadlines.drain().as_millis()).unwrap_or(u32::MAX),
         })
+    }
+
+    /// How many I/O threads a worker has: one a queue, within bounds, and one for devices that come later.
+    pub(crate) fn io_threads(&self) -> u8 {
+        let queues: u32 = self.virtio.iter().map(|one| one.device.queues()).sum();
+        u8::try_from(queues)
+            .unwrap_or(MAX_IO_THREADS)
+            .clamp(1, MAX_IO_THREADS)
     }
 
     pub(crate) fn log_diagnostics(&mut self, text: &str) {

@@ -33,6 +33,12 @@ impl Deadlines {
         Duration::from_millis(ms) * self.slowness
     }
 
+    /// How long a worker may wait for requests in flight: less than the bound of parking, so that it says itself that it
+    /// cannot.
+    pub(crate) fn drain(self) -> Duration {
+        self.of(Step::Park) * 4 / 5
+    }
+
     /// The bound of the whole pause, from "park" sent.
     pub(crate) fn pause(self) -> Duration {
         Duration::from_millis(250) * self.slowness

@@ -9,6 +9,7 @@ mod cgroup;
 mod clients;
 mod console;
 mod deadlines;
+mod disks;
 mod fail_point;
 mod ids;
 mod launch;

@@ -19,6 +19,8 @@ use baton_ipc::descriptor;
 use baton_ipc::descriptor::RAM_SEALS;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
+use baton_ipc::worker::VirtioConfig;
+use baton_ipc::worker::VirtioKind;
 use baton_policy::Policy;
 use baton_policy::Seal;
 use rustix::fs::MemfdFlags;
@@ -26,6 +28,8 @@ use rustix::fs::OFlags;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::disks;
+use crate::disks::OpenDisk;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -33,6 +37,7 @@ use crate::refusal::refused;
 use crate::refusal::unfit;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
+use crate::vm_file::disk::Disk;
 use crate::vm_file::page_size;
 
 #[derive(Serialize)]
@@ -42,8 +47,16 @@ struct Opened<'a> {
     path: String,
 }
 
+/// What a VM has.
+#[derive(Debug)]
+pub(crate) struct Resources {
+    pub(crate) registry: Registry,
+    /// Its virtio devices.
+    pub(crate) virtio: Vec<VirtioConfig>,
+}
+
 /// Opens everything but the console, which has a life of its own.
-pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<Registry> {
+pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<Resources> {
     let mut opening = Opening {
         registry: Registry::default(),
         policy,
@@ -86,7 +99,15 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
             Path::new("memfd:guest-ram"),
         )?;
     }
-    Ok(opening.registry)
+    // Slots in the order of the VM file, from the one after the host bridge.
+    let virtio = (1..)
+        .zip(&vm.disk.0)
+        .map(|(slot, disk)| opening.disk(slot, disk))
+        .collect::<Result<_>>()?;
+    Ok(Resources {
+        registry: opening.registry,
+        virtio,
+    })
 }
 
 struct Opening<'a> {
@@ -106,6 +127,48 @@ impl Opening<'_> {
         self.save(name, 0, DescriptorKind::Image, file.into(), path)
     }
 
+    fn disk(&mut self, slot: u8, disk: &Disk) -> Result<VirtioConfig> {
+        // By the path as it is now, before anything is done to what lies there; what was opened is asked again.
+        let grant = self.policy.grant(descriptor::DISK);
+        let resolved = disk.path.canonicalize().map_err(|e| {
+            unfit(
+                format_args!(
+                    "disk {}: cannot open {}: {e}",
+                    disk.id.0,
+                    disk.path.display()
+                ),
+                "mend the path in the VM file",
+            )
+        })?;
+        if !grant.is_some_and(|grant| grant.permits_path(&resolved)) {
+            return Err(refused(
+                format_args!(
+                    "policy {} does not grant the disk {} at {}",
+                    self.policy.name,
+                    disk.id.0,
+                    resolved.display()
+                ),
+                "",
+            ));
+        }
+        let OpenDisk { file, kind, config } = disks::open(disk)?;
+        self.save(descriptor::DISK, slot.into(), kind, file, &disk.path)?;
+        let config = VirtioConfig {
+            slot,
+            device: VirtioKind::Block(config),
+        };
+        for queue in 0..config.device.queues() {
+            self.save(
+                descriptor::KICK,
+                config.kick(queue),
+                DescriptorKind::Eventfd,
+                disks::kick()?,
+                Path::new("eventfd"),
+            )?;
+        }
+        Ok(config)
+    }
+
     fn save(
         &mut self,
         name: &str,
@@ -117,11 +180,14 @@ impl Opening<'_> {
         let key = DescriptorKey::new(name, id).doing("cannot name a descriptor")?;
         // Where the kernel says that it is, whatever the path led through.
         let resolved = match kind {
-            DescriptorKind::Image | DescriptorKind::Kvm => Some(
+            DescriptorKind::Image
+            | DescriptorKind::Kvm
+            | DescriptorKind::Disk
+            | DescriptorKind::BlockDevice => Some(
                 std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
                     .doing(format_args!("cannot resolve {}", path.display()))?,
             ),
-            DescriptorKind::GuestRam | DescriptorKind::Stream => None,
+            DescriptorKind::GuestRam | DescriptorKind::Stream | DescriptorKind::Eventfd => None,
         };
         let found = Description::of(kind, fd.as_fd()).map_err(|e| {
             unfit(
@@ -158,7 +224,9 @@ pub(crate) fn check_grant(
     let kind = match found.kind {
         DescriptorKind::Kvm => baton_policy::Kind::Kvm,
         DescriptorKind::GuestRam => baton_policy::Kind::Memfd,
-        DescriptorKind::Image => baton_policy::Kind::File,
+        DescriptorKind::Image | DescriptorKind::Disk => baton_policy::Kind::File,
+        DescriptorKind::BlockDevice => baton_policy::Kind::Block,
+        DescriptorKind::Eventfd => baton_policy::Kind::Eventfd,
         DescriptorKind::Stream => baton_policy::Kind::StreamSocket,
     };
     // A registry holds guest RAM with all of these seals only.

@@ -590,7 +590,7 @@ impl Broker {
     pub(crate) fn settled(&self) -> Moment {
         Moment::Settled {
             vcpus: u32::from(self.vm.cpus.count.0),
-            io: 0,
+            io: self.io_threads().into(),
         }
     }
 

@@ -12,6 +12,9 @@ use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
 use serde::Deserialize;
 
+pub(crate) mod disk;
+
+use self::disk::Disks;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
@@ -51,6 +54,9 @@ pub(crate) struct VmFile {
     /// Where its console goes.
     #[serde(default)]
     pub(crate) console: Console,
+    /// Its disks.
+    #[serde(default)]
+    pub(crate) disk: Disks,
 }
 
 fn default_policy() -> PathBuf {
@@ -167,22 +173,26 @@ impl TryFrom<String> for Size {
     fn try_from(text: String) -> std::result::Result<Self, String> {
         let expected =
             || format!("{text:?} is no size; write a whole number and K, M or G, as in \"512M\"");
-        let unit = text.chars().next_back().ok_or_else(expected)?;
-        let shift = match unit {
-            'K' => 10,
-            'M' => 20,
-            'G' => 30,
-            _ => return Err(expected()),
-        };
-        let number = text.strip_suffix(unit).unwrap_or_default();
-        let number: u64 = number.parse().map_err(|_| expected())?;
-        let bytes = number.checked_mul(1 << shift).ok_or_else(expected)?;
+        let bytes = binary_size(&text).ok_or_else(expected)?;
         if (MIN_RAM..=MAX_RAM).contains(&bytes) {
             Ok(Self(bytes))
         } else {
             Err(format!("{text} of guest RAM; a VM has 16M to 16G"))
         }
     }
+}
+
+/// The bytes of a whole number with the unit K, M or G.
+fn binary_size(text: &str) -> Option<u64> {
+    let unit = text.chars().next_back()?;
+    let shift = match unit {
+        'K' => 10,
+        'M' => 20,
+        'G' => 30,
+        _ => return None,
+    };
+    let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+    number.checked_mul(1 << shift)
 }
 
 /// `[boot]`.
@@ -291,6 +301,10 @@ impl VmFile {
         below(&mut self.boot.kernel);
         self.boot.initrd.as_mut().map(below);
         self.worker.as_mut().map(below);
+        self.disk
+            .0
+            .iter_mut()
+            .for_each(|disk| below(&mut disk.path));
         if self.policy.as_os_str() != "default" {
             below(&mut self.policy);
         }
@@ -354,6 +368,39 @@ kernel = "vmlinux"
     }
 
     #[test]
+    fn disks_have_defaults_and_limits_that_last_a_second() {
+        let disks = r#"
+[[disk]]
+id = "root"
+path = "root.img"
+[[disk]]
+id = "data"
+path = "/dev/vg/data"
+readonly = true
+limit = { bytes = "10M", operations = 100, operations_burst = 500 }
+"#;
+        let mut file = VmFile::parse(&format!("{GOOD}{disks}")).unwrap();
+        file.resolve(Path::new("/srv/vm"));
+        let [root, data] = &file.disk.0[..] else {
+            panic!("{:?}", file.disk)
+        };
+        assert_eq!(root.path, Path::new("/srv/vm/root.img"));
+        assert_eq!(
+            (root.queues.0, root.readonly, root.direct),
+            (1, false, false)
+        );
+        assert_eq!(
+            root.limit.limits(),
+            baton_ipc::worker::DiskLimits::default()
+        );
+        assert_eq!(data.path, Path::new("/dev/vg/data"));
+        let limits = data.limit.limits();
+        let (bytes, operations) = (limits.bytes.unwrap(), limits.operations.unwrap());
+        assert_eq!((bytes.per_second, bytes.burst), (10 << 20, 10 << 20));
+        assert_eq!((operations.per_second, operations.burst), (100, 500));
+    }
+
+    #[test]
     fn ram_is_split_around_the_hole() {
         let file = VmFile::parse(&GOOD.replace("512M", "4G")).unwrap();
         assert_eq!(
@@ -392,6 +439,36 @@ kernel = "vmlinux"
                 "[console]\nkind = \"radio\"\n[boot]",
                 7,
                 "unknown variant `radio`",
+            ),
+            (
+                "[boot]",
+                "[[disk]]\nid = \"a b\"\npath = \"x\"\n[boot]",
+                7,
+                "no id or serial number",
+            ),
+            (
+                "[boot]",
+                "[[disk]]\nid = \"a\"\npath = \"x\"\nqueues = 9\n[boot]",
+                9,
+                "1 to 8",
+            ),
+            (
+                "[boot]",
+                "[[disk]]\nid = \"a\"\npath = \"x\"\nlimit = { bytes = \"9\" }\n[boot]",
+                9,
+                "no number of bytes",
+            ),
+            (
+                "[boot]",
+                "[[disk]]\nid = \"a\"\npath = \"x\"\n[[disk]]\nid = \"a\"\npath = \"y\"\n[boot]",
+                6,
+                "two disks have the id",
+            ),
+            (
+                "[boot]",
+                "[[disk]]\nid = \"a\"\npath = \"x\"\nlimit = { operations_burst = 1 }\n[boot]",
+                6,
+                "a burst without",
             ),
             (
                 "size = \"512M\"",

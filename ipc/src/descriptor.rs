@@ -25,11 +25,20 @@ pub const INITRD: &str = "initrd";
 /// The name of the worker's end of the console stream.
 pub const CONSOLE: &str = "console";
 
+/// The name of a disk; the id is the device's slot.
+pub const DISK: &str = "disk";
+/// The name of the eventfd by which a guest notifies a virtqueue; the id is
+/// [`VirtioConfig::kick`](crate::worker::VirtioConfig::kick)'s.
+pub const KICK: &str = "kick";
+
 /// Seals that every guest-RAM memfd carries before it leaves the broker: its size is fixed, and no holder can add a seal
 /// that would break the next worker's mapping (memfd_create(2), fcntl(2) "File Sealing").
 pub const RAM_SEALS: SealFlags = SealFlags::SHRINK
     .union(SealFlags::GROW)
     .union(SealFlags::SEAL);
+
+/// The part of `st_mode` that says what a file is (S_IFMT, inode(7)).
+const FILE_TYPE: u32 = 0o170_000;
 
 /// `/dev/kvm`'s device number (Documentation/admin-guide/devices.txt: misc major 10, minor 232).
 const KVM_DEVICE: (u32, u32) = (10, 232);
@@ -110,6 +119,12 @@ pub enum DescriptorKind {
     Image,
     /// A connected `AF_UNIX` stream socket.
     Stream,
+    /// A disk of the guest that is a regular file.
+    Disk,
+    /// A disk of the guest that is a block device.
+    BlockDevice,
+    /// An eventfd. All of them look alike to fstat(2): KVM_IOEVENTFD refuses what is none.
+    Eventfd,
 }
 
 /// What a descriptor may be used for (O_ACCMODE, open(2)).
@@ -202,7 +217,7 @@ pub struct Description {
     pub kind: DescriptorKind,
     /// The access mode.
     pub access: Access,
-    /// The object's size in bytes; compared for guest RAM only, since files may grow.
+    /// The object's size in bytes (0 for a block device); compared for guest RAM and disks only, since files may grow.
     pub size: u64,
     /// `st_dev` of fstat(2).
     pub device: u64,
@@ -231,8 +246,13 @@ impl Description {
             DescriptorKind::Kvm => {
                 file_type == FileType::CharacterDevice && device_number == KVM_DEVICE
             }
-            DescriptorKind::GuestRam | DescriptorKind::Image => file_type == FileType::RegularFile,
+            DescriptorKind::GuestRam | DescriptorKind::Image | DescriptorKind::Disk => {
+                file_type == FileType::RegularFile
+            }
             DescriptorKind::Stream => file_type == FileType::Socket,
+            DescriptorKind::BlockDevice => file_type == FileType::BlockDevice,
+            // An anonymous inode has no type (Linux, `fs/anon_inodes.c`).
+            DescriptorKind::Eventfd => stat.st_mode & FILE_TYPE == 0,
         };
         if !right {
             return Err(DescriptorError::Kind {
@@ -281,7 +301,8 @@ impl Description {
                 inode: found.inode,
             });
         }
-        if self.kind == DescriptorKind::GuestRam && found.size != self.size {
+        let fixed = matches!(self.kind, DescriptorKind::GuestRam | DescriptorKind::Disk);
+        if fixed && found.size != self.size {
             return Err(DescriptorError::Size {
                 expected: self.size,
                 found: found.size,
@@ -352,6 +373,32 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_of_another_size_is_refused() {
+        let file = tempfile();
+        let mut description = Description::of(DescriptorKind::Disk, file.as_fd()).unwrap();
+        description.verify(file.as_fd()).unwrap();
+        description.size += 512;
+        assert!(matches!(
+            description.verify(file.as_fd()),
+            Err(DescriptorError::Size { .. })
+        ));
+    }
+
+    #[test]
+    fn an_eventfd_is_known_by_what_it_is_not() {
+        let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let description = Description::of(DescriptorKind::Eventfd, eventfd.as_fd()).unwrap();
+        assert_eq!(description.access, Access::ReadWrite);
+        for kind in [DescriptorKind::Disk, DescriptorKind::Stream] {
+            assert!(Description::of(kind, eventfd.as_fd()).is_err());
+        }
+    }
+
+    fn tempfile() -> OwnedFd {
+        rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
     fn the_wrong_kind_and_access_are_refused() {
         let null = File::open("/dev/null").unwrap();
         for kind in [
@@ -359,6 +406,9 @@ mod tests {
             DescriptorKind::GuestRam,
             DescriptorKind::Image,
             DescriptorKind::Stream,
+            DescriptorKind::Disk,
+            DescriptorKind::BlockDevice,
+            DescriptorKind::Eventfd,
         ] {
             assert!(
                 matches!(

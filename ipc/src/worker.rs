@@ -46,13 +46,28 @@ use crate::StateDigest;
 use crate::VmId;
 
 /// The version of these messages; a worker of another version is refused before it is given anything.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 8;
 
 /// The longest kernel command line, in bytes (COMMAND_LINE_SIZE of x86 Linux is 2048 with its NUL).
 pub const MAX_CMDLINE: usize = 2047;
+
+/// The most queues of one virtio device: the ids of its notification descriptors are this many apart.
+pub const MAX_QUEUES: u32 = 32;
+
+/// The most PCI devices; the host bridge is device 0 (device numbers have 5 bits).
+pub const MAX_SLOTS: u8 = 32;
+
+/// The most queues of a disk: one a vCPU.
+pub const MAX_DISK_QUEUES: u8 = MAX_CPUS;
+
+/// Bytes of a disk's serial number (virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID).
+pub const MAX_SERIAL: usize = 20;
+
+/// The most I/O threads of a worker.
+pub const MAX_IO_THREADS: u8 = 4;
 
 /// How guest RAM is backed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +115,85 @@ pub struct WorkerConfig {
     pub initrd: bool,
     /// The last filters, as classic BPF programs of 8-byte instructions.
     pub filters: Filters,
+    /// virtio devices, in ascending order of their slots.
+    pub virtio: Vec<VirtioConfig>,
+    /// Threads that serve them, 1 to [`MAX_IO_THREADS`].
+    pub io_threads: u8,
+    /// How long requests in flight may take when devices park, in milliseconds.
+    pub drain_ms: u32,
+}
+
+/// A virtio device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtioConfig {
+    /// Its PCI device number, from 1 to below [`MAX_SLOTS`]; also the id of its descriptors.
+    pub slot: u8,
+    /// What it is.
+    pub device: VirtioKind,
+}
+
+/// What a virtio device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VirtioKind {
+    /// A disk, on descriptor `disk` with its slot as id.
+    Block(BlockConfig),
+}
+
+impl VirtioKind {
+    /// How many virtqueues it has, each with a notification descriptor.
+    #[must_use]
+    pub fn queues(&self) -> u32 {
+        match self {
+            Self::Block(block) => block.queues.into(),
+        }
+    }
+}
+
+impl VirtioConfig {
+    /// The id of the notification descriptor `kick` of one of its queues.
+    #[must_use]
+    pub fn kick(&self, queue: u32) -> u32 {
+        u32::from(self.slot) * MAX_QUEUES + queue
+    }
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockConfig {
+    /// Its size in bytes, a multiple of 512.
+    pub bytes: u64,
+    /// It is a block device, not a regular file.
+    pub device: bool,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// It was opened with O_DIRECT.
+    pub direct: bool,
+    /// The block size that the guest is told, in bytes: a power of two from 512.
+    pub block_size: u32,
+    /// Queues, 1 to [`MAX_DISK_QUEUES`].
+    pub queues: u8,
+    /// Its serial number, at most [`MAX_SERIAL`] bytes of printable ASCII.
+    pub serial: String,
+    /// Rate limits.
+    pub limits: DiskLimits,
+}
+
+/// Rate limits of a disk, over all of its queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskLimits {
+    /// Of bytes read and written.
+    pub bytes: Option<RateLimit>,
+    /// Of requests of any kind.
+    pub operations: Option<RateLimit>,
+}
+
+/// A token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimit {
+    /// Tokens that come in a second, at least 1.
+    pub per_second: u64,
+    /// Tokens that it holds, at least 1.
+    pub burst: u64,
 }
 
 /// The steady-state filter of each role.
@@ -109,6 +203,8 @@ pub struct Filters {
     pub control: Vec<u8>,
     /// Of each vCPU thread.
     pub vcpu: Vec<u8>,
+    /// Of each I/O thread.
+    pub io: Vec<u8>,
 }
 
 /// What a broker tells a worker.

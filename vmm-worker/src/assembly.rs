@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_ipc::DescriptorError;
 use baton_ipc::DescriptorKey;
@@ -13,14 +14,23 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::RegistryError;
 use baton_ipc::descriptor;
+use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::BuildTimes;
 use baton_ipc::worker::MAX_CMDLINE;
 use baton_ipc::worker::MAX_CPUS;
+use baton_ipc::worker::MAX_DISK_QUEUES;
+use baton_ipc::worker::MAX_IO_THREADS;
+use baton_ipc::worker::MAX_QUEUES;
+use baton_ipc::worker::MAX_SERIAL;
+use baton_ipc::worker::MAX_SLOTS;
+use baton_ipc::worker::VirtioConfig;
+use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::WorkerConfig;
 use baton_policy::Program;
 use baton_policy::ProgramError;
 use kvm_bindings::CpuId;
 use kvm_ioctls::VmFd;
+use rustix::fs::OFlags;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
@@ -37,11 +47,16 @@ use crate::cpuid::Told;
 use crate::devices::Trigger;
 use crate::devices::lifecycle::LifecycleError;
 use crate::fail_point::fail_point;
+use crate::io_pool::IoPool;
+use crate::io_pool::PoolError;
 use crate::memory;
 use crate::memory::MemoryError;
+use crate::pci_host::Preview;
 use crate::platform;
 use crate::platform::Platform;
 use crate::platform::PlatformError;
+use crate::platform::PlatformParts;
+use crate::platform::VirtioParts;
 use crate::vcpu::Inventory;
 use crate::vcpu::Rendezvous;
 use crate::vcpu::VcpuError;
@@ -52,6 +67,8 @@ use crate::vm::VmError;
 
 /// The most regions of RAM.
 const MAX_REGIONS: usize = 64;
+/// The longest that draining may take, in milliseconds: no pause is nearly as long.
+const MAX_DRAIN_MS: u32 = 10_000;
 
 /// Why a VM cannot be made.
 #[derive(Debug, Error)]
@@ -88,6 +105,9 @@ pub(crate) enum BuildError {
     /// The devices.
     #[error(transparent)]
     Platform(#[from] PlatformError),
+    /// The I/O threads.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// The devices' set-up.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
@@ -107,6 +127,7 @@ pub(crate) struct Machinery {
     pub(crate) console: Console,
     kernel: File,
     initrd: Option<File>,
+    pub(crate) pool: IoPool,
     cmdline: String,
     cpus: u8,
 }
@@ -115,6 +136,7 @@ pub(crate) struct Machinery {
 pub(crate) struct LastFilters {
     pub(crate) control: Program,
     pub(crate) vcpu: Program,
+    pub(crate) io: Program,
 }
 
 /// Checks what no broker of ours would say.
@@ -139,14 +161,89 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
     if config.cmdline.len() > MAX_CMDLINE {
         return wrong("cmdline", format!("{} bytes long", config.cmdline.len()));
     }
+    if config.io_threads == 0 || config.io_threads > MAX_IO_THREADS {
+        return wrong("io_threads", config.io_threads.to_string());
+    }
+    if config.drain_ms > MAX_DRAIN_MS {
+        return wrong("drain_ms", config.drain_ms.to_string());
+    }
+    if !config.virtio.is_sorted_by(|a, b| a.slot < b.slot) {
+        return wrong("virtio", "not in the order of its slots".to_owned());
+    }
+    for VirtioConfig { slot, device } in &config.virtio {
+        let reserved = *slot == 0 || *slot >= MAX_SLOTS;
+        if reserved || device.queues() == 0 || device.queues() > MAX_QUEUES {
+            return wrong("virtio", format!("slot {slot}, {} queues", device.queues()));
+        }
+        match device {
+            VirtioKind::Block(block) => check_block(block)?,
+        }
+    }
     Ok(LastFilters {
         control: Program::from_bytes(&config.filters.control)?,
         vcpu: Program::from_bytes(&config.filters.vcpu)?,
+        io: Program::from_bytes(&config.filters.io)?,
     })
 }
 
+fn check_block(block: &BlockConfig) -> Result<(), BuildError> {
+    let BlockConfig {
+        bytes,
+        device: _,
+        readonly: _,
+        direct: _,
+        block_size,
+        queues,
+        serial,
+        limits,
+    } = block;
+    let wrong = |field, value: String| Err(BuildError::Config { field, value });
+    if bytes % 512 != 0 {
+        return wrong("disk.bytes", bytes.to_string());
+    }
+    if !block_size.is_power_of_two() || !(512..=4096).contains(block_size) {
+        return wrong("disk.block_size", block_size.to_string());
+    }
+    if *queues > MAX_DISK_QUEUES {
+        return wrong("disk.queues", queues.to_string());
+    }
+    if serial.len() > MAX_SERIAL || !serial.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+        return wrong("disk.serial", format!("{serial:?}"));
+    }
+    for limit in [limits.bytes, limits.operations].into_iter().flatten() {
+        if limit.per_second == 0 || limit.burst == 0 {
+            return wrong("disk.limits", format!("{limit:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a disk can be written exactly if the guest may.
+fn check_access(disk: &OwnedFd, readonly: bool) -> Result<(), BuildError> {
+    let flags = rustix::fs::fcntl_getfl(disk).map_err(|e| BuildError::Config {
+        field: "disk",
+        value: format!("not to be examined: {e}"),
+    })?;
+    let expected = if readonly {
+        OFlags::RDONLY
+    } else {
+        OFlags::RDWR
+    };
+    if flags & OFlags::ACCMODE == expected {
+        Ok(())
+    } else {
+        Err(BuildError::Config {
+            field: "disk",
+            value: format!(
+                "open with flags {:#o}, readonly is {readonly}",
+                flags.bits()
+            ),
+        })
+    }
+}
+
 /// Builds the VM. `wake` tells the control thread to look after devices and vCPUs; `origin_ns` is when this worker
-/// began.
+/// began, `preview` what the old worker of an upgrade says in advance.
 ///
 /// # Errors
 ///
@@ -156,6 +253,7 @@ pub(crate) fn build(
     mut registry: Registry,
     wake: &Arc<dyn Trigger>,
     origin_ns: u64,
+    preview: &Preview,
 ) -> Result<(Machinery, BuildTimes), BuildError> {
     let mut times = BuildTimes::default();
     let since = || clock::monotonic_ns().saturating_sub(origin_ns) / 1000;
@@ -173,6 +271,37 @@ pub(crate) fn build(
         .then(|| claim(descriptor::INITRD, 0, DescriptorKind::Image))
         .transpose()?;
     let console = claim(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
+    let mut virtio = Vec::with_capacity(config.virtio.len());
+    for device in &config.virtio {
+        let file = match &device.device {
+            VirtioKind::Block(block) => {
+                let name = descriptor::DISK;
+                let kind = if block.device {
+                    DescriptorKind::BlockDevice
+                } else {
+                    DescriptorKind::Disk
+                };
+                let file = claim(name, device.slot.into(), kind)?;
+                check_access(&file, block.readonly)?;
+                file
+            }
+        };
+        let kicks = (0..device.device.queues())
+            .map(|queue| {
+                claim(
+                    descriptor::KICK,
+                    device.kick(queue),
+                    DescriptorKind::Eventfd,
+                )
+            })
+            .map(|kick| kick.map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        virtio.push(VirtioParts {
+            config: device.clone(),
+            kicks,
+            file,
+        });
+    }
     registry.finish()?;
 
     // The mapping is the VM's, and the VM lives as long as this process.
@@ -210,7 +339,16 @@ pub(crate) fn build(
             .map_err(vm::ioctl("KVM_SET_CPUID2"))?;
     }
     let inventory = Arc::new(Inventory::of(first, &host.msrs, host.xsave)?);
-    let mut platform = platform::build(&vm, wake)?;
+    let pool = IoPool::spawn(config.io_threads)?;
+    let mut platform = platform::build(PlatformParts {
+        vm: &vm,
+        wake,
+        ram: memory,
+        pool: &pool,
+        drain: Duration::from_millis(config.drain_ms.into()),
+        virtio,
+        preview,
+    })?;
     platform.devices.setup(config.mode)?;
     let rendezvous = Rendezvous::new(Arc::clone(wake));
     let vcpus = Vcpus::spawn(vcpus, &inventory, &platform.exits, rendezvous)?;
@@ -226,6 +364,7 @@ pub(crate) fn build(
         cpuid: Told::of(&tables),
         kernel: kernel.into(),
         initrd: initrd.map(File::from),
+        pool,
         cmdline: config.cmdline.clone(),
         cpus: config.cpus,
     };
@@ -239,13 +378,18 @@ impl Machinery {
     ///
     /// [`BootError`].
     pub(crate) fn load_kernel(&self, ram: RamContent) -> Result<boot::Loaded, BootError> {
+        let bridge = boot::pci_host_bridge();
+        let mcfg = boot::mcfg();
         let params = BootParams {
             kernel: &self.kernel,
             initrd: self.initrd.as_ref(),
             cmdline: &self.cmdline,
             cpus: self.cpus,
             ram,
-            acpi: AcpiExtras::default(),
+            acpi: AcpiExtras {
+                dsdt: &[&*bridge],
+                tables: &[&mcfg],
+            },
         };
         boot::load(self.memory, &params)
     }

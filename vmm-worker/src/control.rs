@@ -37,6 +37,7 @@ use crate::rehearsal::ResetState;
 use crate::transfer::incoming::Incoming;
 use crate::transfer::main_channel::MainChannel;
 use crate::transfer::outgoing::Outgoing;
+use crate::transfer::outgoing::Preview;
 use crate::transfer::outgoing::Progress;
 
 /// Reports kept for a broker that does not read; more are dropped, and said to be.
@@ -265,6 +266,9 @@ impl Worker {
                 self.power_event(event);
             }
         }
+        if let Phase::Running = self.phase {
+            self.machinery.platform.pci.settle();
+        }
         if self.serves_console() {
             self.machinery.console.drain();
         }
@@ -278,7 +282,12 @@ impl Worker {
                 Err(error) => self.give_up("load", &error),
             };
         }
-        match self.outgoing.advance(&self.machine, &self.machinery.cpuid) {
+        let machinery = &self.machinery;
+        let preview = || Preview {
+            cpuid: machinery.cpuid.clone(),
+            pci: machinery.platform.pci.preview(),
+        };
+        match self.outgoing.advance(&self.machine, preview) {
             Progress::Waiting => {}
             Progress::Agreed => self.report(Report::Agreed),
             Progress::Ended(reason) => self.fail("agree", reason),

@@ -1,6 +1,6 @@
 //! Lines of text for the broker's log, through the pipe that is descriptor 2.
 //!
-//! Only the control thread writes here, whole lines, and only when the pipe has room: a broker that does not read loses
+//! The control thread writes here, and an I/O thread once a device; whole lines, and only when the pipe has room: a broker that does not read loses
 //! lines, it does not stop the guest.
 
 use std::fmt;

@@ -64,8 +64,9 @@ impl Worker {
         match incoming::load(&mut self.machinery, stream) {
             Ok(digest) => {
                 self.phase = Phase::Loaded;
-                // No route or BAR can differ from the preview: there are none that a guest can change yet.
-                self.report(Report::Loaded { digest, changed: 0 });
+                // What differs from the preview works as it is, and is arranged once the guest runs.
+                let changed = self.machinery.platform.pci.changed();
+                self.report(Report::Loaded { digest, changed });
                 Ok(())
             }
             Err(error) => self.give_up("load", &error),

@@ -9,6 +9,7 @@
 //! vcpu        one thread each; its state, and how it is stopped without losing a kick
 //! vm_state    what belongs to no vCPU                  sections   what the state stream is made of
 //! boot        the kernel in RAM                        devices    what the guest finds on its buses
+//! pci_host    interrupts and notifications in KVM      io_pool    the threads that serve disks
 //! ```
 //!
 //! It opens nothing, connects to nothing and starts nothing: every descriptor but the control socket comes from the
@@ -26,9 +27,11 @@ mod diagnostics;
 mod fail_point;
 mod guest;
 mod handover;
+mod io_pool;
 mod life;
 mod memory;
 mod orders;
+mod pci_host;
 mod platform;
 mod rehearsal;
 mod sections;

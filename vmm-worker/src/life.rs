@@ -46,6 +46,7 @@ use crate::transfer::incoming;
 use crate::transfer::incoming::Incoming;
 use crate::transfer::incoming::IncomingError;
 use crate::transfer::main_channel::MainChannel;
+use crate::transfer::outgoing::Preview;
 
 /// This build, for people.
 pub const BUILD: &str = concat!("baton-worker ", env!("CARGO_PKG_VERSION"));
@@ -169,7 +170,7 @@ fn grow_up(
     let (config, cpr, main) = configuration(control)?;
     let filters = assembly::check(&config)?;
 
-    let machine = sections::machine(&config, &platform::DEVICES);
+    let machine = sections::machine(&config, &platform::device_ids(&config));
     let mut main = main.map(MainChannel::new);
     let preview = match &mut main {
         Some(main) => {
@@ -181,10 +182,12 @@ fn grow_up(
     let registry = descriptors(&cpr, control, &config)?;
     let wake = Arc::new(Wake::new()?);
     let trigger: Arc<dyn Trigger> = Arc::clone(&wake) as Arc<dyn Trigger>;
-    let (mut machinery, mut times) = assembly::build(&config, registry, &trigger, origin_ns)?;
-    if let Some(difference) =
-        preview.and_then(|preview| machinery.cpuid.first_difference(&preview.cpuid))
-    {
+    let (cpuid, pci) = match preview {
+        Some(Preview { cpuid, pci }) => (Some(cpuid), pci),
+        None => (None, Vec::new()),
+    };
+    let (mut machinery, mut times) = assembly::build(&config, registry, &trigger, origin_ns, &pci)?;
+    if let Some(difference) = cpuid.and_then(|cpuid| machinery.cpuid.first_difference(&cpuid)) {
         return Err(LifeError::Processor(difference.to_string()));
     }
     rehearsal::confine(&mut machinery, &filters)?;

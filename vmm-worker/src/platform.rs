@@ -10,7 +10,12 @@ use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::Duration;
 
+use baton_ipc::worker::VirtioConfig;
+use baton_ipc::worker::VirtioKind;
+use baton_ipc::worker::WorkerConfig;
 use kvm_ioctls::VmFd;
 use rustix::event::EventfdFlags;
 use thiserror::Error;
@@ -26,11 +31,25 @@ use crate::devices::acpi_pm::AcpiPm;
 use crate::devices::bus::BusError;
 use crate::devices::i8042::I8042;
 use crate::devices::lifecycle::LifecycleError;
+use crate::devices::pci::segment::Segment;
+use crate::devices::pci::segment::SegmentDevice;
+use crate::devices::pci::segment::Window;
+use crate::devices::pci::segment::WindowDevice;
 use crate::devices::power::Power;
 use crate::devices::power::PowerLatch;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::Block;
+use crate::devices::virtio::buffers::Ram;
+use crate::devices::virtio::transport;
+use crate::devices::virtio::transport::Transport;
+use crate::io_pool::IoPool;
+use crate::pci_host;
+use crate::pci_host::PciHost;
+use crate::pci_host::Preview;
 use crate::vcpu::Exits;
+use crate::vm::VmError;
 
 /// Why the devices cannot be had.
 #[derive(Debug, Error)]
@@ -41,6 +60,15 @@ pub(crate) enum PlatformError {
     /// The devices are not those of [`DEVICES`]: a mistake in this file.
     #[error("the devices are {0:?}")]
     Order(Vec<DeviceId>),
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// More interrupt routes than a table holds.
+    #[error("{0} interrupt routes")]
+    Routes(usize),
+    /// A PCI device where there can be none.
+    #[error("PCI device {0} cannot be there")]
+    Slot(u8),
     /// Two devices want the same addresses.
     #[error("bus: {0}")]
     Bus(#[from] BusError),
@@ -107,14 +135,49 @@ impl IrqLine for Line {
     }
 }
 
-/// The devices of every VM, in the order in which their states go over.
-pub(crate) const DEVICES: [DeviceId; 5] = [
+/// The devices of every VM, in the order in which their states go over; virtio devices follow.
+const DEVICES: [DeviceId; 6] = [
     DeviceId::new(DeviceKind::POWER, 0),
     DeviceId::new(DeviceKind::SERIAL, 0),
     DeviceId::new(DeviceKind::I8042, 0),
     DeviceId::new(DeviceKind::ACPI_PM, 0),
     DeviceId::new(DeviceKind::RTC, 0),
+    DeviceId::new(DeviceKind::PCI, 0),
 ];
+
+/// The devices of a VM, in the order in which their states go over.
+pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
+    let virtio = config.virtio.iter().map(|device| {
+        let kind = match device.device {
+            VirtioKind::Block(_) => DeviceKind::BLOCK,
+        };
+        DeviceId::new(kind, device.slot.into())
+    });
+    DEVICES.into_iter().chain(virtio).collect()
+}
+
+/// A virtio device with the descriptors that are its own.
+pub(crate) struct VirtioParts {
+    pub(crate) config: VirtioConfig,
+    /// What a driver notifies each queue by.
+    pub(crate) kicks: Vec<Arc<OwnedFd>>,
+    /// What the device works on.
+    pub(crate) file: OwnedFd,
+}
+
+/// What platform devices are made with.
+pub(crate) struct PlatformParts<'a> {
+    pub(crate) vm: &'a Arc<VmFd>,
+    /// Tells the control thread to look after devices.
+    pub(crate) wake: &'a Arc<dyn Trigger>,
+    pub(crate) ram: Ram,
+    pub(crate) pool: &'a IoPool,
+    /// How long requests in flight may take when devices park.
+    pub(crate) drain: Duration,
+    pub(crate) virtio: Vec<VirtioParts>,
+    /// What the old worker of an upgrade says in advance.
+    pub(crate) preview: &'a Preview,
+}
 
 /// All devices.
 pub(crate) struct Platform {
@@ -123,14 +186,16 @@ pub(crate) struct Platform {
     pub(crate) serial: Arc<Mutex<SerialPort>>,
     pub(crate) acpi_pm: Arc<Mutex<AcpiPm>>,
     pub(crate) power: Arc<PowerLatch>,
+    pub(crate) pci: PciHost,
 }
 
-/// Makes all devices. `wake` tells the control thread to look after them.
+/// Makes all devices.
 ///
 /// # Errors
 ///
 /// [`PlatformError`].
-pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform, PlatformError> {
+pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError> {
+    let (vm, wake) = (parts.vm, parts.wake);
     let com1 = Arc::new(Edge {
         vm: Arc::clone(vm),
         gsi: layout::COM1_IRQ,
@@ -175,13 +240,36 @@ pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform,
     devices.add(i8042)?;
     devices.add(acpi_pm.clone())?;
     devices.add(rtc)?;
+    let segment = Arc::new(Mutex::new(Segment::new(layout::PCI_WINDOW_32)));
+    devices.add(Arc::new(Mutex::new(SegmentDevice(Arc::clone(&segment)))))?;
     if !devices.ids().eq(DEVICES) {
         return Err(PlatformError::Order(devices.ids().collect()));
     }
+    let mut mmio = Bus::new();
+    let window = |window| {
+        let segment = Arc::clone(&segment);
+        Arc::new(Mutex::new(WindowDevice { window, segment }))
+    };
+    ports.insert(
+        u64::from(layout::PCI_CONFIG_PORT),
+        u64::from(layout::PCI_CONFIG_PORTS),
+        window(Window::Ports),
+    )?;
+    mmio.insert(
+        layout::PCI_ECAM,
+        layout::PCI_ECAM_SIZE,
+        window(Window::Ecam),
+    )?;
+    mmio.insert(
+        layout::PCI_WINDOW_32,
+        layout::PCI_WINDOW_32_SIZE,
+        window(Window::Memory),
+    )?;
+    let pci = plug(parts, &segment, &mut devices)?;
 
     let exits = Exits {
         ports: Arc::new(ports),
-        mmio: Arc::new(Bus::new()),
+        mmio: Arc::new(mmio),
         power: Arc::clone(&power),
     };
     Ok(Platform {
@@ -190,5 +278,61 @@ pub(crate) fn build(vm: &Arc<VmFd>, wake: &Arc<dyn Trigger>) -> Result<Platform,
         serial,
         acpi_pm,
         power,
+        pci,
     })
+}
+
+/// Makes the virtio devices, plugs them in, and gives their backends to the pool's threads in turn.
+fn plug(
+    parts: PlatformParts<'_>,
+    segment: &Mutex<Segment>,
+    devices: &mut Devices,
+) -> Result<PciHost, PlatformError> {
+    let mut pci = PciHost::new(Arc::clone(parts.vm), Arc::clone(parts.wake));
+    let mut seats = 0;
+    for VirtioParts {
+        config,
+        kicks,
+        file,
+    } in parts.virtio
+    {
+        let slot = config.slot;
+        let device: Box<dyn VirtioDevice> = match &config.device {
+            VirtioKind::Block(block) => Box::new(Block::new(file, block)),
+        };
+        let vectors = u16::try_from(kicks.len()).unwrap_or(0).saturating_add(1);
+        let (sink, irqs) = pci.vectors(slot, vectors)?;
+        let wakers: Vec<_> = (seats..)
+            .take(kicks.len())
+            .map(|number| parts.pool.waker(number))
+            .collect();
+        let transport = Transport::new(
+            device,
+            transport::Parts {
+                slot,
+                bar: pci_host::first_bar(slot),
+                sink: Box::new(sink),
+                kicks,
+                ram: parts.ram,
+                wakers,
+                drain: parts.drain,
+            },
+        );
+        for seat in transport.seats() {
+            parts.pool.add(seats, Arc::clone(seat));
+            seats += 1;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        let plugged = segment
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .plug(slot, transport.clone());
+        if !plugged {
+            return Err(PlatformError::Slot(slot));
+        }
+        devices.add(transport.clone())?;
+        pci.add(slot, transport, irqs);
+    }
+    pci.arrange(parts.preview)?;
+    Ok(pci)
 }

@@ -17,6 +17,7 @@ use crate::assembly::LastFilters;
 use crate::assembly::Machinery;
 use crate::devices::lifecycle::LifecycleError;
 use crate::fail_point::fail_point;
+use crate::io_pool::PoolError;
 use crate::sections;
 use crate::sections::SectionError;
 use crate::transfer::main_channel;
@@ -37,6 +38,9 @@ pub(crate) enum RehearsalError {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// An I/O thread.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// The VM's own state.
     #[error(transparent)]
     Vm(#[from] VmStateError),
@@ -70,7 +74,7 @@ pub(crate) struct ResetState {
 ///
 /// # Errors
 ///
-/// [`RehearsalError::Filter`] and [`RehearsalError::Vcpu`].
+/// [`RehearsalError::Filter`], [`RehearsalError::Vcpu`] and [`RehearsalError::Pool`].
 pub(crate) fn confine(
     machinery: &mut Machinery,
     filters: &LastFilters,
@@ -78,6 +82,7 @@ pub(crate) fn confine(
     machinery
         .vcpus
         .command_all(|_| Command::Confine(filters.vcpu.clone()))?;
+    machinery.pool.confine(&filters.io)?;
     filters.control.install().map_err(RehearsalError::Filter)
 }
 

@@ -294,7 +294,11 @@ mod tests {
             filters: Filters {
                 control: vec![],
                 vcpu: vec![],
+                io: vec![],
             },
+            virtio: Vec::new(),
+            io_threads: 1,
+            drain_ms: 40,
         }
     }
 

@@ -2,7 +2,7 @@
 //! guest RAM before anything that makes KVM look at it.
 #![expect(
     unsafe_code,
-    reason = "memory slots are addresses of this process; adopting a descriptor as /dev/kvm"
+    reason = "memory slots are addresses of this process; adopting descriptors as /dev/kvm and as eventfds"
 )]
 
 use std::os::fd::IntoRawFd as _;
@@ -44,6 +44,7 @@ use vm_memory::GuestMemoryBackend as _;
 use vm_memory::GuestMemoryMmap;
 use vm_memory::GuestMemoryRegion as _;
 use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::layout;
 use crate::vcpu::ioctls::XSAVE_MIN;
@@ -166,6 +167,13 @@ pub(crate) fn create(kvm: OwnedFd) -> Result<(VmFd, Host), VmError> {
     let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
     vm.set_tss_address(tss).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
     Ok((vm, host))
+}
+
+/// An eventfd as the KVM crates want it.
+pub(crate) fn event_fd(fd: OwnedFd) -> EventFd {
+    // SAFETY: the descriptor is owned, and given away here. KVM refuses one that is no eventfd, and `EventFd` itself only
+    // reads and writes it.
+    unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }
 
 /// Gives the VM its RAM. Before the irqchip: a memory slot costs far more after it.

@@ -68,6 +68,51 @@ pub const TSC_FROM_CRYSTAL: u64 = 3;
 /// Frequency counted with when nobody says, in kHz.
 pub const TSC_ASSUMED_KHZ: u64 = 2_000_000;
 
+/// Header: how far the guest is with its disk ([`DISK_WORKING`] and kin), with `disk`.
+pub const DISK_STATE_OFFSET: usize = 0x100;
+/// Header: requests that the disk has completed.
+pub const DISK_DONE_OFFSET: usize = 0x108;
+/// Header: requests that the disk said had failed.
+pub const DISK_ERRORS_OFFSET: usize = 0x110;
+/// Header: blocks that were read back as something else.
+pub const DISK_WRONG_OFFSET: usize = 0x118;
+/// Header: completions of requests that were not under way.
+pub const DISK_EXTRA_OFFSET: usize = 0x120;
+/// Header: requests under way.
+pub const DISK_FLYING_OFFSET: usize = 0x128;
+/// Header: interrupts of the disk, with `disk_irq`.
+pub const DISK_INTERRUPTS_OFFSET: usize = 0x130;
+/// Header: blocks that each lane has.
+pub const DISK_LANE_BLOCKS_OFFSET: usize = 0x138;
+/// Header: the number of the last block that a lane has written.
+#[must_use]
+pub const fn disk_lane_offset(lane: usize) -> usize {
+    0x200 + lane * 8
+}
+/// Lanes: requests that are under way at once.
+pub const DISK_LANES: usize = 32;
+/// The most blocks that a lane writes.
+pub const DISK_LANE_BLOCKS: u64 = 64;
+/// Bytes of a block.
+pub const DISK_BLOCK: u64 = 4096;
+
+/// [`DISK_STATE_OFFSET`]: requests are made.
+pub const DISK_WORKING: u64 = 1;
+/// [`DISK_STATE_OFFSET`]: none is under way, and none is made.
+pub const DISK_RESTING: u64 = 2;
+/// [`DISK_STATE_OFFSET`]: no disk was found.
+pub const DISK_ABSENT: u64 = 3;
+/// [`DISK_STATE_OFFSET`]: the disk refuses what every driver needs.
+pub const DISK_REFUSED: u64 = 4;
+/// [`DISK_STATE_OFFSET`]: the disk says that it needs a reset.
+pub const DISK_BROKEN: u64 = 5;
+
+/// A word of the block of that number of a lane: no two blocks have one in common.
+#[must_use]
+pub const fn disk_word(lane: u64, number: u64, nonce: u64, word: u64) -> u64 {
+    seal(lane << 32 | word, number, nonce)
+}
+
 /// Bytes from one slot to the next.
 pub const SLOT_SIZE: usize = 0x200;
 /// Offset of a vCPU's slot in the report, in bytes.
@@ -178,6 +223,11 @@ pub const COMMAND_ACPI_RESET: u64 = 3;
 pub const COMMAND_ACPI_OFF: u64 = 4;
 /// Mailbox, console `crash`: triple fault.
 pub const COMMAND_CRASH: u64 = 5;
+
+/// Mailbox: begin no further request to the disk.
+pub const COMMAND_DISK_REST: u64 = 6;
+/// Mailbox: go on with the disk.
+pub const COMMAND_DISK_WORK: u64 = 7;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

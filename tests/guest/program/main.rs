@@ -15,6 +15,7 @@ use core::panic::PanicInfo;
 
 mod boot;
 mod console;
+mod disk;
 mod entry;
 mod heartbeat;
 mod interrupts;
@@ -102,13 +103,23 @@ fn run(vcpu: usize) -> ! {
     let mut walker = Walker::new(vcpu, machine.options.vcpus, machine.nonce, &machine.memory);
     let mut interrupts = Interrupts::new(vcpu, &machine.options);
     let mut console = (vcpu == 0).then(|| console::Console::new(&machine.options, machine.nonce));
+    let mut disk = if vcpu == 0 {
+        disk::Disk::new(&machine.options, machine.nonce)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
         walker.step(&turn);
         interrupts.step(&turn);
         if let Some(console) = &mut console {
             console.step(&turn);
-            power::obey(report::take_mailbox());
+            let command = report::take_mailbox();
+            power::obey(command);
+            if let Some(disk) = &mut disk {
+                disk.obey(command);
+                disk.step();
+            }
         }
     }
 }

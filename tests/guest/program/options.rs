@@ -15,6 +15,8 @@ pub struct Options {
     pub ipi_us: Option<u64>,
     pub reset_after_lines: Option<u64>,
     pub off_after_lines: Option<u64>,
+    pub disk: bool,
+    pub disk_irq: bool,
 }
 
 impl Options {
@@ -30,6 +32,8 @@ impl Options {
             ipi_us: None,
             reset_after_lines: None,
             off_after_lines: None,
+            disk: false,
+            disk_irq: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -39,6 +43,8 @@ impl Options {
                 (b"walk", None) => options.walk = u64::MAX,
                 (b"walk", Some(Some(bytes))) => options.walk = bytes,
                 (b"console", None) => options.console = true,
+                (b"disk", None) => options.disk = true,
+                (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"cpus", Some(Some(count))) => {
                     options.vcpus = (count as usize).clamp(1, MAX_VCPUS)
                 }

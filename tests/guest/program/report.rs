@@ -73,6 +73,10 @@ pub fn clear_statistics() {
     write(CLEARS_OFFSET, read(CLEARS_OFFSET).wrapping_add(1));
 }
 
+pub fn increment(offset: usize) {
+    write(offset, read(offset).wrapping_add(1));
+}
+
 pub fn panicked(line: u64) {
     write(PANIC_OFFSET, line);
 }

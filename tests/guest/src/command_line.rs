@@ -77,6 +77,18 @@ impl CommandLine {
         self.word(format!("ipi_us={period}"))
     }
 
+    /// Drives the first virtio disk: writes blocks and reads them back.
+    #[must_use]
+    pub fn disk(self) -> Self {
+        self.word("disk".into())
+    }
+
+    /// The same, with an interrupt for each completion.
+    #[must_use]
+    pub fn disk_irq(self) -> Self {
+        self.word("disk_irq".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

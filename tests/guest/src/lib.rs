@@ -39,12 +39,14 @@
 
 mod command_line;
 mod console;
+mod disk;
 #[path = "../program/layout.rs"]
 pub mod layout;
 mod report;
 
 pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
+pub use disk::{DiskReport, DiskState};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
 };

@@ -31,9 +31,9 @@ use super::layout;
 use crate::devices::acpi_pm;
 use crate::devices::rtc;
 
-const OEM: [u8; 6] = *b"BATON ";
-const OEM_TABLE: [u8; 8] = *b"BATONVM ";
-const OEM_REVISION: u32 = 1;
+pub(super) const OEM: [u8; 6] = *b"BATON ";
+pub(super) const OEM_TABLE: [u8; 8] = *b"BATONVM ";
+pub(super) const OEM_REVISION: u32 = 1;
 /// Length of a system description table's header (5.2.6).
 const HEADER_LEN: u32 = 36;
 

@@ -99,6 +99,10 @@ pub const I8042_PORTS: u16 = 5;
 pub const RTC_PORT: u16 = 0x70;
 /// Index and data.
 pub const RTC_PORTS: u16 = 2;
+/// First I/O port of PCI's configuration mechanism #1: address, then data (PCI Local Bus 3.0, 3.2.2.3.2).
+pub const PCI_CONFIG_PORT: u16 = 0xCF8;
+/// Address and data.
+pub const PCI_CONFIG_PORTS: u16 = 8;
 /// First port of the ACPI power-management registers (ours; the FADT tells the guest).
 pub const ACPI_PM_PORT: u16 = 0x600;
 /// Number of ports of the ACPI registers.

@@ -12,6 +12,7 @@
 //! it, so a file that changes underneath can harm only the guest that it is.
 
 mod acpi;
+mod acpi_pci;
 mod bzimage;
 mod elf;
 mod error;
@@ -32,6 +33,8 @@ use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryMmap;
 
 pub use acpi::AcpiExtras;
+pub use acpi_pci::mcfg;
+pub use acpi_pci::pci_host_bridge;
 pub use error::BootError;
 pub use ram::ram_ranges;
 pub use registers::Entry;

@@ -18,6 +18,10 @@ impl DeviceKind {
     pub const ACPI_PM: DeviceKind = DeviceKind(4);
     /// [`super::rtc::Rtc`].
     pub const RTC: DeviceKind = DeviceKind(5);
+    /// [`super::pci::segment::SegmentDevice`].
+    pub const PCI: DeviceKind = DeviceKind(6);
+    /// [`super::virtio::block::Block`]; the instance is the PCI device number.
+    pub const BLOCK: DeviceKind = DeviceKind(7);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -28,6 +32,8 @@ impl DeviceKind {
             DeviceKind::I8042 => "i8042",
             DeviceKind::ACPI_PM => "acpi-pm",
             DeviceKind::RTC => "rtc",
+            DeviceKind::PCI => "pci",
+            DeviceKind::BLOCK => "virtio-blk",
             _ => "device",
         }
     }

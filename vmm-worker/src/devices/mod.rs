@@ -12,11 +12,13 @@ pub mod console;
 pub mod i8042;
 pub mod id;
 pub mod lifecycle;
+pub mod pci;
 pub mod power;
 pub mod rtc;
 pub mod serial;
 mod signal;
 pub mod state;
+pub mod virtio;
 
 pub use bus::Bus;
 pub use bus::BusDevice;

@@ -18,17 +18,19 @@ use serde::Serialize;
 use super::main_channel::MainChannel;
 use crate::cpuid::Told;
 use crate::fail_point::fail_point;
+use crate::pci_host;
 use crate::sections;
 
 /// How long the other worker may take to read an answer or a state that fits its socket's buffer.
 pub(crate) const SEND_TIMEOUT: Duration = Duration::from_millis(50);
 
-/// What the old worker tells the new one before the pause. There are no interrupt routes or BARs that a guest could have
-/// changed yet; when there are, they belong here.
+/// What the old worker tells the new one before the pause.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Preview {
     /// What the guest sees as its processors.
     pub(crate) cpuid: Told,
+    /// Where the guest has its BARs, and what its interrupts write.
+    pub(crate) pci: pci_host::Preview,
 }
 
 /// How far it is.
@@ -66,8 +68,12 @@ impl Outgoing {
         }
     }
 
-    /// Takes what has come.
-    pub(crate) fn advance(&mut self, ours: &Machine, cpuid: &Told) -> Progress {
+    /// Takes what has come. `preview` is asked for when the offer is accepted.
+    pub(crate) fn advance(
+        &mut self,
+        ours: &Machine,
+        preview: impl FnOnce() -> Preview,
+    ) -> Progress {
         let Self::Offered(main, frame) = self else {
             return Progress::Waiting;
         };
@@ -84,11 +90,9 @@ impl Outgoing {
             Err(error) => Err(error),
         };
         let answer = match &refused {
-            Ok(()) => postcard::to_stdvec(&Preview {
-                cpuid: cpuid.clone(),
-            })
-            .map(|preview| Answer::Accept { preview })
-            .map_err(|e| e.to_string()),
+            Ok(()) => postcard::to_stdvec(&preview())
+                .map(|preview| Answer::Accept { preview })
+                .map_err(|e| e.to_string()),
             Err(reason) => Ok(Answer::Refuse(reason.clone())),
         };
         let sent = answer

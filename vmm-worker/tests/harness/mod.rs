@@ -46,13 +46,17 @@ use baton_ipc::VmId;
 use baton_ipc::cpr;
 use baton_ipc::cpr::CprHeader;
 use baton_ipc::descriptor;
+use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::BuildTimes;
+use baton_ipc::worker::DiskLimits;
 use baton_ipc::worker::Filters;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::PROTOCOL;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::Report;
+use baton_ipc::worker::VirtioConfig;
+use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::WorkerConfig;
 use baton_policy::Compiled;
 use baton_policy::Policy;
@@ -81,7 +85,15 @@ pub(crate) struct Vm {
     pub(crate) console: UnixStream,
     worker_console: UnixStream,
     high_ram: Option<OwnedFd>,
+    disks: Vec<Disk>,
     _alone: File,
+}
+
+/// A disk, as a broker holds it.
+pub(crate) struct Disk {
+    pub(crate) file: OwnedFd,
+    /// What the guest notifies its queues by.
+    pub(crate) kicks: Vec<OwnedFd>,
 }
 
 /// One guest at a time, over all test processes: two busy ones on a small machine miss the deadlines of a pause.
@@ -131,7 +143,11 @@ impl Vm {
             filters: Filters {
                 control: steady(Role::Control),
                 vcpu: steady(Role::Vcpu),
+                io: steady(Role::Io),
             },
+            virtio: Vec::new(),
+            io_threads: 1,
+            drain_ms: 40,
         };
         let kvm = File::options()
             .read(true)
@@ -146,6 +162,7 @@ impl Vm {
             console,
             worker_console,
             high_ram: None,
+            disks: Vec::new(),
             _alone: alone(),
         }
     }
@@ -156,6 +173,64 @@ impl Vm {
         rustix::fs::ftruncate(&ram, size).unwrap();
         rustix::fs::fcntl_add_seals(&ram, descriptor::RAM_SEALS).unwrap();
         ram
+    }
+
+    /// Plugs a blank disk in, with the configuration changed by `change`.
+    pub(crate) fn add_disk(&mut self, mib: u64, change: impl FnOnce(&mut BlockConfig)) {
+        let file = memfd("disk");
+        rustix::fs::ftruncate(&file, mib << 20).unwrap();
+        let mut block = BlockConfig {
+            bytes: mib << 20,
+            device: false,
+            readonly: false,
+            direct: false,
+            block_size: 512,
+            queues: 1,
+            serial: "test".to_owned(),
+            limits: DiskLimits::default(),
+        };
+        change(&mut block);
+        let flags = rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC;
+        let kicks = (0..block.queues)
+            .map(|_| rustix::event::eventfd(0, flags).unwrap())
+            .collect();
+        self.disks.push(Disk { file, kicks });
+        let slot = u8::try_from(self.disks.len()).unwrap();
+        let device = VirtioKind::Block(block);
+        self.config.virtio.push(VirtioConfig { slot, device });
+    }
+
+    /// A disk, by its number from 0.
+    pub(crate) fn disk(&self, number: usize) -> &Disk {
+        &self.disks[number]
+    }
+
+    /// What the guest says of its disk.
+    pub(crate) fn disk_report(&self) -> baton_guest::DiskReport {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        rustix::io::pread(&self.ram, &mut bytes, layout::REPORT_ADDRESS).unwrap();
+        baton_guest::DiskReport::parse(&bytes)
+    }
+
+    /// Waits until what the guest says of its disk is as wanted.
+    #[track_caller]
+    pub(crate) fn wait_for_disk(
+        &self,
+        what: &str,
+        mut wanted: impl FnMut(&baton_guest::DiskReport) -> bool,
+    ) -> baton_guest::DiskReport {
+        let begun = Instant::now();
+        loop {
+            let report = self.disk_report();
+            if wanted(&report) {
+                return report;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "the guest's disk never came to: {what}; {report:?}"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Adds RAM above 4 GiB.
@@ -197,6 +272,22 @@ impl Vm {
                 DescriptorKind::GuestRam,
                 ram.try_clone().unwrap(),
             );
+        }
+        for (disk, device) in self.disks.iter().zip(&self.config.virtio) {
+            save_as(
+                descriptor::DISK,
+                device.slot.into(),
+                DescriptorKind::Disk,
+                disk.file.try_clone().unwrap(),
+            );
+            for (kick, queue) in disk.kicks.iter().zip(0..) {
+                save_as(
+                    descriptor::KICK,
+                    device.kick(queue),
+                    DescriptorKind::Eventfd,
+                    kick.try_clone().unwrap(),
+                );
+            }
         }
         let mut save = |name, kind, fd| save_as(name, 0, kind, fd);
         let copy = |fd: &OwnedFd| fd.try_clone().unwrap();

@@ -1,0 +1,395 @@
+//! The first virtio disk of the machine, driven by the first vCPU through ECAM, its BAR and one virtqueue (virtio 1.2,
+//! chapters 2, 4.1 and 5.2): numbered, checksummed blocks are written, read back and compared, for ever.
+//!
+//! Work is divided into lanes. Each has one request under way, and blocks of its own, so what a block must hold does not
+//! depend on the order in which requests end. Each request is framed in another way: header, data and status in three
+//! descriptors, in seven odd pieces, or behind an indirect table.
+//!
+//! Touches the registers of PCI devices, and RAM between the report and the image.
+
+use core::ptr;
+use core::sync::atomic::{Ordering, fence};
+
+use crate::layout::*;
+use crate::options::Options;
+use crate::report;
+
+/// The machine's PCI Express configuration space, and bits of a BAR that are no address.
+const ECAM: u64 = 0xe000_0000;
+const SLOTS: u64 = 32;
+const BAR_FLAGS: u32 = 0xf;
+/// Vendor and device id of a modern virtio block device.
+const BLOCK_DEVICE: u32 = 0x1042_1af4;
+/// Offsets in configuration space; memory space and bus master in the command register.
+const COMMAND: u64 = 0x04;
+const BAR0: u64 = 0x10;
+const CAPABILITIES: u64 = 0x34;
+const ENABLE_DEVICE: u32 = 0b110;
+/// Capability ids, types of virtio's, and MSI-X's enable bit.
+const VENDOR_SPECIFIC: u8 = 0x09;
+const MSIX: u8 = 0x11;
+const COMMON: u8 = 1;
+const NOTIFY: u8 = 2;
+const DEVICE: u8 = 4;
+const MSIX_ENABLE: u32 = 1 << 31;
+/// Vector of the disk's interrupt (`interrupts`), and where a message for the first vCPU goes (Intel SDM volume 3A, 11.11).
+const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
+
+/// Offsets in the common configuration.
+const DRIVER_FEATURE_SELECT: u64 = 0x08;
+const DRIVER_FEATURE: u64 = 0x0c;
+const STATUS: u64 = 0x14;
+const QUEUE_SELECT: u64 = 0x16;
+const QUEUE_SIZE: u64 = 0x18;
+const QUEUE_VECTOR: u64 = 0x1a;
+const QUEUE_ENABLE: u64 = 0x1c;
+const QUEUE_NOTIFY_OFF: u64 = 0x1e;
+const QUEUE_RINGS: [u64; 3] = [0x20, 0x28, 0x30];
+/// Features: indirect descriptors and flush; version 1 in the second word.
+const FEATURES: [u32; 2] = [1 << 28 | 1 << 9, 1];
+const ACKNOWLEDGE: u8 = 1;
+const DRIVER: u8 = 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const NEEDS_RESET: u8 = 64;
+
+/// Rings and buffers, between the report and the image.
+const DESCRIPTORS: u64 = 0x11_0000;
+const AVAILABLE: u64 = 0x11_2000;
+const USED: u64 = 0x11_3000;
+const LANES_AT: u64 = 0x12_0000;
+/// A lane's memory: header, status and indirect table in its first page, data in the second.
+const LANE_BYTES: u64 = 0x2000;
+const HEADER_AT: u64 = 0;
+const STATUS_AT: u64 = 0x40;
+const TABLE_AT: u64 = 0x80;
+const DATA_AT: u64 = 0x1000;
+/// Descriptors of the queue, and of a lane.
+const QUEUE: u16 = 256;
+const LANE_DESCRIPTORS: u16 = QUEUE / DISK_LANES as u16;
+/// Flags of a descriptor; of the used ring: the device looks by itself.
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const NO_NOTIFY: u16 = 1;
+/// Request types, and a status that no device writes.
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const UNWRITTEN: u8 = 0xee;
+/// Each so many writes, a lane flushes.
+const FLUSH_EACH: u64 = 16;
+/// Sectors of a block.
+const SECTORS: u64 = DISK_BLOCK / 512;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Doing {
+    Nothing,
+    Writing,
+    Flushing,
+    Reading,
+}
+
+#[derive(Clone, Copy)]
+struct Lane {
+    doing: Doing,
+    /// Number of the block that it writes or reads, from 1.
+    number: u64,
+}
+
+pub struct Disk {
+    common: u64,
+    notify: u64,
+    nonce: u64,
+    lanes: [Lane; DISK_LANES],
+    /// Blocks that a lane has.
+    blocks: u64,
+    next_available: u16,
+    next_used: u16,
+    requests: u64,
+    working: bool,
+}
+
+fn read<T: Copy>(address: u64) -> T {
+    // SAFETY: a register of a PCI device, or RAM that only the device and this file use; all below 4 GiB is mapped.
+    unsafe { ptr::read_volatile(address as *const T) }
+}
+
+fn write<T>(address: u64, value: T) {
+    // SAFETY: as in `read`.
+    unsafe { ptr::write_volatile(address as *mut T, value) }
+}
+
+fn lane_at(lane: usize) -> u64 {
+    LANES_AT + lane as u64 * LANE_BYTES
+}
+
+fn fail(state: u64) -> Option<Disk> {
+    report::write(DISK_STATE_OFFSET, state);
+    None
+}
+
+impl Disk {
+    /// The disk, set up, if the command line asks for it.
+    pub fn new(options: &Options, nonce: u64) -> Option<Self> {
+        if !options.disk {
+            return None;
+        }
+        let Some(function) = (0..SLOTS)
+            .map(|slot| ECAM + (slot << 15))
+            .find(|function| read::<u32>(*function) == BLOCK_DEVICE)
+        else {
+            return fail(DISK_ABSENT);
+        };
+        write(function + COMMAND, ENABLE_DEVICE);
+        let bar = u64::from(read::<u32>(function + BAR0) & !BAR_FLAGS);
+        let (mut common, mut notify, mut device) = (0, 0, 0);
+        let (mut notify_step, mut msix) = (0, 0);
+        let mut capability = u64::from(read::<u8>(function + CAPABILITIES));
+        while capability != 0 {
+            let at = function + capability;
+            let region = bar + u64::from(read::<u32>(at + 8));
+            match (read::<u8>(at), read::<u8>(at + 3)) {
+                (VENDOR_SPECIFIC, COMMON) => common = region,
+                (VENDOR_SPECIFIC, DEVICE) => device = region,
+                (VENDOR_SPECIFIC, NOTIFY) => {
+                    notify = region;
+                    notify_step = u64::from(read::<u32>(at + 16));
+                }
+                (MSIX, _) => msix = at,
+                _ => {}
+            }
+            capability = u64::from(read::<u8>(at + 1));
+        }
+        if common == 0 || notify == 0 || device == 0 || msix == 0 {
+            return fail(DISK_ABSENT);
+        }
+        write(common + STATUS, 0_u8);
+        while read::<u8>(common + STATUS) != 0 {}
+        write(common + STATUS, ACKNOWLEDGE | DRIVER);
+        for (select, features) in (0..).zip(FEATURES) {
+            write::<u32>(common + DRIVER_FEATURE_SELECT, select);
+            write::<u32>(common + DRIVER_FEATURE, features);
+        }
+        write(common + STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        if read::<u8>(common + STATUS) & FEATURES_OK == 0 {
+            return fail(DISK_REFUSED);
+        }
+        if options.disk_irq {
+            let table = bar + u64::from(read::<u32>(msix + 4) & !7);
+            for (at, value) in (0..).zip([MESSAGE_ADDRESS, 0, crate::interrupts::DISK_VECTOR, 0]) {
+                write(table + 4 * at, value);
+            }
+            write(msix, read::<u32>(msix) | MSIX_ENABLE);
+        }
+        write(common + QUEUE_SELECT, 0_u16);
+        write(common + QUEUE_SIZE, QUEUE);
+        if options.disk_irq {
+            write(common + QUEUE_VECTOR, 0_u16);
+        }
+        for at in (DESCRIPTORS..LANES_AT).step_by(8) {
+            write(at, 0_u64);
+        }
+        for (register, ring) in QUEUE_RINGS.into_iter().zip([DESCRIPTORS, AVAILABLE, USED]) {
+            write(common + register, ring as u32);
+            write(common + register + 4, 0_u32);
+        }
+        let notify_off = u64::from(read::<u16>(common + QUEUE_NOTIFY_OFF));
+        write(common + QUEUE_ENABLE, 1_u16);
+        write(common + STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        let capacity = u64::from(read::<u32>(device)) | u64::from(read::<u32>(device + 4)) << 32;
+        let blocks = (capacity / SECTORS / DISK_LANES as u64).min(DISK_LANE_BLOCKS);
+        if blocks == 0 || read::<u16>(common + QUEUE_SIZE) != QUEUE {
+            return fail(DISK_REFUSED);
+        }
+        report::write(DISK_LANE_BLOCKS_OFFSET, blocks);
+        report::write(DISK_STATE_OFFSET, DISK_WORKING);
+        Some(Self {
+            common,
+            notify: notify + notify_off * notify_step,
+            nonce,
+            lanes: [Lane {
+                doing: Doing::Nothing,
+                number: 0,
+            }; DISK_LANES],
+            blocks,
+            next_available: 0,
+            next_used: 0,
+            requests: 0,
+            working: true,
+        })
+    }
+
+    /// One of `layout`'s commands.
+    pub fn obey(&mut self, command: u64) {
+        match command {
+            COMMAND_DISK_REST => self.working = false,
+            COMMAND_DISK_WORK => {
+                self.working = true;
+                report::write(DISK_STATE_OFFSET, DISK_WORKING);
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes what the device has done, and gives it more to do.
+    pub fn step(&mut self) {
+        report::write(DISK_INTERRUPTS_OFFSET, crate::interrupts::disk_interrupts());
+        let used: u16 = read(USED + 2);
+        // What the device wrote before it counted is read after.
+        fence(Ordering::SeqCst);
+        if self.next_used != used {
+            let at = USED + 4 + u64::from(self.next_used % QUEUE) * 8;
+            self.next_used = self.next_used.wrapping_add(1);
+            self.done(read::<u32>(at));
+        }
+        let mut flying = 0;
+        let mut added = false;
+        for lane in 0..DISK_LANES {
+            if self.lanes[lane].doing != Doing::Nothing {
+                flying += 1;
+            } else if self.working && !added {
+                // One a turn: a turn is short.
+                self.begin(lane);
+                flying += 1;
+                added = true;
+            }
+        }
+        report::write(DISK_FLYING_OFFSET, flying);
+        if added {
+            fence(Ordering::SeqCst);
+            write(AVAILABLE + 2, self.next_available);
+            fence(Ordering::SeqCst);
+            if read::<u16>(USED) & NO_NOTIFY == 0 {
+                write(self.notify, 0_u16);
+            }
+        }
+        if !self.working && flying == 0 {
+            report::write(DISK_STATE_OFFSET, DISK_RESTING);
+        } else if self.requests % 4096 == 0 && read::<u8>(self.common + STATUS) & NEEDS_RESET != 0 {
+            report::write(DISK_STATE_OFFSET, DISK_BROKEN);
+        }
+    }
+
+    /// Where a lane's block is, in sectors.
+    fn sector(&self, lane: usize, number: u64) -> u64 {
+        (lane as u64 + DISK_LANES as u64 * (number % self.blocks)) * SECTORS
+    }
+
+    fn begin(&mut self, lane: usize) {
+        self.lanes[lane].number += 1;
+        let number = self.lanes[lane].number;
+        let data = lane_at(lane) + DATA_AT;
+        for word in 0..DISK_BLOCK / 8 {
+            write(data + 8 * word, disk_word(lane as u64, number, self.nonce, word));
+        }
+        self.submit(lane, Doing::Writing);
+    }
+
+    fn submit(&mut self, lane: usize, doing: Doing) {
+        self.requests = self.requests.wrapping_add(1);
+        self.lanes[lane].doing = doing;
+        let at = lane_at(lane);
+        let (kind, direction) = match doing {
+            Doing::Reading => (IN, WRITE),
+            Doing::Flushing => (FLUSH, 0),
+            _ => (OUT, 0),
+        };
+        write(at + HEADER_AT, kind);
+        write(at + HEADER_AT + 4, 0_u32);
+        let sector = self.sector(lane, self.lanes[lane].number);
+        write(at + HEADER_AT + 8, if kind == FLUSH { 0 } else { sector });
+        write(at + STATUS_AT, UNWRITTEN);
+        let (header, data, status) = (at + HEADER_AT, at + DATA_AT, at + STATUS_AT);
+        let head = lane as u16 * LANE_DESCRIPTORS;
+        let own = DESCRIPTORS + u64::from(head) * 16;
+        let block = DISK_BLOCK as u32;
+        let flush = [(header, 16, 0), (status, 1, WRITE)];
+        let plain = [(header, 16, 0), (data, block, direction), (status, 1, WRITE)];
+        let odd = [
+            (header, 7, 0),
+            (header + 7, 9, 0),
+            (data, 1000, direction),
+            (data + 1000, 1, direction),
+            (data + 1001, 95, direction),
+            (data + 1096, block - 1096, direction),
+            (status, 1, WRITE),
+        ];
+        match (doing, self.requests % 3) {
+            (Doing::Flushing, _) => chain(own, head, &flush),
+            (_, 0) => chain(own, head, &plain),
+            (_, 1) => chain(own, head, &odd),
+            _ => {
+                chain(at + TABLE_AT, 0, &odd);
+                descriptor(own, at + TABLE_AT, odd.len() as u32 * 16, INDIRECT, 0);
+            }
+        }
+        let entry = AVAILABLE + 4 + u64::from(self.next_available % QUEUE) * 2;
+        write(entry, head);
+        self.next_available = self.next_available.wrapping_add(1);
+    }
+
+    /// The device says that it is done with a request.
+    fn done(&mut self, head: u32) {
+        let lane = (head / u32::from(LANE_DESCRIPTORS)) as usize;
+        let known = head % u32::from(LANE_DESCRIPTORS) == 0 && lane < DISK_LANES;
+        if !known || self.lanes[lane].doing == Doing::Nothing {
+            report::increment(DISK_EXTRA_OFFSET);
+            return;
+        }
+        report::increment(DISK_DONE_OFFSET);
+        let Lane { doing, number } = self.lanes[lane];
+        if read::<u8>(lane_at(lane) + STATUS_AT) != 0 {
+            report::increment(DISK_ERRORS_OFFSET);
+        }
+        let data = lane_at(lane) + DATA_AT;
+        let next = match doing {
+            Doing::Writing => {
+                report::write(disk_lane_offset(lane), number);
+                for word in 0..DISK_BLOCK / 8 {
+                    write(data + 8 * word, 0_u64);
+                }
+                if number % FLUSH_EACH == 0 {
+                    Doing::Flushing
+                } else {
+                    Doing::Reading
+                }
+            }
+            Doing::Flushing => Doing::Reading,
+            _ => {
+                let right = (0..DISK_BLOCK / 8).all(|word| {
+                    read::<u64>(data + 8 * word) == disk_word(lane as u64, number, self.nonce, word)
+                });
+                if !right {
+                    report::increment(DISK_WRONG_OFFSET);
+                }
+                self.lanes[lane].doing = Doing::Nothing;
+                return;
+            }
+        };
+        self.submit(lane, next);
+        fence(Ordering::SeqCst);
+        write(AVAILABLE + 2, self.next_available);
+        fence(Ordering::SeqCst);
+        if read::<u16>(USED) & NO_NOTIFY == 0 {
+            write(self.notify, 0_u16);
+        }
+    }
+}
+
+fn descriptor(at: u64, address: u64, length: u32, flags: u16, next: u16) {
+    write(at, address);
+    write(at + 8, length);
+    write(at + 12, flags);
+    write(at + 14, next);
+}
+
+/// Writes a chain of descriptors from `at` on, which is number `first` of its table.
+fn chain(at: u64, first: u16, parts: &[(u64, u32, u16)]) {
+    let last = parts.len() - 1;
+    for (index, (address, length, flags)) in parts.iter().enumerate() {
+        let more = if index < last { NEXT } else { 0 };
+        let next = first + index as u16 + 1;
+        descriptor(at + 16 * index as u64, *address, *length, flags | more, next);
+    }
+}

@@ -1,0 +1,32 @@
+//! PCI: one segment with one bus, its configuration mechanisms, and what every function on it has.
+//!
+//! ```text
+//! ports 0xCF8..0xCFF ─┐
+//! ECAM window ────────┼─► segment ─► function (configuration space, MSI-X, one memory BAR)
+//! memory window ──────┘
+//! ```
+//!
+//! A function is locked with the segment's lock held, never the other way round, and calls nobody but the sink of its
+//! interrupts. Bus numbers, windows and ids are facts of this machine that a guest reads and cannot change; where it puts
+//! a BAR, and what it writes into a vector, is state.
+
+pub mod config_space;
+pub mod msix;
+pub mod segment;
+
+/// Where a guest reads and writes 1, 2 or 4 bytes of a function's 256 bytes of configuration space.
+pub type ConfigOffset = u8;
+
+/// What the segment asks of a function.
+pub trait Function: Send {
+    /// Reads configuration space; `data` is 1, 2 or 4 bytes that do not reach past its end.
+    fn config_read(&mut self, offset: ConfigOffset, data: &mut [u8]);
+    /// Writes configuration space, of the same sizes.
+    fn config_write(&mut self, offset: ConfigOffset, data: &[u8]);
+    /// Where its BAR answers now, in guest-physical bytes; nowhere while memory decoding is off.
+    fn bar(&self) -> Option<std::ops::Range<u64>>;
+    /// Reads within the BAR; `data` is 1, 2, 4 or 8 bytes of all ones.
+    fn bar_read(&mut self, offset: u64, data: &mut [u8]);
+    /// Writes within the BAR, of the same sizes.
+    fn bar_write(&mut self, offset: u64, data: &[u8]);
+}

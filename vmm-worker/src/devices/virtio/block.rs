@@ -1,0 +1,247 @@
+//! The block device (5.2): one file or block device, one or more queues.
+//!
+//! A request is served whole by one I/O thread with preadv and pwritev; there is never more than one request of a queue
+//! under way. A long one looks between its parts whether it is to stop, and is then put back into its ring: reading and
+//! writing again what was read or written already changes nothing, as long as the driver has not been told.
+
+mod request;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+
+use baton_ipc::worker::BlockConfig;
+use serde::Deserialize;
+use serde::Serialize;
+
+use super::Backend;
+use super::VirtioDevice;
+use super::rate::Bucket;
+use super::rate::SavedBucket;
+use crate::clock;
+use crate::devices::DeviceKind;
+use crate::devices::state::StateError;
+use request::BlockQueue;
+
+/// A sector, in which capacities and places are counted whatever the block size (5.2.4).
+pub(super) const SECTOR: u64 = 512;
+/// Descriptors of a queue.
+const QUEUE_SIZE: u16 = 256;
+/// Parts of a request: a queue's descriptors without header and status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Sectors of one discard or write-zeroes segment: 1 GiB.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Segments of one such request.
+pub(super) const MAX_DISCARD_SEGMENTS: u32 = 16;
+
+// Feature bits (5.2.3).
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// PCI class: mass storage, other.
+const CLASS: u32 = 0x01_8000;
+/// Bytes of `struct virtio_blk_config` up to the fields of write-zeroes.
+const CONFIG_LENGTH: usize = 60;
+
+/// What the queues of a disk share.
+pub(super) struct Disk {
+    pub(super) file: OwnedFd,
+    pub(super) sectors: u64,
+    pub(super) readonly: bool,
+    /// The file wants aligned buffers.
+    pub(super) direct: bool,
+    /// The device id string, padded with NULs (5.2.6).
+    pub(super) serial: [u8; 20],
+    /// The driver flushes when it wants to; otherwise each write has to be stable at its end (5.2.6.2).
+    pub(super) write_back: AtomicBool,
+    pub(super) limits: Mutex<Limits>,
+}
+
+/// The buckets of a disk.
+#[derive(Debug)]
+pub(super) struct Limits {
+    pub(super) bytes: Option<Bucket>,
+    pub(super) operations: Option<Bucket>,
+}
+
+impl Disk {
+    pub(super) fn limits(&self) -> MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The half that the driver configures.
+pub struct Block {
+    disk: Arc<Disk>,
+    queues: u16,
+    block_size: u32,
+}
+
+/// Version 1, in the transport's section.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedBlock {
+    sectors: u64,
+    bytes: Option<SavedBucket>,
+    operations: Option<SavedBucket>,
+}
+
+impl Block {
+    /// A disk on `file`, whose size is what `config` says.
+    #[must_use]
+    pub fn new(file: OwnedFd, config: &BlockConfig) -> Self {
+        let now = clock::monotonic_ns();
+        let bucket = |limit: Option<_>| limit.map(|limit| Bucket::new(limit, now));
+        let mut serial = [0; 20];
+        for (to, from) in serial.iter_mut().zip(config.serial.bytes()) {
+            *to = from;
+        }
+        let disk = Disk {
+            file,
+            sectors: config.bytes / SECTOR,
+            readonly: config.readonly,
+            direct: config.direct,
+            serial,
+            write_back: AtomicBool::new(false),
+            limits: Mutex::new(Limits {
+                bytes: bucket(config.limits.bytes),
+                operations: bucket(config.limits.operations),
+            }),
+        };
+        Self {
+            disk: Arc::new(disk),
+            queues: config.queues.into(),
+            block_size: config.block_size,
+        }
+    }
+
+    fn config(&self) -> [u8; CONFIG_LENGTH] {
+        let mut config = [0; CONFIG_LENGTH];
+        let mut put = |at: usize, bytes: &[u8]| {
+            for (to, from) in config.iter_mut().skip(at).zip(bytes) {
+                *to = *from;
+            }
+        };
+        let alignment = u32::try_from(u64::from(self.block_size) / SECTOR).unwrap_or(1);
+        put(0, &self.disk.sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &self.block_size.to_le_bytes());
+        put(34, &self.queues.to_le_bytes());
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+        put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
+        put(44, &alignment.to_le_bytes());
+        put(48, &MAX_DISCARD_SECTORS.to_le_bytes());
+        put(52, &MAX_DISCARD_SEGMENTS.to_le_bytes());
+        // write_zeroes_may_unmap
+        put(56, &[1]);
+        config
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::BLOCK
+    }
+
+    fn virtio_type(&self) -> u16 {
+        2
+    }
+
+    fn pci_class(&self) -> u32 {
+        CLASS
+    }
+
+    fn features(&self) -> u64 {
+        let kind = if self.disk.readonly {
+            F_RO
+        } else {
+            F_DISCARD | F_WRITE_ZEROES
+        };
+        let queues = if self.queues > 1 { F_MQ } else { 0 };
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | kind | queues
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    fn backends(&mut self) -> Vec<(Vec<u16>, Box<dyn Backend>)> {
+        (0..self.queues)
+            .map(|index| {
+                let queue = BlockQueue::new(Arc::clone(&self.disk));
+                (vec![index], Box::new(queue) as Box<dyn Backend>)
+            })
+            .collect()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.config();
+        let at = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (to, from) in data.iter_mut().zip(config.iter().skip(at)) {
+            *to = *from;
+        }
+    }
+
+    fn activate(&mut self, features: u64) {
+        let write_back = features & F_FLUSH != 0;
+        self.disk.write_back.store(write_back, Ordering::SeqCst);
+    }
+
+    fn reset(&mut self) {
+        self.disk.write_back.store(false, Ordering::SeqCst);
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let limits = self.disk.limits();
+        let Limits { bytes, operations } = &*limits;
+        let saved = SavedBlock {
+            sectors: self.disk.sectors,
+            bytes: bytes.as_ref().map(Bucket::save),
+            operations: operations.as_ref().map(Bucket::save),
+        };
+        postcard::to_stdvec(&saved).map_err(StateError::Malformed)
+    }
+
+    fn load(&mut self, state: &[u8], features: Option<u64>) -> Result<(), StateError> {
+        let SavedBlock {
+            sectors,
+            bytes,
+            operations,
+        } = match postcard::take_from_bytes(state).map_err(StateError::Malformed)? {
+            (saved, []) => saved,
+            (_, rest) => return Err(StateError::Trailing(rest.len())),
+        };
+        if sectors != self.disk.sectors {
+            return Err(StateError::field(
+                "sectors",
+                sectors,
+                "not the size of this disk",
+            ));
+        }
+        let now = clock::monotonic_ns();
+        let mut limits = self.disk.limits();
+        let Limits {
+            bytes: own_bytes,
+            operations: own_operations,
+        } = &mut *limits;
+        for (own, saved) in [(own_bytes, bytes), (own_operations, operations)] {
+            // A limit that only one of the two has begins full, or ends.
+            if let (Some(own), Some(saved)) = (own, saved) {
+                own.load(saved, now)?;
+            }
+        }
+        drop(limits);
+        if let Some(features) = features {
+            self.activate(features);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,111 @@
+//! Reading a file into guest RAM, and writing guest RAM into a file, at a given place of the file.
+#![expect(
+    unsafe_code,
+    reason = "preadv(2) and pwritev(2) on memory that the guest may change meanwhile, which no reference may be to"
+)]
+
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::fd::BorrowedFd;
+
+use super::buffers::Buffers;
+
+/// Pieces of one call (UIO_MAXIOV, `include/uapi/linux/uio.h`).
+const MAX_PIECES: usize = 1024;
+
+#[derive(Clone, Copy)]
+enum Direction {
+    Read,
+    Write,
+}
+
+/// Fills `buffers` from `offset` of the file on; how many bytes there were.
+///
+/// # Errors
+///
+/// preadv(2)'s; EINTR is tried again.
+pub(super) fn read_at(file: BorrowedFd<'_>, buffers: &Buffers, offset: u64) -> io::Result<usize> {
+    transfer(file, buffers, offset, Direction::Read)
+}
+
+/// Writes `buffers` from `offset` of the file on; how many bytes were taken.
+///
+/// # Errors
+///
+/// pwritev(2)'s; EINTR is tried again.
+pub(super) fn write_at(file: BorrowedFd<'_>, buffers: &Buffers, offset: u64) -> io::Result<usize> {
+    transfer(file, buffers, offset, Direction::Write)
+}
+
+fn transfer(
+    file: BorrowedFd<'_>,
+    buffers: &Buffers,
+    offset: u64,
+    direction: Direction,
+) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let pieces: Vec<libc::iovec> = buffers
+        .pieces()
+        .iter()
+        .take(MAX_PIECES)
+        .map(|piece| libc::iovec {
+            iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+            iov_len: piece.len(),
+        })
+        .collect();
+    let count = libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX);
+    loop {
+        // SAFETY: each piece is a part of guest RAM, which `Buffers` can only have taken from a mapping that lives as
+        // long as the process, with its length inside that mapping. No reference to any of it exists here: the kernel
+        // reads or writes it as it would any memory that another process has mapped. `pieces` lives over the call, which
+        // keeps none of it.
+        let done = unsafe {
+            match direction {
+                Direction::Read => libc::preadv(file.as_raw_fd(), pieces.as_ptr(), count, offset),
+                Direction::Write => libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), count, offset),
+            }
+        };
+        match usize::try_from(done) {
+            Ok(done) => return Ok(done),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd as _;
+
+    use vm_memory::GuestAddress;
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    #[test]
+    fn scattered_memory_meets_one_place_of_a_file() {
+        let ram: &'static GuestMemoryMmap = Box::leak(Box::new(
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap(),
+        ));
+        let fd = rustix::fs::memfd_create("io", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        file.set_len(100).unwrap();
+        let (mut out, mut back) = (Buffers::default(), Buffers::default());
+        for (address, length) in [(0x10, 5), (0x40, 3)] {
+            assert!(out.push(ram, GuestAddress(address), length));
+            assert!(back.push(ram, GuestAddress(address + 0x100), length));
+        }
+        out.copy_in(b"abcdefgh");
+        assert_eq!(write_at(file.as_fd(), &out, 90).unwrap(), 8);
+        assert_eq!(read_at(file.as_fd(), &back, 90).unwrap(), 8);
+        assert_eq!(&back.head::<8>().unwrap(), b"abcdefgh");
+        // At the end of the file there is less.
+        assert_eq!(read_at(file.as_fd(), &back, 97).unwrap(), 3);
+        assert!(read_at(file.as_fd(), &back, u64::MAX).is_err());
+    }
+}

@@ -1,0 +1,114 @@
+//! virtio 1.2 over PCI: the transport, virtqueues, and the devices. (Virtual I/O Device (VIRTIO) Version 1.2, Committee
+//! Specification 01; section numbers in this folder are its.) Modern devices with MSI-X only.
+//!
+//! ```text
+//!              vCPU threads                          I/O threads
+//!   registers ──► transport ── activate, stop ──► seat { virtqueues, backend } ── requests ──► disk, tap, …
+//!                    │                               │
+//!                    └──────── interrupts ◄──────────┘
+//! ```
+//!
+//! A device is two halves. The [`VirtioDevice`] is what the driver configures, behind the transport's lock. Its
+//! [`Backend`]s do the work: each sits in a [`seat::Seat`] with the virtqueues that it serves, and an I/O thread takes it
+//! out while it serves it. A vCPU never waits for one: a reset is over when the driver reads a status of 0. Parking waits,
+//! within a bound.
+//!
+//! Everything that a driver puts into memory is hostile, and may change while it is looked at. What no driver may do
+//! ([`queue::Broken`]) stops the queue and sets DEVICE_NEEDS_RESET; nothing else suffers.
+
+pub mod block;
+pub mod buffers;
+mod guest_io;
+pub mod interrupts;
+pub mod queue;
+pub mod rate;
+pub mod seat;
+pub mod transport;
+
+use std::time::Instant;
+
+use queue::Broken;
+use queue::Virtqueue;
+use seat::Stop;
+
+use super::DeviceKind;
+use super::state::StateError;
+
+/// The half of a device that the driver configures.
+pub trait VirtioDevice: Send {
+    /// What it is, in a saved state.
+    fn kind(&self) -> DeviceKind;
+    /// What it is, to a driver (chapter 5).
+    fn virtio_type(&self) -> u16;
+    /// PCI class, sub-class and interface.
+    fn pci_class(&self) -> u32;
+    /// Features of the device type; the transport adds those of rings and of the version.
+    fn features(&self) -> u64;
+    /// The largest size of each virtqueue: powers of two.
+    fn queue_sizes(&self) -> Vec<u16>;
+    /// The halves that work, each with the indices of the virtqueues that it serves. Asked for once.
+    fn backends(&mut self) -> Vec<(Vec<u16>, Box<dyn Backend>)>;
+    /// The driver reads configuration space; `data` holds zeroes.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver writes configuration space.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// The driver is ready, with these features.
+    fn activate(&mut self, features: u64);
+    /// The driver, or the guest, has reset the device; its backends stand still.
+    fn reset(&mut self);
+    /// Says all that a later worker has to know beside registers and queues.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Malformed`] when postcard refuses the type.
+    fn save(&self) -> Result<Vec<u8>, StateError>;
+    /// Takes over what `save` said, which is hostile. `features` are those that the driver has accepted, if it is ready.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError`].
+    fn load(&mut self, state: &[u8], features: Option<u64>) -> Result<(), StateError>;
+}
+
+/// The half of a device that works, in an I/O thread.
+pub trait Backend: Send {
+    /// Serves its queues until there is nothing to do, `stop` says so, or a while has passed.
+    ///
+    /// # Errors
+    ///
+    /// [`Broken`]: the driver broke a rule after which the queue cannot be used.
+    fn serve(&mut self, queues: &mut [Virtqueue], stop: &Stop) -> Result<Next, Broken>;
+}
+
+/// When a backend is to serve again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// When the driver notifies.
+    Wait,
+    /// Soon: there is more to do.
+    Again,
+    /// At this time, or when the driver notifies.
+    At(Instant),
+}
+
+// Feature bits of all devices (chapter 6).
+/// Descriptors may lie in tables of their own (2.7.5.3).
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// Notifications and interrupts at chosen indices (2.7.7, 2.7.10).
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// A driver of version 1 or later.
+pub const F_VERSION_1: u64 = 1 << 32;
+
+// Device status (2.1).
+/// The driver has found the device.
+pub const ACKNOWLEDGE: u8 = 1;
+/// The driver knows how to drive it.
+pub const DRIVER: u8 = 2;
+/// The driver is ready.
+pub const DRIVER_OK: u8 = 4;
+/// Features are agreed.
+pub const FEATURES_OK: u8 = 8;
+/// The device cannot go on.
+pub const NEEDS_RESET: u8 = 64;
+/// The driver has given up.
+pub const FAILED: u8 = 128;

@@ -1,0 +1,195 @@
+//! Rate limits: token buckets for bytes and for operations.
+//!
+//! A request goes when its buckets are not empty, and takes what it costs, also if that is more than there is: large
+//! requests are never stuck, and on average the rate holds. Times are CLOCK_MONOTONIC nanoseconds, which both workers of
+//! an upgrade read alike, so a bucket goes on filling through the pause.
+
+use baton_ipc::worker::RateLimit;
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::devices::state::StateError;
+
+const NS: u128 = 1_000_000_000;
+/// No request costs more than this many tokens (a request has less than 4 GiB, 2.7.5.2), so no bucket owes more.
+const MAX_DEBT: i64 = 1 << 33;
+
+/// One bucket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bucket {
+    limit: RateLimit,
+    /// Less than 0: owed.
+    tokens: i64,
+    /// When `tokens` was right.
+    at_ns: u64,
+}
+
+/// Version 1.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct SavedBucket {
+    tokens: i64,
+    at_ns: u64,
+}
+
+impl Bucket {
+    /// A full bucket.
+    #[must_use]
+    pub fn new(limit: RateLimit, now_ns: u64) -> Self {
+        Self {
+            limit,
+            tokens: capacity(limit),
+            at_ns: now_ns,
+        }
+    }
+
+    fn fill(&mut self, now_ns: u64) {
+        let rate = u128::from(self.limit.per_second.max(1));
+        let elapsed = u128::from(now_ns.saturating_sub(self.at_ns));
+        let gained = elapsed * rate / NS;
+        let room = u128::try_from(capacity(self.limit).saturating_sub(self.tokens)).unwrap_or(0);
+        if gained >= room {
+            self.tokens = capacity(self.limit);
+            self.at_ns = now_ns.max(self.at_ns);
+        } else {
+            // What is not yet a whole token stays in the time.
+            self.tokens += i64::try_from(gained).unwrap_or(i64::MAX);
+            self.at_ns += u64::try_from(gained * NS / rate).unwrap_or(0);
+        }
+    }
+
+    /// When the next request may go, in nanoseconds from now; 0: now.
+    pub fn wait_ns(&mut self, now_ns: u64) -> u64 {
+        self.fill(now_ns);
+        if self.tokens > 0 {
+            return 0;
+        }
+        let missing = u128::from(self.tokens.unsigned_abs()) + 1;
+        let whole = missing * NS / u128::from(self.limit.per_second.max(1));
+        u64::try_from(whole).unwrap_or(u64::MAX).max(1)
+    }
+
+    /// Takes what a request costs.
+    pub fn take(&mut self, cost: u64) {
+        let cost = i64::try_from(cost).unwrap_or(MAX_DEBT).min(MAX_DEBT);
+        self.tokens = self.tokens.saturating_sub(cost).max(-MAX_DEBT);
+    }
+
+    /// Says how full it is.
+    #[must_use]
+    pub fn save(&self) -> SavedBucket {
+        let Self {
+            limit: _,
+            tokens,
+            at_ns,
+        } = self;
+        SavedBucket {
+            tokens: *tokens,
+            at_ns: *at_ns,
+        }
+    }
+
+    /// Takes over how full it was. A smaller limit than the one that it was saved with holds from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::Field`] for a debt that no request makes, and a time to come.
+    pub fn load(&mut self, saved: SavedBucket, now_ns: u64) -> Result<(), StateError> {
+        let SavedBucket { tokens, at_ns } = saved;
+        if tokens < -MAX_DEBT {
+            return Err(StateError::field(
+                "bucket.tokens",
+                tokens.unsigned_abs(),
+                "owed, more than any request costs",
+            ));
+        }
+        if at_ns > now_ns {
+            return Err(StateError::field("bucket.at_ns", at_ns, "in the future"));
+        }
+        self.tokens = tokens.min(capacity(self.limit));
+        self.at_ns = at_ns;
+        Ok(())
+    }
+}
+
+fn capacity(limit: RateLimit) -> i64 {
+    i64::try_from(limit.burst.max(1)).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn bucket() -> Bucket {
+        let limit = RateLimit {
+            per_second: 1000,
+            burst: 50,
+        };
+        Bucket::new(limit, SECOND)
+    }
+
+    #[test]
+    fn the_rate_holds_whatever_the_requests_cost() {
+        for cost in [1, 7, 50, 400] {
+            let (mut bucket, mut now, mut taken) = (bucket(), SECOND, 0);
+            while now < 11 * SECOND {
+                match bucket.wait_ns(now) {
+                    0 => {
+                        bucket.take(cost);
+                        taken += cost;
+                    }
+                    wait => now += wait,
+                }
+            }
+            assert!(
+                (10_000..=10_050 + cost).contains(&taken),
+                "cost {cost}: {taken} in 10 s"
+            );
+        }
+    }
+
+    #[test]
+    fn a_saved_bucket_goes_on_and_never_begins_full() {
+        let mut old = bucket();
+        old.take(60);
+        let mut new = bucket();
+        new.load(old.save(), 2 * SECOND).unwrap();
+        assert_eq!(new.wait_ns(SECOND), 11_000_000);
+        assert_eq!(new.wait_ns(SECOND + 5_000_000), 6_000_000);
+        assert_eq!(new.wait_ns(SECOND + 11_000_000), 0);
+    }
+
+    #[test]
+    fn impossible_buckets_are_refused() {
+        let good = bucket().save();
+        for (saved, field) in [
+            (
+                SavedBucket {
+                    tokens: -MAX_DEBT - 1,
+                    ..good
+                },
+                "bucket.tokens",
+            ),
+            (
+                SavedBucket {
+                    at_ns: 2 * SECOND + 1,
+                    ..good
+                },
+                "bucket.at_ns",
+            ),
+        ] {
+            match bucket().load(saved, 2 * SECOND) {
+                Err(StateError::Field { name, .. }) => assert_eq!(name, field),
+                other => panic!("{other:?}"),
+            }
+        }
+        let mut full = bucket();
+        let saved = SavedBucket {
+            tokens: i64::MAX,
+            ..good
+        };
+        full.load(saved, 2 * SECOND).unwrap();
+        assert_eq!(full.tokens, 50);
+    }
+}

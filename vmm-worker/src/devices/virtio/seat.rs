@@ -1,0 +1,194 @@
+//! Where a backend and its virtqueues sit while nobody serves them, and how they are stopped.
+//!
+//! The invariants:
+//!
+//! 1. The occupant is in the seat, or one I/O thread has it. A thread takes it only while the seat is running, and puts
+//!    it back whatever comes of it.
+//! 2. `stop` is set before `running` is cleared, and a backend looks at it before each request. So after
+//!    [`Seat::stop`], and once the occupant is back, no request is under way and none begins.
+//! 3. Nothing here waits but [`Seat::wait_until`], which only the control thread calls.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::Condvar;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use super::Backend;
+use super::Next;
+use super::interrupts::Interrupts;
+use super::queue::Virtqueue;
+use crate::devices::Trigger;
+use crate::diagnostics::log;
+
+/// Whether a backend is to stop. Looked at before each request, and within long ones.
+#[derive(Debug, Default)]
+pub struct Stop(AtomicBool);
+
+impl Stop {
+    /// Whether it is.
+    #[must_use]
+    pub fn requested(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    /// A request to stop, or none, for tests of backends.
+    #[must_use]
+    pub fn new(requested: bool) -> Self {
+        Self(AtomicBool::new(requested))
+    }
+}
+
+/// A backend with its queues.
+pub struct Occupant {
+    /// The queues, none before the driver is ready.
+    pub queues: Vec<Virtqueue>,
+    backend: Box<dyn Backend>,
+}
+
+struct State {
+    occupant: Option<Occupant>,
+    running: bool,
+    /// When it is to be served without a notification.
+    due: Option<Instant>,
+}
+
+/// A seat.
+pub struct Seat {
+    state: Mutex<State>,
+    returned: Condvar,
+    stop: Stop,
+    interrupts: Arc<Interrupts>,
+    /// Tells the I/O thread to look at its seats again.
+    wake: Arc<dyn Trigger>,
+    /// A driver that breaks its queues again and again is written about once.
+    complained: AtomicBool,
+}
+
+impl Seat {
+    /// A seat for `backend`, which fails by `interrupts`; `wake` wakes the I/O thread that serves it.
+    #[must_use]
+    pub fn new(
+        backend: Box<dyn Backend>,
+        interrupts: Arc<Interrupts>,
+        wake: Arc<dyn Trigger>,
+    ) -> Self {
+        Self {
+            state: Mutex::new(State {
+                occupant: Some(Occupant {
+                    queues: Vec::new(),
+                    backend,
+                }),
+                running: false,
+                due: None,
+            }),
+            returned: Condvar::new(),
+            stop: Stop::default(),
+            interrupts,
+            wake,
+            complained: AtomicBool::new(false),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets it be served, at once for the first time: notifications may have come while it was not.
+    pub fn run(&self) {
+        let mut state = self.state();
+        state.running = true;
+        state.due = Some(Instant::now());
+        self.stop.0.store(false, Ordering::SeqCst);
+        drop(state);
+        self.wake.trigger();
+    }
+
+    /// Asks it to be served no further.
+    pub fn stop(&self) {
+        self.stop.0.store(true, Ordering::SeqCst);
+        self.state().running = false;
+    }
+
+    /// Waits until nobody serves it. Whether that came in time.
+    #[must_use]
+    pub fn wait_until(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (state, _) = self
+            .returned
+            .wait_timeout_while(self.state(), left, |state| state.occupant.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        state.occupant.is_some()
+    }
+
+    /// Does something with the occupant of a stopped seat; nothing while it is still being served.
+    pub fn with<T>(&self, f: impl FnOnce(&mut Occupant) -> T) -> Option<T> {
+        let mut state = self.state();
+        if state.running {
+            return None;
+        }
+        state.occupant.as_mut().map(f)
+    }
+
+    /// The I/O thread's side: what to wait for. `None` while there is nothing.
+    pub fn awaited(&self, kicks: &mut Vec<Arc<OwnedFd>>) -> Option<Duration> {
+        let state = self.state();
+        let occupant = state.occupant.as_ref().filter(|_| state.running)?;
+        kicks.extend(occupant.queues.iter().map(|queue| Arc::clone(queue.kick())));
+        Some(state.due.map_or(Duration::MAX, |due| {
+            due.saturating_duration_since(Instant::now())
+        }))
+    }
+
+    /// The I/O thread's side: serves the backend, if it may.
+    pub fn serve(&self) {
+        let mut state = self.state();
+        if !state.running {
+            return;
+        }
+        let Some(mut occupant) = state.occupant.take() else {
+            return;
+        };
+        state.due = None;
+        drop(state);
+
+        // Whatever was notified is served now. Not before the occupant is taken: a seat that is stopped leaves
+        // notifications to the next worker.
+        for queue in &occupant.queues {
+            let _ = rustix::io::read(&**queue.kick(), &mut [0; 8]);
+        }
+        let outcome = occupant.backend.serve(&mut occupant.queues, &self.stop);
+
+        let mut state = self.state();
+        state.occupant = Some(occupant);
+        match outcome {
+            Ok(Next::Wait) => {}
+            Ok(Next::Again) => state.due = Some(Instant::now()),
+            Ok(Next::At(due)) => state.due = Some(due),
+            Err(broken) => {
+                state.running = false;
+                if !self.complained.swap(true, Ordering::SeqCst) {
+                    log!("virtio: {broken}; the device needs a reset");
+                }
+                self.interrupts.fail();
+            }
+        }
+        drop(state);
+        self.returned.notify_all();
+    }
+}
+
+impl std::fmt::Debug for Seat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = self.state();
+        f.debug_struct("Seat")
+            .field("running", &state.running)
+            .field("served", &state.occupant.is_none())
+            .finish()
+    }
+}

@@ -1,0 +1,375 @@
+//! What KVM does for PCI functions: interrupt routes and irqfds for their vectors, ioeventfds for their notifications.
+//!
+//! Everything here is arranged before the guest runs in this worker, an upgrade's new worker included: it is told in
+//! advance where the guest has its BARs and what its vectors write ([`Preview`]). What a guest changes later, or changed
+//! between that and the pause, still works (vectors fire by hand, notifications exit to this process) and is arranged
+//! anew by the control thread, outside any pause.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+
+use kvm_bindings::KVM_IRQ_ROUTING_IRQCHIP;
+use kvm_bindings::KVM_IRQ_ROUTING_MSI;
+use kvm_bindings::KVM_IRQCHIP_IOAPIC;
+use kvm_bindings::KVM_IRQCHIP_PIC_MASTER;
+use kvm_bindings::KVM_IRQCHIP_PIC_SLAVE;
+use kvm_bindings::KvmIrqRouting;
+use kvm_bindings::kvm_irq_routing_entry;
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::IoEventAddress;
+use kvm_ioctls::NoDatamatch;
+use kvm_ioctls::VmFd;
+use rustix::event::EventfdFlags;
+use serde::Deserialize;
+use serde::Serialize;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::layout;
+use crate::devices::Trigger;
+use crate::devices::pci::Function as _;
+use crate::devices::pci::msix::MAX_VECTORS;
+use crate::devices::pci::msix::Message;
+use crate::devices::pci::msix::Sink;
+use crate::devices::virtio::transport::BAR_SIZE;
+use crate::devices::virtio::transport::NOTIFY;
+use crate::devices::virtio::transport::NOTIFY_STEP;
+use crate::devices::virtio::transport::Transport;
+use crate::diagnostics::log;
+use crate::platform::PlatformError;
+use crate::vm;
+
+/// Interrupts of the I/O APIC; vectors have numbers from here on.
+const FIRST_VECTOR: u32 = 24;
+/// Interrupts that the PICs have too.
+const PIC_PINS: u32 = 16;
+
+/// Whether something is to be arranged anew.
+pub(crate) struct Stale {
+    flag: AtomicBool,
+    wake: Arc<dyn Trigger>,
+}
+
+/// A function's vectors, as KVM has them.
+pub(crate) struct KvmSink {
+    vm: Arc<VmFd>,
+    /// One a vector, this worker's own.
+    irqs: Arc<Vec<OwnedFd>>,
+    stale: Arc<Stale>,
+}
+
+impl Sink for KvmSink {
+    fn fire(&self, vector: u16) {
+        if let Some(irq) = self.irqs.get(usize::from(vector)) {
+            // Only a counter at its end refuses, and KVM empties it at once.
+            let _ = rustix::io::write(irq, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn deliver(&self, message: Message) {
+        let [a0, a1, a2, a3, a4, a5, a6, a7] = message.address.to_le_bytes();
+        // A message that no local APIC takes is lost, as on a PC.
+        let _ = self.vm.signal_msi(kvm_msi {
+            address_lo: u32::from_le_bytes([a0, a1, a2, a3]),
+            address_hi: u32::from_le_bytes([a4, a5, a6, a7]),
+            data: message.data,
+            ..kvm_msi::default()
+        });
+    }
+
+    fn stale(&self) {
+        if !self.stale.flag.swap(true, Ordering::SeqCst) {
+            self.stale.wake.trigger();
+        }
+    }
+}
+
+/// What an old worker tells a new one in advance of a function.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct FunctionPreview {
+    slot: u8,
+    bar: u64,
+    routes: Vec<(u16, Message)>,
+}
+
+/// What an old worker tells a new one in advance of all functions. Hostile, and of no consequence: what is wrong or
+/// missing in it is arranged after the upgrade.
+pub(crate) type Preview = Vec<FunctionPreview>;
+
+struct Wired {
+    slot: u8,
+    transport: Arc<Mutex<Transport>>,
+    irqs: Arc<Vec<OwnedFd>>,
+    /// Where the BAR was when its notifications were arranged; nowhere if they are not.
+    notified_at: Option<u64>,
+}
+
+impl Wired {
+    fn transport(&self) -> MutexGuard<'_, Transport> {
+        self.transport
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All functions.
+pub(crate) struct PciHost {
+    vm: Arc<VmFd>,
+    functions: Vec<Wired>,
+    stale: Arc<Stale>,
+}
+
+fn interrupt(slot: u8, vector: u16) -> u32 {
+    FIRST_VECTOR + u32::from(slot) * u32::from(MAX_VECTORS) + u32::from(vector)
+}
+
+/// Where a function's BAR is at power-on, guest-physical.
+pub(crate) fn first_bar(slot: u8) -> u32 {
+    let window = u32::try_from(layout::PCI_WINDOW_32).unwrap_or(0);
+    window + u32::from(slot) * BAR_SIZE
+}
+
+impl PciHost {
+    pub(crate) fn new(vm: Arc<VmFd>, wake: Arc<dyn Trigger>) -> Self {
+        let stale = Arc::new(Stale {
+            flag: AtomicBool::new(false),
+            wake,
+        });
+        Self {
+            vm,
+            functions: Vec::new(),
+            stale,
+        }
+    }
+
+    /// Makes the vectors of the function of `slot`; each is bound to its interrupt for good.
+    ///
+    /// # Errors
+    ///
+    /// [`PlatformError`].
+    pub(crate) fn vectors(
+        &self,
+        slot: u8,
+        count: u16,
+    ) -> Result<(KvmSink, Arc<Vec<OwnedFd>>), PlatformError> {
+        let mut irqs = Vec::new();
+        for vector in 0..count {
+            let irq = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+                .map_err(|e| PlatformError::EventFd(e.into()))?;
+            self.vm
+                .register_irqfd(&copy(&irq)?, interrupt(slot, vector))
+                .map_err(vm::ioctl("KVM_IRQFD"))?;
+            irqs.push(irq);
+        }
+        let irqs = Arc::new(irqs);
+        let sink = KvmSink {
+            vm: Arc::clone(&self.vm),
+            irqs: Arc::clone(&irqs),
+            stale: Arc::clone(&self.stale),
+        };
+        Ok((sink, irqs))
+    }
+
+    /// Takes a function in.
+    pub(crate) fn add(
+        &mut self,
+        slot: u8,
+        transport: Arc<Mutex<Transport>>,
+        irqs: Arc<Vec<OwnedFd>>,
+    ) {
+        self.functions.push(Wired {
+            slot,
+            transport,
+            irqs,
+            notified_at: None,
+        });
+    }
+
+    /// Arranges everything for the first time: as the preview says, or as it is at power-on.
+    ///
+    /// # Errors
+    ///
+    /// [`PlatformError::Vm`].
+    pub(crate) fn arrange(&mut self, preview: &Preview) -> Result<(), PlatformError> {
+        let mut routes = Vec::new();
+        for function in &mut self.functions {
+            let told = preview.iter().find(|told| told.slot == function.slot);
+            let window = layout::PCI_WINDOW_32
+                ..layout::PCI_WINDOW_32 + layout::PCI_WINDOW_32_SIZE - u64::from(BAR_SIZE) + 1;
+            let bar = told
+                .map(|told| told.bar)
+                .filter(|bar| window.contains(bar) && bar % u64::from(BAR_SIZE) == 0)
+                .unwrap_or(first_bar(function.slot).into());
+            notifications(&self.vm, function, bar, true)?;
+            function.notified_at = Some(bar);
+            let vectors = function.irqs.len();
+            let told = told.map(|told| told.routes.clone()).unwrap_or_default();
+            let known = told
+                .into_iter()
+                .filter(|(vector, _)| usize::from(*vector) < vectors)
+                .take(vectors)
+                .collect::<Vec<_>>();
+            routes.push((function.slot, known));
+        }
+        if routes.iter().any(|(_, routes)| !routes.is_empty()) {
+            self.route(&routes)?;
+        }
+        for (function, (_, routes)) in self.functions.iter().zip(&routes) {
+            function.transport().interrupts().msix().installed(routes);
+        }
+        Ok(())
+    }
+
+    fn route(&self, routes: &[(u8, Vec<(u16, Message)>)]) -> Result<(), PlatformError> {
+        let mut entries = fixed_routes();
+        for (slot, routes) in routes {
+            entries.extend(
+                routes
+                    .iter()
+                    .map(|(vector, message)| message_route(interrupt(*slot, *vector), *message)),
+            );
+        }
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| PlatformError::Routes(entries.len()))?;
+        self.vm
+            .set_gsi_routing(&routing)
+            .map_err(vm::ioctl("KVM_SET_GSI_ROUTING"))?;
+        Ok(())
+    }
+
+    /// Arranges anew what the guest has changed. What KVM refuses goes on by hand.
+    pub(crate) fn settle(&mut self) {
+        if !self.stale.flag.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let stale = |function: &Wired| function.transport().interrupts().msix().stale() > 0;
+        if self.functions.iter().any(stale) {
+            let routes: Vec<_> = self
+                .functions
+                .iter()
+                .map(|function| {
+                    let routes = function.transport().interrupts().msix().routes();
+                    (function.slot, routes)
+                })
+                .collect();
+            match self.route(&routes) {
+                Ok(()) => {
+                    for (function, (_, routes)) in self.functions.iter().zip(&routes) {
+                        function.transport().interrupts().msix().installed(routes);
+                    }
+                }
+                Err(error) => log!("interrupt routes: {error}"),
+            }
+        }
+        for function in &mut self.functions {
+            let bar = function.transport().bar().map(|bar| bar.start);
+            let Some(bar) = bar.filter(|bar| Some(*bar) != function.notified_at) else {
+                continue;
+            };
+            let moved = match function.notified_at.take() {
+                Some(old) => notifications(&self.vm, function, old, false),
+                None => Ok(()),
+            };
+            match moved.and_then(|()| notifications(&self.vm, function, bar, true)) {
+                Ok(()) => function.notified_at = Some(bar),
+                Err(error) => log!("notifications of PCI device {}: {error}", function.slot),
+            }
+        }
+    }
+
+    /// What a new worker is to know in advance.
+    pub(crate) fn preview(&self) -> Preview {
+        self.functions
+            .iter()
+            .map(|function| {
+                let transport = function.transport();
+                FunctionPreview {
+                    slot: function.slot,
+                    bar: transport.bar_address(),
+                    routes: transport.interrupts().msix().enabled_messages(),
+                }
+            })
+            .collect()
+    }
+
+    /// How much of the preview was no longer so in the state that was loaded: vectors and BARs. It is arranged anew once
+    /// the guest runs.
+    pub(crate) fn changed(&self) -> u32 {
+        let mut changed = 0;
+        for function in &self.functions {
+            let transport = function.transport();
+            changed += transport.interrupts().msix().stale();
+            let bar = transport.bar().map(|bar| bar.start);
+            changed += u32::from(bar.is_some() && bar != function.notified_at);
+        }
+        if changed > 0 {
+            self.stale.flag.store(true, Ordering::SeqCst);
+            self.stale.wake.trigger();
+        }
+        changed
+    }
+}
+
+/// A copy of an eventfd as the KVM crates want it.
+fn copy(fd: &OwnedFd) -> Result<EventFd, PlatformError> {
+    let copy = fd.try_clone().map_err(PlatformError::EventFd)?;
+    Ok(vm::event_fd(copy))
+}
+
+/// Arranges that KVM signals the queues of a function whose BAR is at `bar`, or that it does no more.
+fn notifications(vm: &VmFd, function: &Wired, bar: u64, on: bool) -> Result<(), PlatformError> {
+    let transport = function.transport();
+    for (kick, queue) in transport.kicks().iter().zip(0..) {
+        let kick = copy(kick)?;
+        let address = IoEventAddress::Mmio(bar + NOTIFY + NOTIFY_STEP * queue);
+        if on {
+            vm.register_ioevent(&kick, &address, NoDatamatch)
+        } else {
+            vm.unregister_ioevent(&kick, &address, NoDatamatch)
+        }
+        .map_err(vm::ioctl("KVM_IOEVENTFD"))?;
+    }
+    Ok(())
+}
+
+/// The routes that KVM makes by itself (`default_routing`, arch/x86/kvm/irq_comm.c): every pin of the I/O APIC, and of
+/// the PICs.
+fn fixed_routes() -> Vec<kvm_irq_routing_entry> {
+    let pin = |gsi: u32, chip: u32, pin: u32| {
+        let mut entry = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            ..kvm_irq_routing_entry::default()
+        };
+        entry.u.irqchip.irqchip = chip;
+        entry.u.irqchip.pin = pin;
+        entry
+    };
+    let mut entries = Vec::new();
+    for gsi in 0..FIRST_VECTOR {
+        entries.push(pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
+        if gsi < PIC_PINS / 2 {
+            entries.push(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
+        } else if gsi < PIC_PINS {
+            entries.push(pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - PIC_PINS / 2));
+        }
+    }
+    entries
+}
+
+fn message_route(gsi: u32, message: Message) -> kvm_irq_routing_entry {
+    let [a0, a1, a2, a3, a4, a5, a6, a7] = message.address.to_le_bytes();
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..kvm_irq_routing_entry::default()
+    };
+    entry.u.msi.address_lo = u32::from_le_bytes([a0, a1, a2, a3]);
+    entry.u.msi.address_hi = u32::from_le_bytes([a4, a5, a6, a7]);
+    entry.u.msi.data = message.data;
+    entry
+}
