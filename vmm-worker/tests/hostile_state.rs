@@ -58,7 +58,7 @@ fn forged_sections_with_a_right_digest() {
             &|sections| drop(sections.remove(2)),
             "section 0x8002.0 is missing",
         ),
-        (&|sections| drop(sections.pop()), "no saved state for rtc"),
+        (&|sections| drop(sections.pop()), "no saved state for pci"),
         (&|sections| sections.push(sections[0].clone()), "came twice"),
         (
             &|sections| sections[1].id.instance = 2,
