@@ -85,6 +85,11 @@ const EVENTS: &[Row] = &[
     ("confirmed-settled", Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`
     ("audit",             Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`
     ("violation",         Detection,  1,     HIGH,          FAILURE), // Create
+    ("front-launch",      Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
+    ("front-confirmed",   Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
+    ("front-failed",      Lifecycle,  OTHER, MEDIUM,        FAILURE),
+    ("front-says",        Base,       OTHER, INFORMATIONAL, SUCCESS),
+    ("qmp-client",        Api,        OTHER, INFORMATIONAL, SUCCESS),
     ("unwritten",         Base,       OTHER, MEDIUM,        FAILURE),
     ("log-rotated",       Base,       OTHER, INFORMATIONAL, SUCCESS),
 ];

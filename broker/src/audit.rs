@@ -59,7 +59,9 @@ impl Broker {
             .as_ref()
             .ok_or_else(|| unfit("there is no worker to audit", ""))?;
         let pid = worker.process.pid;
-        let verdict = self.prover.threads(&self.rules, worker, self.settled());
+        let verdict = self
+            .prover
+            .threads(&self.rules, pid, worker.ids, self.settled());
         let filters = u32::try_from(self.rules.compiled.build.len()).unwrap_or(0) + 1;
         let (proof, role) = match (verdict.evidence, &self.prover.unreadable) {
             (Evidence::Bytes, _) => ("compared byte for byte".to_owned(), None),

@@ -22,6 +22,7 @@ use baton_ipc::Registry;
 use baton_ipc::StartMode;
 use baton_ipc::VmId;
 use baton_ipc::control::Exit;
+use baton_ipc::control::Happening;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::StartReport;
@@ -52,6 +53,7 @@ use crate::clients::Awaiting;
 use crate::clients::Clients;
 use crate::console::Console;
 use crate::deadlines::Deadlines;
+use crate::front::Front;
 use crate::ids::VmIds;
 use crate::nascent::Advance;
 use crate::nascent::Nascent;
@@ -121,6 +123,7 @@ pub(crate) struct Broker {
     /// Goes before the clients do: who sees the hang-up finds the name free.
     directory: VmDirectory,
     pub(crate) clients: Clients,
+    pub(crate) front: Front,
     pub(crate) last_upgrade: Option<UpgradeOutcome>,
     console: Console,
     signals: Signals,
@@ -133,6 +136,10 @@ pub(crate) struct Broker {
     start_by: Option<Instant>,
     /// A pause was ordered, and the worker has not said what came of it.
     pub(crate) pausing: bool,
+    /// The guest stands still at the operator's wish, also while its worker is being replaced.
+    pub(crate) paused: bool,
+    /// Resets that were ordered and that the worker has not reported; any other is the guest's own.
+    pub(crate) resets_asked: u32,
     end: Option<Exit>,
 }
 
@@ -187,6 +194,7 @@ impl Broker {
             cgroup,
             prover: Prover::new(deadlines.reading()),
             clients: Clients::listen(&directory.socket())?,
+            front: Front::listen(&directory.qmp_socket())?,
             last_upgrade: None,
             console,
             signals,
@@ -198,6 +206,8 @@ impl Broker {
             power_off_by: None,
             start_by: None,
             pausing: false,
+            paused: false,
+            resets_asked: 0,
             end: None,
             options,
             vm,
@@ -241,6 +251,10 @@ impl Broker {
         self.console
             .sources()
             .for_each(|(fd, flags)| watch(fd, flags));
+        self.front
+            .sources(self.clients.qmp_count())
+            .into_iter()
+            .for_each(|fd| watch(fd, PollFlags::IN));
         if let Some(worker) = &self.worker {
             watch(worker.control(), PollFlags::IN);
             watch(worker.pidfd(), PollFlags::IN);
@@ -277,6 +291,7 @@ impl Broker {
             self.upgrade.as_ref().map(Upgrade::deadline),
             self.power_off_by,
             self.start_by,
+            self.front.deadline(),
             self.clients
                 .any_waiting()
                 .then(|| Instant::now() + Duration::from_millis(100)),
@@ -305,6 +320,7 @@ impl Broker {
         self.running_worker()?;
         self.advance_upgrade()?;
         self.clients.accept();
+        self.advance_front();
         while let Some(asked) = self.clients.hear(self.state) {
             self.serve(asked)?;
         }
@@ -344,6 +360,7 @@ impl Broker {
             .chain(self.retired.iter().map(worker))
             .chain(makings().filter_map(Nascent::worker).map(worker))
             .chain(makings().filter_map(Nascent::stage1))
+            .chain(self.front.processes())
             .collect();
         for child in crate::process::children()
             .into_iter()
@@ -449,14 +466,18 @@ impl Broker {
                 if let Some(worker) = &mut self.worker {
                     worker.phase = Phase::Running;
                 }
-                self.clients.answer(Awaiting::Resumed, &Reply::Done);
                 if self.state == VmState::Paused {
                     self.state = VmState::Running;
+                    self.paused = false;
+                    self.happened(Happening::Resumed);
                 }
+                self.clients.answer(Awaiting::Resumed, &Reply::Done);
                 self.upgrade_rolled_back()
             }
             Report::Paused => {
                 self.pausing = false;
+                self.paused = true;
+                self.happened(Happening::Stopped);
                 self.clients.answer(Awaiting::Paused, &Reply::Done);
                 let aborted = self.upgrade_refused("the guest was paused meanwhile");
                 self.state = VmState::Paused;
@@ -561,7 +582,12 @@ impl Broker {
         let event_name = quoted(&format!("{event:?}"));
         self.log.note("guest", &json!({"what": event_name}));
         match event {
-            GuestEvent::Reset | GuestEvent::TripleFault => Ok(()),
+            GuestEvent::Reset | GuestEvent::TripleFault => {
+                let asked = *event == GuestEvent::Reset && self.resets_asked > 0;
+                self.resets_asked -= u32::from(asked);
+                self.happened(Happening::Reset { guest: !asked });
+                Ok(())
+            }
             GuestEvent::Shutdown => {
                 self.state = VmState::Stopped;
                 self.end = Some(Exit::Done);
@@ -589,6 +615,9 @@ impl Broker {
             complain(&refusal);
         }
         self.upgrade_lost(reason)?;
+        self.happened(Happening::Lost {
+            reason: quoted(reason),
+        });
         // How it is, is known: lost.
         let status = Reply::Status(Box::new(self.vm_status()));
         self.clients.answer(Awaiting::Status, &status);
@@ -621,6 +650,7 @@ impl Broker {
                 worker
                     .order(&Order::PowerButton)
                     .doing("cannot press the power button")?;
+                self.happened(Happening::PowerButton);
                 self.power_off_by
                     .get_or_insert(Instant::now() + self.deadlines.power_off());
             }
@@ -639,11 +669,14 @@ impl Broker {
             self.retired.push(worker);
         }
         let _ = self.log.write_synced("vm-end", &json!({"exit": exit}));
+        let guest = self.state == VmState::Stopped;
+        self.happened(Happening::Ended { guest });
         self.clients.answer(Awaiting::End, &Reply::Done);
         // Before the directory goes: nobody may find a name whose ids and cgroup are still in use.
         self.first = None;
         self.upgrade = None;
         self.retired.clear();
+        self.front.end();
     }
 
     pub(crate) fn generation(&self) -> u32 {
@@ -683,6 +716,7 @@ impl Broker {
         let worker = self.worker.as_ref();
         VmStatus {
             name: self.vm.name.as_str().to_owned(),
+            id: self.id.to_string(),
             state: self.state,
             broker_pid: rustix::process::getpid()
                 .as_raw_nonzero()
@@ -699,6 +733,10 @@ impl Broker {
             uptime_s: self.began.elapsed().as_secs(),
             ram_bytes: self.vm.memory.size.0,
             cpus: self.vm.cpus.count.0,
+            paused: self.paused,
+            vcpu_threads: worker.map_or_else(Vec::new, |worker| {
+                crate::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
+            }),
             tsc_khz: self.status.tsc_khz,
             console_dropped: self.status.console_dropped,
             last_upgrade: self.last_upgrade.clone(),

@@ -11,6 +11,7 @@ use baton_audit::Actor;
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
+use baton_ipc::control::Event;
 use baton_ipc::control::Exit;
 use baton_ipc::control::PROTOCOL;
 use baton_ipc::control::Refusal;
@@ -35,6 +36,8 @@ use crate::refusal::unfit;
 
 /// The most clients at once; one more is turned away.
 const MAX_CLIENTS: usize = 32;
+/// The control connections of one QMP client: for what it asks, and for what it asks out of band.
+const QMP_CONNECTIONS: usize = 2;
 
 /// How long nobody is let in after accept(2) has failed for want of descriptors or memory.
 const REST: Duration = Duration::from_millis(100);
@@ -82,6 +85,9 @@ const REQUESTS: &[Row] = &[
     ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  Power),
     ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running],           Upgrade),
     ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         Upgrade),
+    ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade), &[Running],       Upgrade),
+    ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running],       Power),
+    ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];
 
 /// What a client waits for.
@@ -109,6 +115,10 @@ pub(crate) struct Client {
     pub(crate) actor: Actor,
     pub(crate) awaiting: Awaiting,
     pub(crate) since: Instant,
+    /// It is told of events.
+    pub(crate) subscribed: bool,
+    /// The QMP front speaks for it.
+    qmp: bool,
     channel: Channel<Reply, Request>,
 }
 
@@ -195,25 +205,59 @@ impl Clients {
             };
             let me = rustix::process::geteuid();
             let known = peer.uid.is_root() || peer.uid == me;
-            if !known || self.clients.len() >= MAX_CLIENTS {
+            let direct = self.clients.iter().filter(|client| !client.qmp).count();
+            if !known || direct >= MAX_CLIENTS {
                 continue;
             }
             let actor = actor(&socket, &peer);
-            let channel = Channel::new(FdSocket::from(socket));
-            let hello = Reply::Hello {
-                protocol: PROTOCOL,
-                build: crate::BUILD.to_owned(),
-            };
-            if channel.send(&hello).is_ok() {
-                self.next += 1;
-                self.clients.push(Client {
-                    id: self.next,
-                    actor,
-                    awaiting: Awaiting::Nothing,
-                    since: Instant::now(),
-                    channel,
-                });
-            }
+            self.greet(FdSocket::from(socket), actor, false);
+        }
+    }
+
+    /// Takes the connections that the QMP front has for one of its clients.
+    pub(crate) fn adopt(&mut self, sockets: [FdSocket; QMP_CONNECTIONS], actor: &Actor) {
+        for socket in sockets {
+            self.greet(socket, actor.clone(), true);
+        }
+    }
+
+    fn greet(&mut self, socket: FdSocket, actor: Actor, qmp: bool) {
+        let channel = Channel::new(socket);
+        let hello = Reply::Hello {
+            protocol: PROTOCOL,
+            build: crate::BUILD.to_owned(),
+        };
+        if channel.send(&hello).is_ok() {
+            self.next += 1;
+            self.clients.push(Client {
+                id: self.next,
+                actor,
+                awaiting: Awaiting::Nothing,
+                since: Instant::now(),
+                subscribed: false,
+                qmp,
+                channel,
+            });
+        }
+    }
+
+    /// How many clients the QMP front has.
+    pub(crate) fn qmp_count(&self) -> usize {
+        let connections = self.clients.iter().filter(|client| client.qmp).count();
+        connections.div_ceil(QMP_CONNECTIONS)
+    }
+
+    /// The QMP front is gone, and its clients with it.
+    pub(crate) fn forget_qmp(&mut self) {
+        self.clients.retain(|client| !client.qmp);
+    }
+
+    /// Tells those who have asked for events. One that does not read is hung up on.
+    pub(crate) fn publish(&mut self, event: &Event) {
+        if self.clients.iter().any(|client| client.subscribed) {
+            let reply = Reply::Event(Box::new(event.clone()));
+            self.clients
+                .retain(|client| !client.subscribed || client.channel.send(&reply).is_ok());
         }
     }
 
@@ -320,7 +364,7 @@ impl Clients {
 
 /// Who is at the other end. The unit is that of the process that connected, or none when that is gone by now: its number
 /// may be another's.
-fn actor(socket: &OwnedFd, peer: &UCred) -> Actor {
+pub(crate) fn actor(socket: &OwnedFd, peer: &UCred) -> Actor {
     let pid = peer.pid.as_raw_nonzero().get();
     let unit = nix::sys::socket::getsockopt(socket, PeerPidfd)
         .ok()

@@ -287,7 +287,7 @@ impl Nascent {
     /// Compares the process, apart from its threads, with what it has to be before it is given anything.
     pub(crate) fn confirm_process(&self, cgroup: Option<&Cgroup>) -> Vec<Finding> {
         self.worker().map_or_else(Vec::new, |worker| {
-            proof::fresh_process(worker, &self.binary, cgroup)
+            proof::fresh_process(worker.process.pid, &self.binary, cgroup)
         })
     }
 

@@ -13,6 +13,7 @@ pub(crate) struct PhaseClock {
     entered: Instant,
     step: Step,
     done: Vec<PhaseTime>,
+    starts: Vec<(Step, Instant)>,
 }
 
 impl PhaseClock {
@@ -22,6 +23,7 @@ impl PhaseClock {
             entered: now,
             step: Step::Request,
             done: Vec::new(),
+            starts: vec![(Step::Request, now)],
         }
     }
 
@@ -41,6 +43,13 @@ impl PhaseClock {
             us: micros(now - self.entered),
         });
         (self.step, self.entered) = (step, now);
+        self.starts.push((step, now));
+    }
+
+    /// How long ago a step was entered, if it was.
+    pub(crate) fn since(&self, step: Step) -> Option<Duration> {
+        let start = self.starts.iter().find(|start| start.0 == step)?;
+        Some(start.1.elapsed())
     }
 
     pub(crate) fn total(&self) -> Duration {

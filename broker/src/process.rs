@@ -90,6 +90,20 @@ fn parse(text: &[u8]) -> Option<TaskStat> {
     TaskStat::parse(&String::from_utf8_lossy(text)).ok()
 }
 
+/// The threads of a worker that are called `vcpu0` and so on, in that order.
+pub(crate) fn vcpu_threads(pid: i32, count: u8) -> Vec<u32> {
+    let tids = crate::proof::threads_of(pid);
+    let name = |tid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default()
+    };
+    let named: Vec<_> = tids.into_iter().map(|tid| (name(&tid), tid)).collect();
+    let thread = |index: u8| {
+        let name = format!("vcpu{index}");
+        named.iter().find(|named| named.0.trim_end() == name)
+    };
+    (0..count).filter_map(thread).map(|named| named.1).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

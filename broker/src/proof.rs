@@ -32,7 +32,7 @@ use nix::unistd::Pid;
 use crate::binary::WorkerBinary;
 use crate::broker::Rules;
 use crate::cgroup::Cgroup;
-use crate::worker::Worker;
+use crate::ids::HostIds;
 
 /// What a broker compares its workers with.
 #[derive(Debug)]
@@ -76,18 +76,18 @@ impl Prover {
     }
 
     /// Compares a worker's threads with the policy. The threads are stopped for as long as their filters are read.
-    pub(crate) fn threads(&self, rules: &Rules, worker: &Worker, moment: Moment) -> Verdict {
+    pub(crate) fn threads(&self, rules: &Rules, pid: i32, ids: HostIds, moment: Moment) -> Verdict {
         let policy = &rules.policy;
         let declared = Declared {
             compiled: &rules.compiled,
             inherited_filters: self.inherited_filters,
             keep: policy.capabilities,
-            uid: worker.ids.uid,
-            gid: worker.ids.gid,
+            uid: ids.uid,
+            gid: ids.gid,
             namespaces: &policy.namespaces,
             moment,
         };
-        let mut observed = self.observe(worker.process.pid);
+        let mut observed = self.observe(pid);
         let mut unread = Vec::new();
         let by = Instant::now() + self.reading;
         if self.unreadable.is_none() {
@@ -110,7 +110,7 @@ impl Prover {
         if verdict.evidence == Evidence::Counted && self.unreadable.is_none() {
             verdict.findings.extend(unread);
         }
-        if worker.ids.is_own() {
+        if ids.is_own() {
             // Without privilege nobody can leave a group: the worker has no other than the broker's user has.
             verdict.findings.retain(|finding| match &finding.what {
                 Discrepancy::Groups { found } => {
@@ -156,11 +156,11 @@ impl Prover {
 /// What the process as a whole has to be, besides its threads: the checked binary, in an empty root, in the VM's cgroup, with
 /// nothing but its three first descriptors.
 pub(crate) fn fresh_process(
-    worker: &Worker,
+    pid: i32,
     binary: &WorkerBinary,
     cgroup: Option<&Cgroup>,
 ) -> Vec<Finding> {
-    let proc = format!("/proc/{}", worker.process.pid);
+    let proc = format!("/proc/{pid}");
     let mut findings = Vec::new();
     let mut find = |what: String| findings.push(other(None, what));
     let exe = fs::metadata(format!("{proc}/exe"))
@@ -189,7 +189,7 @@ pub(crate) fn fresh_process(
         Err(e) => find(format!("its mounts cannot be read: {e}")),
     }
     if let Some(cgroup) = cgroup {
-        if !cgroup.holds(worker.process.pid) {
+        if !cgroup.holds(pid) {
             find(format!("it is not in {}", cgroup.path().display()));
         }
     }

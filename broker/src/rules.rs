@@ -39,7 +39,7 @@ pub(crate) fn worker_binary(
     policy: &Policy,
     given: Option<File>,
 ) -> Result<WorkerBinary> {
-    let beside = beside_broker()?;
+    let beside = beside_broker("baton-worker")?;
     let named = options
         .worker
         .as_ref()
@@ -85,9 +85,10 @@ pub(crate) fn refuse_widening(old: &Policy, new: &Policy) -> Result<()> {
     ))
 }
 
-fn beside_broker() -> Result<PathBuf> {
+/// The path of a program that is installed with the broker.
+pub(crate) fn beside_broker(program: &str) -> Result<PathBuf> {
     let mut path = std::env::current_exe().doing("cannot find the broker's own place")?;
-    path.set_file_name("baton-worker");
+    path.set_file_name(program);
     Ok(path)
 }
 

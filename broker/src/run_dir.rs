@@ -1,6 +1,6 @@
 //! The run directory: one directory a VM, which says to everybody else that the VM exists.
 //!
-//! `DIR/NAME/` holds `lock` (flock(2), held by the broker for the VM's life), `state.json` and `control.sock`;
+//! `DIR/NAME/` holds `lock` (flock(2), held by the broker for the VM's life), `state.json`, `control.sock` and `qmp.sock`;
 //! `DIR/.audit/NAME.jsonl` outlives the VM.
 
 use std::fs;
@@ -15,6 +15,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use baton_ipc::control::Exit;
+use baton_ipc::control::QMP_SOCKET;
 use baton_ipc::control::SOCKET;
 use rustix::fs::FlockOperation;
 use serde::Deserialize;
@@ -176,7 +177,7 @@ impl VmDirectory {
                 name.as_str()
             ));
         }
-        for stale in ["state.json", "state.new", SOCKET, "console.pty"] {
+        for stale in ["state.json", "state.new", SOCKET, QMP_SOCKET, "console.pty"] {
             let _ = fs::remove_file(self.path.join(stale));
         }
         Ok(())
@@ -188,6 +189,10 @@ impl VmDirectory {
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.path.join(SOCKET)
+    }
+
+    pub(crate) fn qmp_socket(&self) -> PathBuf {
+        self.path.join(QMP_SOCKET)
     }
 
     pub(crate) fn audit_log(&self) -> &Path {
@@ -217,6 +222,7 @@ impl Drop for VmDirectory {
             "state.json",
             "state.new",
             SOCKET,
+            QMP_SOCKET,
             "console.pty",
             "broker.log",
             "lock",

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use baton_audit::Checkpoint;
 use baton_audit::quoted;
+use baton_ipc::control::Happening;
 use baton_ipc::control::LogHead;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
@@ -44,11 +45,31 @@ impl Broker {
                 self.order_for(client, &Order::Pause, Awaiting::Paused);
             }
             Request::Resume => self.order_for(client, &Order::Resume, Awaiting::Resumed),
+            Request::PowerButton => {
+                let told = self
+                    .worker
+                    .as_ref()
+                    .is_some_and(|worker| worker.order(&Order::PowerButton).is_ok());
+                let reply = if told {
+                    self.happened(Happening::PowerButton);
+                    Reply::Done
+                } else {
+                    Reply::Refused(unfit("there is no worker", ""))
+                };
+                self.clients.reply(client, &reply);
+            }
+            Request::Subscribe => {
+                if let Some(client) = self.clients.get_mut(client) {
+                    client.subscribed = true;
+                }
+                self.clients.reply(client, &Reply::Done);
+            }
             Request::Reset => {
                 let told = self
                     .worker
                     .as_ref()
                     .is_some_and(|worker| worker.order(&Order::Reset).is_ok());
+                self.resets_asked += u32::from(told);
                 let reply = if told {
                     Reply::Done
                 } else {
@@ -71,7 +92,21 @@ impl Broker {
                     self.clients.reply(client, &Reply::Refused(refusal));
                 }
             }
+            Request::BeginUpgrade => {
+                let reply = match self.begin_upgrade(None, false, &who) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => {
+                        let record = json!({"request": name, "reason": quoted(&refusal.reason)});
+                        self.log.note_by("upgrade-refused", Some(&who), &record);
+                        Reply::Refused(refusal)
+                    }
+                };
+                self.clients.reply(client, &reply);
+            }
             Request::Cancel => {
+                if self.upgrade_can_be_cancelled() {
+                    self.happened(Happening::UpgradeCancelled);
+                }
                 self.upgrade_refused("the operator cancelled it")?;
                 self.clients.reply(client, &Reply::Done);
             }

@@ -19,6 +19,7 @@ use baton_audit::Actor;
 use baton_audit::quoted;
 use baton_ipc::StartMode;
 use baton_ipc::control::Exit;
+use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Step;
@@ -37,6 +38,7 @@ use crate::broker::Rules;
 use crate::clients::Awaiting;
 use crate::launch::Launch;
 use crate::launch::LaunchPlan;
+use crate::launch::Program;
 use crate::nascent::Advance;
 use crate::nascent::Nascent;
 use crate::pause;
@@ -96,6 +98,7 @@ impl Broker {
     ) -> Result<Nascent> {
         let policy = &rules.policy;
         let launch = Launch::start(LaunchPlan {
+            program: Program::Worker,
             confinement: Confinement {
                 rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0)),
                 keep: policy.capabilities,
@@ -169,6 +172,7 @@ impl Broker {
         }))
         .recorded()?;
         clock.enter(Step::Spawn);
+        self.happened(Happening::UpgradeBegan { dry_run });
         let nascent = match self.launch(binary, config, &rules) {
             Ok(nascent) => nascent,
             Err(refusal) => {
@@ -379,6 +383,7 @@ impl Broker {
             },
         );
         let step = upgrade.clock.step();
+        self.paused_and_switched(&upgrade.clock, &end);
         let (outcome, reason) = match end {
             PauseEnd::Committed => {
                 upgrade.clock.enter(Step::Retire);
@@ -434,6 +439,13 @@ impl Broker {
             Some(upgrade) if upgrade.aborting.is_none() => self.abort(reason),
             _ => Ok(()),
         }
+    }
+
+    /// Whether it has neither failed nor paused the guest.
+    pub(crate) fn upgrade_can_be_cancelled(&self) -> bool {
+        self.upgrade
+            .as_ref()
+            .is_some_and(|upgrade| upgrade.aborting.is_none())
     }
 
     /// Ends an upgrade whose guest was never paused.
@@ -556,6 +568,7 @@ impl Broker {
         let written = self.log.write_synced("upgrade", &outcome);
         self.log.release();
         self.last_upgrade = Some(outcome.clone());
+        self.happened(Happening::UpgradeEnded(Box::new(outcome.clone())));
         self.clients
             .answer(Awaiting::Upgrade, &Reply::Upgrade(Box::new(outcome)));
         // A log that cannot be written is the operator's to mend; the guest does not pay for it.
@@ -576,13 +589,19 @@ impl Broker {
             return Err(unfit("the worker is not there", ""));
         };
         let mut findings = nascent.confirm_process(self.cgroup.as_ref());
-        findings.extend(self.prover.threads(rules, worker, Moment::Fresh).findings);
+        findings.extend(
+            self.prover
+                .threads(rules, worker.process.pid, worker.ids, Moment::Fresh)
+                .findings,
+        );
         self.judge("confirmed-fresh", worker.generation, &findings)
     }
 
     /// Confirms the last filters of all its threads before the guest runs in it.
     pub(crate) fn confirm_settled(&mut self, worker: &Worker, rules: &Rules) -> Result<()> {
-        let verdict = self.prover.threads(rules, worker, self.settled());
+        let verdict = self
+            .prover
+            .threads(rules, worker.process.pid, worker.ids, self.settled());
         self.judge("confirmed-settled", worker.generation, &verdict.findings)
     }
 

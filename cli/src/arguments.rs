@@ -108,6 +108,21 @@ Examples:
         /// The VM's name
         vm: String,
     },
+    /// Send one QMP command to a VM
+    #[command(after_help = "\
+Prints what the command returns. QMP clients and libraries connect to the socket
+that `baton run --json` prints as `qmp`; docs/qmp.md lists the commands.
+
+Examples:
+  baton qmp web1 query-status
+  baton qmp web1 '{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"mode\": \"cpr-transfer\"}}'")]
+    Qmp {
+        /// The VM's name
+        vm: String,
+        /// The command: a JSON object, or its name alone
+        #[arg(value_name = "JSON")]
+        command: String,
+    },
     /// Prove a running VM's confinement against its policy, from the kernel's own records
     #[command(after_help = "\
 Exit status 0: everything was compared, and agrees. 1: there are findings.

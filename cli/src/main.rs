@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         Command::Status { vm } => commands::status::execute(globals, &vm, &output),
         Command::Upgrade(upgrade) => commands::upgrade::execute(globals, &upgrade, &output),
         Command::Console { vm } => commands::console::execute(globals, &vm, &output),
+        Command::Qmp { vm, command } => commands::qmp::execute(globals, &vm, &command, &output),
         Command::Audit { vm } => commands::audit::execute(globals, &vm, &output),
         Command::Log { command } => commands::log::execute(globals, &command, &output),
         Command::Policy { command } => commands::policy::execute(&command, &output),

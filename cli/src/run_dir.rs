@@ -7,16 +7,21 @@
 use std::fs;
 use std::io;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_ipc::control::Exit;
+use baton_ipc::control::QMP_SOCKET;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::SOCKET;
 use baton_ipc::control::VmState;
 use rustix::fs::FlockOperation;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::Deserialize;
 use serde_json::Value;
@@ -201,6 +206,20 @@ impl VmDirectory {
             Found::Stale => Err(self.stale()),
             Found::Absent => Err(self.absent()),
         }
+    }
+
+    /// A connection to its QMP socket.
+    pub(crate) fn qmp(&self) -> io::Result<UnixStream> {
+        // Through the directory's descriptor: a socket's address has 108 bytes (unix(7)), a path may have more.
+        let directory = rustix::fs::open(
+            &self.path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        UnixStream::connect(format!(
+            "/proc/self/fd/{}/{QMP_SOCKET}",
+            directory.as_raw_fd()
+        ))
     }
 
     /// The VM has ended.

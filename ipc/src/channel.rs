@@ -36,6 +36,15 @@ pub enum ChannelError {
     Trailing(usize),
 }
 
+/// Encodes one message.
+///
+/// # Errors
+///
+/// [`ChannelError::Encode`].
+pub fn encode<M: Serialize>(message: &M) -> Result<Vec<u8>, ChannelError> {
+    postcard::to_stdvec(message).map_err(ChannelError::Encode)
+}
+
 /// Decodes one postcard value that must take up all of `bytes`. (postcard's own `from_bytes` ignores what follows.)
 ///
 /// # Errors
@@ -90,7 +99,7 @@ impl<S: Serialize, R: DeserializeOwned> Channel<S, R> {
         message: &S,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), ChannelError> {
-        let bytes = postcard::to_stdvec(message).map_err(ChannelError::Encode)?;
+        let bytes = encode(message)?;
         Ok(self.socket.send(&bytes, descriptors)?)
     }
 

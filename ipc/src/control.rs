@@ -1,7 +1,12 @@
 //! What `baton` and other clients say to a broker over its control socket, `control.sock` in the VM's directory.
 //!
 //! A `SOCK_SEQPACKET` connection. The broker speaks first ([`Reply::Hello`]); then each request is answered by exactly one
-//! final reply, before which an upgrade sends [`Reply::Progress`]. One request at a time.
+//! final reply, before which an upgrade sends [`Reply::Progress`]. One request at a time. A client that has asked for events
+//! ([`Request::Subscribe`]) gets [`Reply::Event`] at any time.
+//!
+//! The QMP front is such a client, on a connection that it inherits: `hello` with its last filter, `subscribe` when that is in
+//! force, and then, for everybody who connects to the QMP socket, [`Reply::QmpClient`] with that connection and with two
+//! control connections of its own, so that what a QMP client asks is asked, and logged, as that client.
 //!
 //! The types derive `Serialize` once for the wire (postcard) and for people's scripts (the CLI prints them as JSON), so
 //! field names here are part of the surface.
@@ -15,10 +20,13 @@ use crate::Access;
 use crate::DescriptorKind;
 
 /// The version of these messages.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The control socket's name in a VM's directory.
 pub const SOCKET: &str = "control.sock";
+
+/// The QMP socket's name in a VM's directory.
+pub const QMP_SOCKET: &str = "qmp.sock";
 
 /// The longest worker path, reason or step that goes over the wire, in bytes.
 pub const MAX_TEXT: usize = 4096;
@@ -91,6 +99,12 @@ pub enum Request {
     Audit,
     /// Where does the audit log's chain stand?
     LogHead,
+    /// Press the ACPI power button; the VM goes on if its guest does not listen.
+    PowerButton,
+    /// Send [`Reply::Event`] from now on, until one side hangs up. A client that does not read is hung up on.
+    Subscribe,
+    /// As [`Request::Upgrade`] of the configured worker, answered as soon as it has begun; events tell the rest.
+    BeginUpgrade,
 }
 
 /// A reply.
@@ -119,6 +133,64 @@ pub enum Reply {
     Audit(Box<AuditReport>),
     /// The answer to [`Request::LogHead`].
     LogHead(LogHead),
+    /// The first message to the QMP front, instead of `hello`.
+    Front {
+        /// [`PROTOCOL`] of the broker.
+        protocol: u32,
+        /// The filter that it has to take, as a classic BPF program of 8-byte instructions.
+        filter: Vec<u8>,
+    },
+    /// Somebody has connected to the QMP socket: with that connection, a control connection for what it asks, and one more
+    /// for what it asks out of band.
+    QmpClient,
+    /// Something happened, to a client that has asked for events.
+    Event(Box<Event>),
+}
+
+/// Something that happened to a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When, in microseconds since 1970 (CLOCK_REALTIME).
+    pub at_us: u64,
+    /// What.
+    pub what: Happening,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Happening {
+    /// The guest stands still.
+    Stopped,
+    /// It runs again.
+    Resumed,
+    /// It was reset.
+    Reset {
+        /// By itself.
+        guest: bool,
+    },
+    /// Its power button was pressed.
+    PowerButton,
+    /// It has ended.
+    Ended {
+        /// By itself.
+        guest: bool,
+    },
+    /// Nobody runs it any more, and nobody will.
+    Lost {
+        /// Why.
+        reason: String,
+    },
+    /// An upgrade has begun.
+    UpgradeBegan {
+        /// It is a dry run.
+        dry_run: bool,
+    },
+    /// An upgrade has reached a step that the guest can feel.
+    UpgradeStep(Step),
+    /// An upgrade is being cancelled.
+    UpgradeCancelled,
+    /// An upgrade has ended.
+    UpgradeEnded(Box<UpgradeOutcome>),
 }
 
 /// Why a request was refused.
@@ -197,6 +269,8 @@ pub enum VmState {
 pub struct VmStatus {
     /// Its name.
     pub name: String,
+    /// Its identity, 32 hex digits, chosen when it started.
+    pub id: String,
     /// Its state.
     pub state: VmState,
     /// The broker's process.
@@ -215,6 +289,11 @@ pub struct VmStatus {
     pub ram_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// The guest stands still at the operator's wish, also while its worker is being replaced.
+    pub paused: bool,
+    /// The threads that run the vCPUs, in the broker's pid namespace and in the vCPUs' order, by the names that the worker
+    /// gives them: for people, and evidence of nothing.
+    pub vcpu_threads: Vec<u32>,
     /// Frequency of the guest's TSC, in kHz.
     pub tsc_khz: u32,
     /// Console bytes dropped because nobody took them.

@@ -22,6 +22,8 @@ pub mod worker;
 
 pub use channel::Channel;
 pub use channel::ChannelError;
+pub use channel::decode;
+pub use channel::encode;
 pub use cpu_feature::CpuFeature;
 pub use cpu_feature::CpuidRegister;
 pub use cpu_feature::UnknownFeature;

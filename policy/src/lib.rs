@@ -43,8 +43,8 @@ pub use descriptors::{Access, Candidate, Grant, GrantError, Kind, PathPattern, S
 pub use digest::{Digest, DigestError};
 pub use parse::{MAX_TEXT, Place, PolicyError, Problem};
 pub use policy::{
-    BUILTIN, Ids, JSON_SCHEMA, LandlockPolicy, Namespace, Policy, Refusal, Role, RolePolicy, Rule,
-    SCHEMA, Threads, Violation, Workers,
+    BUILTIN, FRONT, Ids, JSON_SCHEMA, LandlockPolicy, Namespace, Policy, Refusal, Role, RolePolicy,
+    Rule, SCHEMA, Threads, Violation, Workers,
 };
 pub use program::{Instruction, MAX_INSTRUCTIONS, Program, ProgramError};
 pub use rlimits::{Limit, Resource, Rlimits};

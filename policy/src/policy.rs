@@ -21,6 +21,9 @@ use crate::syscalls::Syscall;
 /// The file that [`Policy::builtin`] parses.
 pub const BUILTIN: &str = include_str!("../default.toml");
 
+/// The file that [`Policy::front`] parses.
+pub const FRONT: &str = include_str!("../front.toml");
+
 /// The JSON Schema of policy files, for editors.
 pub const JSON_SCHEMA: &str = include_str!("../policy.schema.json");
 
@@ -192,6 +195,15 @@ impl Policy {
     /// None that this crate's tests would have let through; it is a `Result` so that no code path panics.
     pub fn builtin() -> Result<Self, PolicyError> {
         Self::parse(BUILTIN, "built-in policy")
+    }
+
+    /// What the QMP front may hold and do. It has one thread, whose role is [`Role::Control`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Policy::builtin`].
+    pub fn front() -> Result<Self, PolicyError> {
+        Self::parse(FRONT, "built-in policy of the QMP front")
     }
 
     /// Reads a policy. `origin` is what errors call the text: its path.

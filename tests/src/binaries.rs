@@ -43,7 +43,7 @@ impl Binaries {
     fn find(variable: &str, profile: &str, command: &str) -> Self {
         let named = std::env::var_os(variable).map(PathBuf::from);
         let directory = named.unwrap_or_else(|| target_directory().join(TARGET).join(profile));
-        for program in ["baton", "baton-broker", "baton-worker"] {
+        for program in ["baton", "baton-qmp", "baton-broker", "baton-worker"] {
             assert!(
                 directory.join(program).is_file(),
                 "there is no {program} in {}; make it with\n  {command}\nor name its directory in {variable}",

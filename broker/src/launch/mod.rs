@@ -38,7 +38,16 @@ enum LaunchOrder {
     /// To stage 1: the id maps are written.
     Mapped,
     /// To stage 2, with the sealed memfd to execute.
-    Confine(baton_policy::Confinement),
+    Confine(Program, baton_policy::Confinement),
+}
+
+/// What is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Program {
+    /// A worker. The broker's death continues it, should it be stopped, and it decides by what is in its socket.
+    Worker,
+    /// The QMP front. It ends with its broker.
+    Front,
 }
 
 /// What the stages answer.

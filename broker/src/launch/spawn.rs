@@ -16,6 +16,7 @@ use baton_policy::Confinement;
 
 use super::LaunchOrder;
 use super::LaunchReport;
+use super::Program;
 use crate::cgroup::Cgroup;
 use crate::ids::HostIds;
 use crate::refusal::Doing;
@@ -25,6 +26,8 @@ use crate::refusal::unfit;
 /// Everything that a launch needs.
 #[derive(Debug)]
 pub(crate) struct LaunchPlan<'a> {
+    /// What it is.
+    pub(crate) program: Program,
     /// What stage 2 puts in place.
     pub(crate) confinement: Confinement,
     /// The ids that id 0 of the namespace stands for.
@@ -42,6 +45,7 @@ pub(crate) struct Launch {
     socket: Option<Channel<LaunchOrder, LaunchReport>>,
     diagnostics: OwnedFd,
     ids: HostIds,
+    program: Program,
     confinement: Confinement,
     binary: OwnedFd,
 }
@@ -81,6 +85,7 @@ impl Launch {
             socket: Some(Channel::new(ours)),
             diagnostics,
             ids: plan.ids,
+            program: plan.program,
             confinement: plan.confinement,
             binary: plan
                 .binary
@@ -129,7 +134,7 @@ impl Launch {
                 Received::Message(LaunchReport::Spawned(pid), _) => {
                     // Not before: the worker that stage 2 becomes would say its first word on the same socket, maybe
                     // ahead of stage 1's last.
-                    let order = LaunchOrder::Confine(self.confinement.clone());
+                    let order = LaunchOrder::Confine(self.program, self.confinement.clone());
                     self.send(&order, &[self.binary.as_fd()])?;
                     return self.spawned(pid).map(Some);
                 }

@@ -19,6 +19,7 @@ use rustix::fd::AsFd;
 
 use super::LaunchOrder;
 use super::LaunchReport;
+use super::Program;
 
 /// The namespaces that a worker has of its own.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
@@ -74,14 +75,14 @@ pub(crate) fn unshare() -> std::process::ExitCode {
 
 /// Stage 2. Does not return when all went well.
 pub(crate) fn confine() -> std::process::ExitCode {
-    // The broker already hears this socket as the worker's.
+    // The broker already hears this socket as the worker's. (The QMP front's says nothing like it, and is hung up on.)
     let failed = |socket: Socket, step, reason| {
         let socket: Channel<Report, Order> = Channel::new(OwnedFd::from(socket).into());
         let _ = socket.send(&Report::Failed { step, reason });
     };
     let stage = |socket: &mut Socket| {
         let (order, descriptors) = receive(socket)?;
-        let LaunchOrder::Confine(confinement) = order else {
+        let LaunchOrder::Confine(program, confinement) = order else {
             return Err(("receive the confinement", "another order".to_owned()));
         };
         let [binary] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|got| {
@@ -90,8 +91,11 @@ pub(crate) fn confine() -> std::process::ExitCode {
                 format!("{} descriptors", got.len()),
             )
         })?;
-        put_in_place(&confinement)?;
-        let name = CString::from(c"baton-worker");
+        put_in_place(program, &confinement)?;
+        let name = CString::from(match program {
+            Program::Worker => c"baton-worker",
+            Program::Front => c"baton-qmp",
+        });
         nix::unistd::execveat(
             binary.as_fd(),
             c"",
@@ -105,7 +109,7 @@ pub(crate) fn confine() -> std::process::ExitCode {
     report(stage, failed)
 }
 
-fn put_in_place(confinement: &Confinement) -> StageResult {
+fn put_in_place(program: Program, confinement: &Confinement) -> StageResult {
     rustix::process::setsid().step("start a session")?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     nix::unistd::sethostname("baton").step("name the host")?;
@@ -113,7 +117,11 @@ fn put_in_place(confinement: &Confinement) -> StageResult {
     baton_policy::kernel::close_range_cloexec(3).step("close descriptors")?;
     // The broker's death continues a stopped worker, which then decides by what is in its socket. The ids are final, and
     // losing capabilities does not clear it (prctl(2), PR_SET_PDEATHSIG).
-    nix::sys::prctl::set_pdeathsig(Signal::SIGCONT).step("set the parent-death signal")?;
+    let at_brokers_death = match program {
+        Program::Worker => Signal::SIGCONT,
+        Program::Front => Signal::SIGKILL,
+    };
+    nix::sys::prctl::set_pdeathsig(at_brokers_death).step("set the parent-death signal")?;
     confinement.enter().map(drop).step("confine the process")
 }
 

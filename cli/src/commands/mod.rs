@@ -8,6 +8,7 @@ pub(crate) mod fleet;
 pub(crate) mod list;
 pub(crate) mod log;
 pub(crate) mod policy;
+pub(crate) mod qmp;
 pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod steer;

@@ -77,7 +77,7 @@ pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<E
         broker_pid,
         worker_pid,
         generation,
-        directory: _,
+        directory,
         start_us,
         notes: _,
     } = &started;
@@ -91,6 +91,7 @@ pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<E
             "broker_pid": broker_pid,
             "worker_pid": worker_pid,
             "generation": generation,
+            "qmp": format!("{directory}/{}", baton_ipc::control::QMP_SOCKET),
         }))?;
     } else if stdio {
         output.hint(&sentence);

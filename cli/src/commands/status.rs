@@ -45,6 +45,7 @@ pub(crate) fn execute(globals: &Globals, vm: &str, output: &Output) -> Result<Ex
 pub(crate) fn document(status: &VmStatus) -> Value {
     let VmStatus {
         name,
+        id,
         state,
         broker_pid,
         worker_pid,
@@ -54,12 +55,15 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         uptime_s,
         ram_bytes,
         cpus,
+        paused,
+        vcpu_threads,
         tsc_khz,
         console_dropped,
         last_upgrade,
     } = status;
     json!({
         "name": name,
+        "id": id,
         "state": state,
         "broker_pid": broker_pid,
         "worker_pid": worker_pid,
@@ -69,6 +73,8 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "uptime_s": uptime_s,
         "ram_bytes": ram_bytes,
         "cpus": cpus,
+        "paused": paused,
+        "vcpu_threads": vcpu_threads,
         "tsc_khz": tsc_khz,
         "console_dropped": console_dropped,
         "last_upgrade": last_upgrade.as_ref().map(upgrade::document),

@@ -129,6 +129,7 @@ pub(crate) fn always(reply: Reply) -> Arc<Answer> {
 pub(crate) fn status(name: &str) -> VmStatus {
     VmStatus {
         name: name.to_owned(),
+        id: "0f".repeat(16),
         state: VmState::Running,
         broker_pid: 100,
         worker_pid: 101,
@@ -138,6 +139,8 @@ pub(crate) fn status(name: &str) -> VmStatus {
         uptime_s: 61,
         ram_bytes: 256 << 20,
         cpus: 1,
+        paused: false,
+        vcpu_threads: vec![103],
         tsc_khz: 2_000_000,
         console_dropped: 0,
         last_upgrade: Some(outcome(Outcome::Committed)),

@@ -78,7 +78,7 @@ fn a_detached_start_prints_what_the_surface_promises() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert_eq!(
         document(&output),
-        json!({ "name": "web1", "broker_pid": 100, "worker_pid": 101, "generation": 1 })
+        json!({ "name": "web1", "broker_pid": 100, "worker_pid": 101, "generation": 1, "qmp": "/run/baton/web1/qmp.sock" })
     );
     assert!(stderr(&output).contains("note: removed a stale socket"));
     let arguments = std::fs::read_to_string(dir.path().join("arguments")).unwrap();

@@ -1,0 +1,271 @@
+//! What each command does. Arguments were checked against the table, return values will be.
+
+use baton_ipc::control::Refusal;
+use baton_ipc::control::Reply;
+use baton_ipc::control::Request;
+use baton_ipc::control::VmState;
+use baton_ipc::control::VmStatus;
+use serde_json::Value;
+use serde_json::json;
+
+use crate::capability::CAPABILITIES;
+use crate::failure::Class;
+use crate::failure::Failure;
+use crate::introspect;
+use crate::machine;
+use crate::migration::IN_PROGRESS;
+use crate::migration::Mode;
+use crate::schema::Object;
+use crate::shared::Answer;
+use crate::shared::Shared;
+use crate::table::COMMANDS;
+
+pub(crate) fn qmp_capabilities(_: &mut Shared, _: &Object) -> Answer {
+    Answer::failed(Failure::of(
+        Class::CommandNotFound,
+        "Capabilities negotiation is already complete, command ignored",
+    ))
+}
+
+pub(crate) fn query_commands(_: &mut Shared, _: &Object) -> Answer {
+    Answer::value(
+        COMMANDS
+            .iter()
+            .map(|one| json!({"name": one.name}))
+            .collect(),
+    )
+}
+
+pub(crate) fn query_qmp_schema(_: &mut Shared, _: &Object) -> Answer {
+    Answer::value(introspect::schema())
+}
+
+pub(crate) fn query_version(_: &mut Shared, _: &Object) -> Answer {
+    Answer::value(machine::version())
+}
+
+/// Asks how the VM is, and goes on with that.
+pub(crate) fn with_status(then: impl FnOnce(&mut Shared, VmStatus) -> Answer + 'static) -> Answer {
+    Answer::ask(Request::Status, |shared, reply| match reply {
+        Ok(Reply::Status(status)) => then(shared, *status),
+        Ok(_) => Answer::failed(Failure::generic("the broker gave another answer")),
+        Err(refusal) => Answer::failed(refusal.into()),
+    })
+}
+
+fn view(show: fn(&VmStatus) -> Value) -> Answer {
+    with_status(move |_, status| Answer::value(show(&status)))
+}
+
+pub(crate) fn query_status(_: &mut Shared, _: &Object) -> Answer {
+    view(machine::status)
+}
+
+pub(crate) fn query_cpus_fast(_: &mut Shared, _: &Object) -> Answer {
+    view(machine::cpus)
+}
+
+pub(crate) fn query_memory_size_summary(_: &mut Shared, _: &Object) -> Answer {
+    view(machine::memory)
+}
+
+pub(crate) fn query_name(_: &mut Shared, _: &Object) -> Answer {
+    view(machine::name)
+}
+
+pub(crate) fn query_uuid(_: &mut Shared, _: &Object) -> Answer {
+    view(machine::uuid)
+}
+
+pub(crate) fn stop(_: &mut Shared, _: &Object) -> Answer {
+    with_status(|_, status| match status.state {
+        // As in QEMU, a guest that does not run is stopped already.
+        VmState::Paused | VmState::Stopped | VmState::Lost => Answer::done(),
+        _ => Answer::order(Request::Pause),
+    })
+}
+
+pub(crate) fn cont(_: &mut Shared, _: &Object) -> Answer {
+    with_status(|_, status| match status.state {
+        VmState::Running => Answer::done(),
+        VmState::Upgrading if !status.paused => Answer::done(),
+        _ => Answer::order(Request::Resume),
+    })
+}
+
+pub(crate) fn system_reset(_: &mut Shared, _: &Object) -> Answer {
+    Answer::order(Request::Reset)
+}
+
+pub(crate) fn system_powerdown(_: &mut Shared, _: &Object) -> Answer {
+    Answer::order(Request::PowerButton)
+}
+
+pub(crate) fn quit(shared: &mut Shared, _: &Object) -> Answer {
+    shared.quit = true;
+    Answer::Tell(Request::Stop { force: true })
+}
+
+pub(crate) fn query_migrate(shared: &mut Shared, _: &Object) -> Answer {
+    if shared.migration.status().is_some() {
+        return Answer::value(shared.migration.info());
+    }
+    with_status(|shared, status| {
+        shared.migration.recall(status.last_upgrade);
+        Answer::value(shared.migration.info())
+    })
+}
+
+pub(crate) fn query_migrate_parameters(shared: &mut Shared, _: &Object) -> Answer {
+    Answer::value(json!({"mode": shared.migration.mode.name()}))
+}
+
+pub(crate) fn query_migrate_capabilities(shared: &mut Shared, _: &Object) -> Answer {
+    let state = |name: &str| shared.migration.is_enabled(name);
+    let all = CAPABILITIES
+        .iter()
+        .map(|known| json!({"capability": known.0, "state": state(known.0)}));
+    Answer::value(all.collect())
+}
+
+pub(crate) fn migrate_set_parameters(shared: &mut Shared, arguments: &Object) -> Answer {
+    match arguments.get("mode").and_then(Value::as_str) {
+        None => Answer::done(),
+        // What runs goes on as it was asked for: `migrate` has taken its parameters with it.
+        Some(mode) => match parse_mode(mode) {
+            Ok(mode) => {
+                shared.migration.mode = mode;
+                Answer::done()
+            }
+            Err(failure) => Answer::failed(failure),
+        },
+    }
+}
+
+fn parse_mode(mode: &str) -> Result<Mode, Failure> {
+    match mode {
+        "normal" => Ok(Mode::Normal),
+        "cpr-transfer" => Ok(Mode::CprTransfer),
+        other => Err(Failure::generic(format_args!(
+            "mode '{other}' is not supported by this VMM: use 'cpr-transfer', which replaces the worker under its guest"
+        ))),
+    }
+}
+
+pub(crate) fn migrate_set_capabilities(shared: &mut Shared, arguments: &Object) -> Answer {
+    if shared.migration.in_progress() {
+        return Answer::failed(Failure::generic(IN_PROGRESS));
+    }
+    let entries = arguments.get("capabilities").and_then(Value::as_array);
+    for entry in entries.into_iter().flatten() {
+        let name = entry.get("capability").and_then(Value::as_str);
+        let state = entry.get("state").and_then(Value::as_bool);
+        if let (Some(name), Some(state)) = (name, state) {
+            shared.migration.enable(name, state);
+        }
+    }
+    Answer::done()
+}
+
+pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
+    match plan(shared, arguments) {
+        Ok(()) => Answer::ask(Request::BeginUpgrade, |shared, reply| match reply {
+            Ok(_) => Answer::done(),
+            Err(refusal) => Answer::failed(busy_or(shared, refusal)),
+        }),
+        Err(failure) => Answer::failed(failure),
+    }
+}
+
+fn busy_or(shared: &Shared, refusal: Refusal) -> Failure {
+    if shared.migration.in_progress() {
+        Failure::generic(IN_PROGRESS)
+    } else {
+        refusal.into()
+    }
+}
+
+/// What is wrong with a `migrate`, in the order in which QEMU looks.
+fn plan(shared: &Shared, arguments: &Object) -> Result<(), Failure> {
+    let migration = &shared.migration;
+    let in_place = migration.mode == Mode::CprTransfer;
+    let channels = arguments.get("channels").and_then(Value::as_array);
+    let uri = arguments.contains_key("uri");
+    let resume = arguments.get("resume").and_then(Value::as_bool);
+    if uri == channels.is_some() && (uri || !in_place) {
+        return Err(Failure::generic("need either 'uri' or 'channels' argument"));
+    }
+    let of_type = |kind: &str| {
+        let channels = channels.into_iter().flatten();
+        channels
+            .filter(|channel| channel.get("channel-type").and_then(Value::as_str) == Some(kind))
+            .count()
+    };
+    for kind in ["main", "cpr"] {
+        if of_type(kind) > 1 {
+            return Err(Failure::generic(format_args!(
+                "Channel list has more than one {kind} entry"
+            )));
+        }
+    }
+    if channels.is_some() && of_type("main") == 0 {
+        return Err(Failure::generic("Channel list has no main entry"));
+    }
+    if in_place && (uri || channels.is_some()) && of_type("cpr") == 0 {
+        return Err(Failure::generic("missing 'cpr' migration channel"));
+    }
+    if resume == Some(true) {
+        return Err(Failure::generic(
+            "Cannot resume if there is no paused migration",
+        ));
+    }
+    migration.check()?;
+    match migration.mode {
+        Mode::Normal => Err(Failure::generic(
+            "mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer'",
+        )),
+        Mode::CprTransfer if channels.is_some() => Err(Failure::generic(
+            "transfer to another broker is not supported by this VMM: without 'channels' the worker is replaced in place",
+        )),
+        Mode::CprTransfer => Ok(()),
+    }
+}
+
+pub(crate) fn migrate_cancel(shared: &mut Shared, _: &Object) -> Answer {
+    if !shared.migration.in_progress() {
+        // As in QEMU: whoever cancels what has ended meanwhile has nothing to mend.
+        return Answer::done();
+    }
+    Answer::ask(Request::Cancel, |shared, reply| match reply {
+        Err(refusal) if shared.migration.in_progress() => Answer::failed(refusal.into()),
+        _ => Answer::done(),
+    })
+}
+
+pub(crate) fn migrate_incoming(_: &mut Shared, _: &Object) -> Answer {
+    Answer::failed(Failure::generic(
+        "'-incoming' was not specified on the command line",
+    ))
+}
+
+pub(crate) fn query_yank(shared: &mut Shared, _: &Object) -> Answer {
+    let all: Vec<Value> = shared
+        .migration
+        .in_progress()
+        .then(|| json!({"type": "migration"}))
+        .into_iter()
+        .collect();
+    Answer::value(Value::Array(all))
+}
+
+pub(crate) fn yank(shared: &mut Shared, arguments: &Object) -> Answer {
+    let instances = arguments.get("instances").and_then(Value::as_array);
+    let count = instances.map_or(0, Vec::len);
+    if count == 0 {
+        return Answer::done();
+    }
+    if !shared.migration.in_progress() {
+        return Answer::failed(Failure::of(Class::DeviceNotFound, "Instance not found"));
+    }
+    Answer::order(Request::Cancel)
+}

@@ -1,0 +1,273 @@
+//! QMP clients drive a VM as they drive QEMU, and their connections outlive its workers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use std::os::unix::fs::PermissionsExt;
+
+use baton_tests::Builder;
+use baton_tests::Qmp;
+use baton_tests::kill_process;
+use baton_tests::until;
+use serde_json::Value;
+use serde_json::json;
+
+/// What one upgrade tells, in this order.
+const UPGRADE: [&str; 7] = [
+    "MIGRATION setup",
+    "STOP",
+    "MIGRATION active",
+    "MIGRATION device",
+    "RESUME",
+    "MIGRATION completed",
+    "__org.baton_WORKER_REPLACED",
+];
+
+fn time_of(event: &Value) -> (i64, i64) {
+    let part = |path: &str| event.pointer(path).and_then(Value::as_i64).unwrap();
+    (part("/timestamp/seconds"), part("/timestamp/microseconds"))
+}
+
+/// The front's process, as the audit log has it.
+fn front(vm: &baton_tests::Vm) -> i32 {
+    let log = vm.audit_log();
+    let confirmed = log.of("front-confirmed").last().unwrap();
+    let pid = confirmed.fields.get("pid").and_then(Value::as_i64);
+    i32::try_from(pid.unwrap()).unwrap()
+}
+
+#[test]
+fn a_connection_survives_upgrades_and_its_events_come_in_order() {
+    let vm = Builder::release().start();
+    let (mut driver, mut watcher) = (Qmp::connect(&vm), Qmp::connect(&vm));
+    let guest = vm.witness();
+    for generation in 2..=4 {
+        driver.migrate();
+        let info = driver.migrated();
+        assert_eq!(info["status"], "completed", "{info}");
+        assert!(info["downtime"].as_i64().unwrap() > 0, "{info}");
+        assert_eq!(driver.status(), "running");
+        assert_eq!(vm.generation(), generation);
+        let parameters = driver.returns("query-migrate-parameters", json!({}));
+        assert_eq!(
+            parameters["mode"], "normal",
+            "the new side knows of no mode"
+        );
+    }
+    vm.assert_goes_on(&guest);
+    assert_eq!(watcher.status(), "running");
+    for client in [&driver, &watcher] {
+        assert_eq!(client.event_names(), UPGRADE.repeat(3));
+        let times: Vec<_> = client.events.iter().map(time_of).collect();
+        assert!(times.is_sorted(), "{times:?}");
+    }
+}
+
+#[test]
+fn a_guest_is_stopped_continued_reset_and_ended() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    let capabilities = &qmp.greeting["QMP"]["capabilities"];
+    assert_eq!(*capabilities, json!(["oob"]));
+    for _ in 0..2 {
+        qmp.done("stop", json!({}));
+        assert_eq!(qmp.status(), "paused");
+        vm.assert_stands_still();
+    }
+    let guest = vm.witness();
+    for _ in 0..2 {
+        qmp.done("cont", json!({}));
+        assert_eq!(qmp.status(), "running");
+    }
+    vm.assert_goes_on(&guest);
+    qmp.done("system_reset", json!({}));
+    until("the guest boots again", || {
+        let report = vm.ram.report().ok()?;
+        (report.boots == 2).then_some(())
+    });
+    qmp.done("system_powerdown", json!({}));
+    let cpus = qmp.returns("query-cpus-fast", json!({}));
+    let thread = &cpus[0]["thread-id"];
+    let task = format!("/proc/{}/task/{thread}", vm.worker());
+    assert!(std::path::Path::new(&task).exists(), "{cpus}");
+    let memory = qmp.returns("query-memory-size-summary", json!({}));
+    assert_eq!(memory["base-memory"], 64 << 20);
+    let name = qmp.returns("query-name", json!({}));
+    assert_eq!(name["name"], *vm.site.name);
+    qmp.done("quit", json!({}));
+    while let Some(event) = qmp.receive() {
+        qmp.events.push(event);
+    }
+    let names = qmp.event_names();
+    assert_eq!(names, ["STOP", "RESUME", "RESET", "POWERDOWN", "SHUTDOWN"]);
+    assert_eq!(qmp.events[2]["data"]["guest"], false);
+    assert_eq!(qmp.events[4]["data"]["reason"], "host-qmp-quit");
+}
+
+#[test]
+fn migrate_is_refused_in_qemus_words() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    let channel = |kind: &str| json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": "x.sock"}});
+    let neither = "need either 'uri' or 'channels' argument";
+    assert_eq!(qmp.refused("migrate", json!({})), neither);
+    let bogus = "Parameter 'mode' does not accept value 'bogus'";
+    assert_eq!(
+        qmp.refused("migrate-set-parameters", json!({"mode": "bogus"})),
+        bogus
+    );
+    let exec = qmp.refused("migrate-set-parameters", json!({"mode": "cpr-exec"}));
+    assert!(exec.contains("'cpr-exec' is not supported"), "{exec}");
+    let normal = qmp.refused("migrate", json!({"uri": "unix:x"}));
+    assert!(normal.contains("'normal'"), "{normal}");
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    for (arguments, text) in [
+        (json!({"uri": "unix:x"}), "missing 'cpr' migration channel"),
+        (
+            json!({"uri": "unix:x", "channels": [channel("main")]}),
+            neither,
+        ),
+        (
+            json!({"channels": [channel("main")]}),
+            "missing 'cpr' migration channel",
+        ),
+        (
+            json!({"channels": [channel("cpr")]}),
+            "Channel list has no main entry",
+        ),
+        (
+            json!({"channels": [channel("main"), channel("main")]}),
+            "Channel list has more than one main entry",
+        ),
+        (
+            json!({"channels": [channel("cpr"), channel("cpr")]}),
+            "Channel list has more than one cpr entry",
+        ),
+        (
+            json!({"resume": true}),
+            "Cannot resume if there is no paused migration",
+        ),
+    ] {
+        assert_eq!(qmp.refused("migrate", arguments), text);
+    }
+    for (capability, text) in [
+        ("postcopy-ram", "Cannot use postcopy with CPR"),
+        (
+            "background-snapshot",
+            "Cannot use background snapshot with CPR",
+        ),
+        ("x-colo", "Cannot use COLO with CPR"),
+        (
+            "mapped-ram",
+            "Migration requires seekable transport (e.g. file)",
+        ),
+    ] {
+        let switch =
+            |state: bool| json!({"capabilities": [{"capability": capability, "state": state}]});
+        qmp.done("migrate-set-capabilities", switch(true));
+        assert_eq!(qmp.refused("migrate", json!({})), text);
+        qmp.done("migrate-set-capabilities", switch(false));
+    }
+    let incoming = qmp.refused("migrate-incoming", json!({"uri": "unix:x"}));
+    assert_eq!(
+        incoming,
+        "'-incoming' was not specified on the command line"
+    );
+    // All of it cost the guest nothing, and the next one succeeds.
+    assert_eq!(qmp.event_names(), [""; 0]);
+    qmp.migrate();
+    assert_eq!(qmp.migrated()["status"], "completed");
+}
+
+#[test]
+fn a_front_that_dies_takes_its_connections_and_nothing_else() {
+    let vm = Builder::release().start();
+    let mut first = Qmp::connect(&vm);
+    assert_eq!(first.status(), "running");
+    let guest = vm.witness();
+    kill_process(front(&vm));
+    assert!(first.receive().is_none(), "its connection is gone");
+    vm.assert_goes_on(&guest);
+    let mut second = Qmp::connect(&vm);
+    assert_eq!(second.status(), "running");
+    second.migrate();
+    assert_eq!(second.migrated()["status"], "completed");
+}
+
+#[test]
+fn the_front_is_confined_under_a_user_of_its_own() {
+    let vm = Builder::release().start();
+    let socket = vm.site.run_dir().join(&vm.site.name).join("qmp.sock");
+    let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let _client = Qmp::connect(&vm);
+    let pid = front(&vm);
+    let status = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |text: &str, name: &str| -> String {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line[name.len()..].trim().to_owned()
+    };
+    let (mine, workers) = (status(pid), status(vm.worker()));
+    assert_eq!(field(&mine, "Threads:"), "1");
+    assert_eq!(field(&mine, "NoNewPrivs:"), "1");
+    assert_eq!(field(&mine, "Seccomp:"), "2");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(field(&mine, set), "0000000000000000", "{set}");
+    }
+    let uid = field(&mine, "Uid:");
+    assert!(
+        uid != field(&workers, "Uid:") && !uid.starts_with("0\t"),
+        "{uid}"
+    );
+    let root = std::fs::read_dir(format!("/proc/{pid}/root/")).unwrap();
+    assert_eq!(root.count(), 0, "its root is empty");
+    for namespace in ["user", "pid", "net", "mnt", "ipc", "uts", "cgroup"] {
+        let of = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(pid), of(vm.worker()), "{namespace}");
+        assert_ne!(of(pid), of(vm.broker), "{namespace}");
+    }
+    // Sockets and the pipe that it prints to, and nothing else.
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .flatten()
+    {
+        let target = std::fs::read_link(entry.path()).unwrap();
+        let target = target.to_string_lossy().into_owned();
+        assert!(
+            target.starts_with("socket:") || target.starts_with("pipe:"),
+            "{target}"
+        );
+    }
+}
+
+#[test]
+fn what_a_client_asks_is_logged_as_that_client() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    qmp.done("stop", json!({}));
+    qmp.done("cont", json!({}));
+    let log = vm.audit_log();
+    let mine: Vec<&str> = log
+        .of("request")
+        .filter(|one| {
+            let actor = &one.record["actor"];
+            actor["user"]["uid"] == "0" && actor["process"]["pid"] == std::process::id()
+        })
+        .map(|one| one.fields["request"].as_str().unwrap())
+        .collect();
+    assert_eq!(mine, ["pause", "resume"]);
+}
+
+#[test]
+fn baton_qmp_sends_one_command() {
+    let vm = Builder::release().start();
+    let answer = vm.baton("qmp", ["query-status"]).expect(0);
+    assert_eq!(answer.json(), json!({"running": true, "status": "running"}));
+    let command = r#"{"execute": "migrate-set-parameters", "arguments": {"mode": "cpr-transfer"}}"#;
+    assert_eq!(vm.baton("qmp", [command]).expect(0).json(), json!({}));
+    vm.baton("qmp", ["migrate"]).expect(0);
+    until("the worker is replaced", || {
+        (vm.generation() == 2).then_some(())
+    });
+    let refused = vm.baton("qmp", ["no-such-command"]).expect(3);
+    assert!(refused.stderr.contains("CommandNotFound"), "{refused:?}");
+    vm.baton("qmp", ["{"]).expect(2);
+}
