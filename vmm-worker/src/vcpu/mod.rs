@@ -334,13 +334,12 @@ impl Vcpus {
             .enumerate()
             .filter(|(_, handle)| handle.running)
         {
-            if let Some(reply) = handle.link.take_reply() {
+            // `Run` has no other answer.
+            if let Some(Reply::Stopped(Stopped { left_ns, stuck })) = handle.link.take_reply() {
                 handle.running = false;
-                if let Reply::Stopped(Stopped { left_ns, stuck }) = reply {
-                    first_exit_ns =
-                        Some(first_exit_ns.map_or(left_ns, |first: u64| first.min(left_ns)));
-                    handle.stuck = stuck.map(|reason| format!("vCPU {index}: {reason}"));
-                }
+                first_exit_ns =
+                    Some(first_exit_ns.map_or(left_ns, |first: u64| first.min(left_ns)));
+                handle.stuck = stuck.map(|reason| format!("vCPU {index}: {reason}"));
             }
         }
         first_exit_ns

@@ -28,6 +28,8 @@ use super::ioctls;
 const MSR_TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE (Intel SDM volume 4).
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// IA32_DEBUGCTL (Intel SDM volume 4; AMD APM volume 2, appendix A).
+const MSR_DEBUGCTL: u32 = 0x1d9;
 /// MSR_KVM_WALL_CLOCK and MSR_KVM_WALL_CLOCK_NEW (Documentation/virt/kvm/x86/msr.rst).
 const MSR_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
@@ -234,7 +236,7 @@ impl VcpuState {
         let (deadline, others): (Vec<_>, Vec<_>) = msrs
             .iter()
             .partition(|(index, _)| *index == MSR_TSC_DEADLINE);
-        set_msrs(vcpu, &others)?;
+        set_msrs(vcpu, &unless_already(vcpu, MSR_DEBUGCTL, others)?)?;
         if purpose == Purpose::Transfer {
             ioctls::set_tsc_offset(vcpu, *tsc_offset)
                 .map_err(ioctl("KVM_VCPU_TSC_OFFSET (set)"))?;
@@ -266,6 +268,20 @@ impl VcpuState {
         vcpu.set_vcpu_events(events)
             .map_err(ioctl("KVM_SET_VCPU_EVENTS"))
     }
+}
+
+/// `values` without that of `index`, if the vCPU has it already. KVM on AMD without LBR virtualization takes a write of any
+/// value to DEBUGCTL, and complains of each in the host's kernel log.
+fn unless_already(
+    vcpu: &VcpuFd,
+    index: u32,
+    mut values: Vec<(u32, u64)>,
+) -> Result<Vec<(u32, u64)>, VcpuStateError> {
+    if values.iter().any(|value| value.0 == index) {
+        let found = get_msrs(vcpu, &[index])?;
+        values.retain(|value| value.0 != index || !found.contains(value));
+    }
+    Ok(values)
 }
 
 fn get_msrs(vcpu: &VcpuFd, indexes: &[u32]) -> Result<Vec<(u32, u64)>, VcpuStateError> {
