@@ -16,6 +16,7 @@ pub mod log;
 pub mod read;
 pub mod segments;
 pub mod shape;
+mod spans;
 pub mod verify;
 
 pub use actor::Actor;

@@ -25,6 +25,7 @@ use std::time::UNIX_EPOCH;
 use baton_policy::Digest;
 use rustix::fs::FallocateFlags;
 use serde::Serialize;
+use serde_json::Value;
 use serde_json::json;
 use thiserror::Error;
 
@@ -36,6 +37,7 @@ use crate::segments;
 use crate::shape;
 use crate::shape::Position;
 use crate::shape::Subject;
+use crate::spans::Spans;
 use crate::verify::Link;
 
 /// The longest record, in bytes: an audit's 128 findings of four bounded texts each fit.
@@ -122,7 +124,7 @@ pub struct AuditLog {
     end: u64,
     /// An upgrade has reserved space in this file.
     reserved: bool,
-    echo: Option<Echo>,
+    spans: Option<Spans>,
     journal: Option<Journal>,
     /// Records that may still be noted now, and when there was last one more.
     allowance: u32,
@@ -176,7 +178,7 @@ impl AuditLog {
             first,
             end,
             reserved: false,
-            echo: None,
+            spans: None,
             journal: None,
             allowance: BURST,
             replenished: Instant::now(),
@@ -186,9 +188,9 @@ impl AuditLog {
         Ok(log)
     }
 
-    /// Repeats every record on standard error, as far as that takes it.
-    pub fn repeat_on_standard_error(&mut self) {
-        self.echo = Some(Echo::new());
+    /// Says what happens on standard error too, for a person, as far as that takes it.
+    pub fn show_spans(&mut self) {
+        self.spans = Some(Spans::new());
     }
 
     /// Copies every record to the journal that listens here, if one does.
@@ -338,8 +340,9 @@ impl AuditLog {
             let _ = self.file.set_len(self.end);
             return Err(file_error("write to", &self.path, error));
         }
-        if let Some(echo) = &mut self.echo {
-            echo.say(&line);
+        let own = shaped.document.get("unmapped").and_then(Value::as_object);
+        if let (Some(spans), Some(own)) = (&mut self.spans, own) {
+            spans.say(event, own);
         }
         if let (Some(journal), Some(record)) = (&self.journal, line.strip_suffix(b"\n")) {
             let vm = &self.subject.vm;

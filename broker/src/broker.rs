@@ -402,7 +402,7 @@ impl Broker {
             Advance::Greeted => {
                 self.confirm_fresh(&nascent, &Rc::clone(&self.rules))?;
                 nascent.configure(None).map_err(|fault| failed(&fault))?;
-                self.record_grants(1)?;
+                self.record_grants(1, StartMode::None)?;
                 let bound = self.deadlines.of(Step::Build);
                 nascent
                     .hand_over(&self.registry, bound)
@@ -410,7 +410,10 @@ impl Broker {
             }
             Advance::Listening(times) => {
                 self.log
-                    .write("ready", &json!({"generation": 1, "times": times}))
+                    .write(
+                        "ready",
+                        &json!({"generation": 1, "mode": StartMode::None, "times": times}),
+                    )
                     .recorded()?;
                 let mut worker = nascent.into_worker()?;
                 self.confirm_settled(&worker, &Rc::clone(&self.rules))?;
@@ -554,7 +557,7 @@ impl Broker {
         self.start_by = None;
         self.log.note(
             "running",
-            &json!({"generation": 1, "start_us": started.start_us}),
+            &json!({"generation": 1, "mode": StartMode::None, "start_us": started.start_us}),
         );
         if self.options.detach && !self.options.log {
             // Until now a failure could be said there. Whoever reads it to its end need not wait for the VM's.
@@ -794,10 +797,10 @@ impl Broker {
         }
     }
 
-    pub(crate) fn record_grants(&mut self, generation: u32) -> Result<()> {
+    pub(crate) fn record_grants(&mut self, generation: u32, mode: StartMode) -> Result<()> {
         for (key, description, _) in self.registry.iter() {
             self.log.write("grant", &json!({
-                "generation": generation, "descriptor": key.name(), "id": key.id(), "uid": self.ids.ids.uid, "what": description,
+                "generation": generation, "mode": mode, "descriptor": key.name(), "id": key.id(), "uid": self.ids.ids.uid, "what": description,
             }))
             .recorded()?;
         }
@@ -818,7 +821,7 @@ fn open_log(directory: &VmDirectory, vm: &VmFile, repeat: bool) -> Result<AuditL
     };
     let mut log = AuditLog::open(directory.audit_log(), subject, Limits::default()).recorded()?;
     if repeat {
-        log.repeat_on_standard_error();
+        log.show_spans();
     }
     log.copy_to_journal(Path::new(baton_audit::journal::SOCKET));
     Ok(log)

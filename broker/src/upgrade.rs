@@ -234,7 +234,7 @@ impl Broker {
             Ok(Advance::Listening(times)) => {
                 let generation = self.generation() + 1;
                 self.log
-                    .note("ready", &json!({"generation": generation, "times": times}));
+                    .note("ready", &json!({"generation": generation, "mode": StartMode::CprTransfer, "times": times}));
                 self.or_abort(Self::take_over)
             }
             Err(fault) => self.abort(&fault.to_string()),
@@ -319,7 +319,7 @@ impl Broker {
         self.progress(Step::HandOver);
         #[cfg(feature = "fail-points")]
         crate::fail_point::act_at(Step::HandOver, self.worker.as_ref(), nascent.worker());
-        self.record_grants(self.generation() + 1)?;
+        self.record_grants(self.generation() + 1, StartMode::CprTransfer)?;
         let bound = self.deadlines.of(Step::Build);
         nascent
             .hand_over(&self.registry, bound)

@@ -69,7 +69,7 @@ pub(crate) struct Starting {
     /// The worker to run [default: the VM file's, or baton-worker beside the broker]
     #[arg(long, value_name = "BIN")]
     pub(crate) worker: Option<PathBuf>,
-    /// Show the broker's audit records on standard error, too
+    /// Show what the broker and its workers do, as it happens, on standard error
     #[arg(long)]
     pub(crate) log: bool,
     /// Give everything N times as long, on a host that is emulated

@@ -6,6 +6,7 @@ use serde::Serialize;
 /// How a worker comes to its guest: set before the CPR state is read, handed to every device's constructor and
 /// lifecycle call, and back to [`StartMode::None`] when the load has ended or failed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum StartMode {
     /// A cold start: the guest begins at its kernel's entry, and the worker writes that kernel into blank RAM.
     #[default]

@@ -261,5 +261,12 @@ fn a_standard_error_that_nobody_reads_stops_nobody() {
     loud.stderr.take().unwrap().read_to_end(&mut said).unwrap();
     let _ = loud.wait();
     let said = String::from_utf8_lossy(&said);
-    assert!(said.contains("\"event_code\":\"vm-start\""), "{said}");
+    assert!(
+        said.contains("broker    grant                ram#0 mode=none to worker 1"),
+        "{said}"
+    );
+    assert!(
+        said.contains("worker 1  build                mode=none "),
+        "{said}"
+    );
 }
