@@ -5,6 +5,8 @@ use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 
+use baton_audit::quoted;
+use baton_ipc::Access;
 use baton_ipc::DescriptorKind;
 use baton_ipc::control::AuditDescriptor;
 use baton_ipc::control::AuditReport;
@@ -12,15 +14,21 @@ use baton_ipc::control::AuditThread;
 use baton_ipc::control::Finding;
 use baton_ipc::control::Verdict;
 use baton_policy::proof::Evidence;
+use rustix::fs::OFlags;
+use rustix::fs::SealFlags;
 use serde_json::json;
 
 use crate::broker::Broker;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::worker::Worker;
 
-/// How many descriptors and findings an answer lists.
+/// How many descriptors an answer lists.
 const MAX_LISTED: usize = 256;
+/// How many findings, and how long a text of one, in bytes: with the descriptors they fit into an answer of 48 KiB.
+const MAX_FINDINGS: usize = 24;
+const MAX_FOUND: usize = 200;
 
 /// Anonymous objects that a worker makes for itself, by what /proc calls them.
 const OWN: &[(&str, &str)] = &[
@@ -85,16 +93,18 @@ impl Broker {
         let mut findings: Vec<Finding> = verdict
             .findings
             .iter()
-            .map(|finding| Finding {
-                rule: "confinement".to_owned(),
-                subject: finding
-                    .tid
-                    .map_or_else(|| format!("process {pid}"), |tid| format!("thread {tid}")),
-                declared: "as policy says".to_owned(),
-                found: finding.what.to_string(),
-            })
+            .map(|finding| finding_of(pid, finding))
             .collect();
-        let descriptors = self.descriptors(pid, &mut findings)?;
+        let limits = self.rules.policy.rlimits(u32::from(self.vm.cpus.count.0));
+        let executable = crate::evidence::Executable {
+            identity: worker.executable,
+            digest: worker.digest,
+        };
+        let (mut checks, wrong) =
+            crate::evidence::process(pid, &executable, self.cgroup.as_ref(), Some(&limits));
+        findings.extend(wrong.iter().map(|finding| finding_of(pid, finding)));
+        checks.extend(crate::evidence::threads(&self.rules, &verdict));
+        let descriptors = self.descriptors(worker, &mut findings)?;
         let unreadable = self.prover.unreadable.iter();
         let mut weaker: Vec<String> = unreadable
             .map(|why| format!("the filters' bytes cannot be read back: {why}"))
@@ -118,6 +128,12 @@ impl Broker {
                 Verdict::Findings
             },
             worker_pid: pid.unsigned_abs(),
+            generation: worker.generation,
+            worker_digest: worker.digest.to_string(),
+            policy: self.vm.policy.display().to_string(),
+            policy_digest: self.rules.policy.digest.to_string(),
+            pause_us: crate::phase_clock::micros(self.prover.stood.get()),
+            checks,
             threads,
             descriptors,
             findings,
@@ -128,7 +144,12 @@ impl Broker {
         Ok(report)
     }
 
-    fn descriptors(&self, pid: i32, findings: &mut Vec<Finding>) -> Result<Vec<AuditDescriptor>> {
+    fn descriptors(
+        &self,
+        worker: &Worker,
+        findings: &mut Vec<Finding>,
+    ) -> Result<Vec<AuditDescriptor>> {
+        let pid = worker.process.pid;
         let directory = format!("/proc/{pid}/fd");
         let entries = fs::read_dir(&directory).map_err(|e| {
             unfit(
@@ -146,43 +167,58 @@ impl Broker {
                 continue;
             };
             let target = fs::read_link(entry.path())
-                .map(|path| path.display().to_string())
+                .map(|path| quoted(&path.display().to_string()))
                 .unwrap_or_default();
             // Through the link: device and inode of the open file itself.
             let identity = fs::metadata(entry.path())
-                .ok()
-                .map(|file| (file.dev(), file.ino()));
+                .map(|file| (file.dev(), file.ino()))
+                .unwrap_or_default();
             // All eventfds are one file to stat(2), as is much else that is anonymous; the kernel numbers them.
             let counter = eventfd_id(pid, fd);
             let granted = self.registry.iter().find(|(_, description, own)| {
                 if description.kind == DescriptorKind::Eventfd {
                     counter.is_some() && counter == eventfd_id_of_own(*own)
                 } else {
-                    identity == Some((description.device, description.inode))
+                    identity == (description.device, description.inode)
                 }
             });
+            let access = access_of(pid, fd);
+            let mut wrong = |declared: String, found: String| {
+                findings.push(Finding {
+                    rule: "descriptor".to_owned(),
+                    subject: format!("descriptor {fd}"),
+                    declared,
+                    found,
+                });
+            };
             let own = OWN.iter().find(|(prefix, _)| target.starts_with(prefix));
-            let (grant, kind, access) = match (granted, own, fd) {
-                (Some((key, description, _)), ..) => (
-                    key.to_string(),
-                    Some(description.kind),
-                    Some(description.access),
-                ),
-                (None, Some((_, what)), _) => ((*what).to_owned(), None, None),
-                (None, None, 0) if target.starts_with("socket:") => {
-                    ("control socket".to_owned(), None, None)
+            let [control, diagnostics] = worker.standard;
+            let mut seals = Vec::new();
+            let (grant, kind) = match (granted, own, fd) {
+                (Some((key, description, held)), ..) => {
+                    // Kind, size and seals belong to the object, which this process holds, too.
+                    if let Err(error) = description.verify(held) {
+                        wrong(format!("{key}"), error.to_string());
+                    }
+                    if access != Some(description.access) {
+                        wrong(
+                            format!("{key}, access {:?}", description.access),
+                            format!("access {access:?}"),
+                        );
+                    }
+                    seals = seals_of(held);
+                    (key.to_string(), Some(description.kind))
                 }
-                (None, None, 1 | 2) if target.starts_with("pipe:") => {
-                    ("diagnostics".to_owned(), None, None)
+                (None, Some((_, what)), _) => ((*what).to_owned(), None),
+                (None, None, 0) if target == format!("socket:[{control}]") => {
+                    ("control socket".to_owned(), None)
+                }
+                (None, None, 1 | 2) if target == format!("pipe:[{diagnostics}]") => {
+                    ("diagnostics".to_owned(), None)
                 }
                 (None, None, _) => {
-                    findings.push(Finding {
-                        rule: "descriptor".to_owned(),
-                        subject: format!("descriptor {fd}"),
-                        declared: "nothing".to_owned(),
-                        found: target.clone(),
-                    });
-                    ("unexplained".to_owned(), None, None)
+                    wrong("nothing".to_owned(), target.clone());
+                    ("unexplained".to_owned(), None)
                 }
             };
             all.push(AuditDescriptor {
@@ -191,7 +227,27 @@ impl Broker {
                 grant,
                 kind,
                 access,
+                identity,
+                seals,
             });
+        }
+        let vms = |name| {
+            all.iter()
+                .filter(|one: &&AuditDescriptor| one.target.starts_with(name))
+                .count()
+        };
+        for (what, most) in [
+            ("anon_inode:kvm-vm", 1),
+            ("anon_inode:kvm-vcpu:", usize::from(self.vm.cpus.count.0)),
+        ] {
+            if vms(what) > most {
+                findings.push(Finding {
+                    rule: "descriptor".to_owned(),
+                    subject: "the worker".to_owned(),
+                    declared: format!("at most {most} of {what}"),
+                    found: vms(what).to_string(),
+                });
+            }
         }
         all.sort_by_key(|descriptor| descriptor.fd);
         if all.len() > MAX_LISTED {
@@ -203,7 +259,41 @@ impl Broker {
             });
             all.truncate(MAX_LISTED);
         }
-        findings.truncate(MAX_LISTED);
+        findings.truncate(MAX_FINDINGS);
+        for finding in findings {
+            for text in [&mut finding.declared, &mut finding.found] {
+                *text = text.chars().take(MAX_FOUND).collect();
+            }
+        }
         Ok(all)
     }
+}
+
+/// A finding about the worker or one of its threads.
+fn finding_of(pid: i32, finding: &baton_policy::proof::Finding) -> Finding {
+    let (rule, declared) = finding.what.rule();
+    Finding {
+        rule: rule.to_owned(),
+        subject: finding
+            .tid
+            .map_or_else(|| format!("process {pid}"), |tid| format!("thread {tid}")),
+        declared,
+        found: quoted(&finding.what.to_string()),
+    }
+}
+
+/// The access mode of a descriptor, as the kernel says.
+fn access_of(pid: i32, fd: u32) -> Option<Access> {
+    let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+    let flags = baton_policy::procfs::descriptor_flags(&text)?;
+    Access::of(OFlags::from_bits_retain(flags))
+}
+
+fn seals_of(memfd: BorrowedFd<'_>) -> Vec<String> {
+    // What is no memfd has none.
+    let seals = rustix::fs::fcntl_get_seals(memfd).unwrap_or(SealFlags::empty());
+    seals
+        .iter_names()
+        .map(|(name, _)| name.to_lowercase())
+        .collect()
 }

@@ -50,6 +50,12 @@ impl Cgroup {
         &self.path
     }
 
+    /// How many tasks it has room for, as the kernel says.
+    pub(crate) fn task_limit(&self) -> String {
+        fs::read_to_string(self.path.join("pids.max"))
+            .map_or_else(|e| e.to_string(), |text| text.trim().to_owned())
+    }
+
     /// Whether /proc/PID/cgroup says that the process is in here.
     pub(crate) fn holds(&self, pid: i32) -> bool {
         let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else {

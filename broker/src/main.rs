@@ -11,6 +11,7 @@ mod console;
 mod deadlines;
 mod disks;
 mod events;
+mod evidence;
 mod fail_point;
 mod front;
 mod ids;

@@ -166,7 +166,7 @@ impl Nascent {
             let Some(launched) = launched else {
                 return Ok(Advance::Waiting);
             };
-            let worker = Worker::new(launched, self.config.generation, self.binary.digest)
+            let worker = Worker::new(launched, self.config.generation, &self.binary)
                 .map_err(NascentFault::Launch)?;
             self.stage = Stage::Building(Box::new(worker), None);
         }

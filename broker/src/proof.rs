@@ -1,6 +1,7 @@
 //! Reading the kernel's own records of a worker, for comparison with what was declared. Nothing that a worker says of itself
 //! is evidence here, and names are not either.
 
+use std::cell::Cell;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,6 +35,9 @@ use crate::broker::Rules;
 use crate::cgroup::Cgroup;
 use crate::ids::HostIds;
 
+/// How long a thread's stop is waited for without sleeping.
+const SPIN: Duration = Duration::from_micros(200);
+
 /// What a broker compares its workers with.
 #[derive(Debug)]
 pub(crate) struct Prover {
@@ -45,6 +49,8 @@ pub(crate) struct Prover {
     pub(crate) unreadable: Option<String>,
     /// Threads that did not stop in time to be read, and have to be let go when they do.
     held: RefCell<Vec<i32>>,
+    /// The longest that a thread stood still in the last reading.
+    pub(crate) stood: Cell<Duration>,
     /// How long the reading of all filters of one worker may take. A thread that does not stop by then is a finding.
     reading: Duration,
 }
@@ -71,6 +77,7 @@ impl Prover {
             own_groups: status.map(|status| status.groups).unwrap_or_default(),
             unreadable,
             held: RefCell::new(Vec::new()),
+            stood: Cell::new(Duration::ZERO),
             reading,
         }
     }
@@ -90,13 +97,17 @@ impl Prover {
         let mut observed = self.observe(pid);
         let mut unread = Vec::new();
         let by = Instant::now() + self.reading;
+        self.stood.set(Duration::ZERO);
         if self.unreadable.is_none() {
             for thread in observed
                 .threads
                 .iter_mut()
                 .filter(|thread| !thread.stat.is_user_worker())
             {
-                match filters(thread.status.pid, thread.status.seccomp_filters, by) {
+                let began = Instant::now();
+                let read = filters(thread.status.pid, thread.status.seccomp_filters, by);
+                self.stood.set(self.stood.get().max(began.elapsed()));
+                match read {
                     Ok(filters) => thread.filters = Some(filters),
                     Err((held, what)) => {
                         let tid = i32::try_from(thread.status.pid).ok().filter(|_| held);
@@ -153,47 +164,16 @@ impl Prover {
     }
 }
 
-/// What the process as a whole has to be, besides its threads: the checked binary, in an empty root, in the VM's cgroup, with
-/// nothing but its three first descriptors.
+/// What a process has to be before it is given anything: what it has to be ever after, and with nothing but its three first
+/// descriptors.
 pub(crate) fn fresh_process(
     pid: i32,
     binary: &WorkerBinary,
     cgroup: Option<&Cgroup>,
 ) -> Vec<Finding> {
-    let proc = format!("/proc/{pid}");
-    let mut findings = Vec::new();
+    let (_, mut findings) = crate::evidence::process(pid, &binary.into(), cgroup, None);
     let mut find = |what: String| findings.push(other(None, what));
-    let exe = fs::metadata(format!("{proc}/exe"))
-        .ok()
-        .map(|exe| (exe.dev(), exe.ino()));
-    if exe.is_none() || exe != binary.identity() {
-        find(format!(
-            "it executes {exe:?}, not the checked copy {:?}",
-            binary.identity()
-        ));
-    }
-    match fs::read_dir(format!("{proc}/root/")) {
-        Ok(entries) => {
-            for entry in entries.flatten() {
-                find(format!("its root holds {:?}", entry.file_name()));
-            }
-        }
-        Err(e) => find(format!("its root cannot be listed: {e}")),
-    }
-    match fs::read_to_string(format!("{proc}/mountinfo")) {
-        Ok(mounts) if mounts.lines().count() == 1 && mounts.contains(" - tmpfs ") => {}
-        Ok(mounts) => find(format!(
-            "it has {} mounts, not the one empty root",
-            mounts.lines().count()
-        )),
-        Err(e) => find(format!("its mounts cannot be read: {e}")),
-    }
-    if let Some(cgroup) = cgroup {
-        if !cgroup.holds(pid) {
-            find(format!("it is not in {}", cgroup.path().display()));
-        }
-    }
-    match fs::read_dir(format!("{proc}/fd")) {
+    match fs::read_dir(format!("/proc/{pid}/fd")) {
         Ok(descriptors) => {
             let mut numbers: Vec<_> = descriptors
                 .flatten()
@@ -222,7 +202,7 @@ pub(crate) fn threads_of(pid: i32) -> Vec<u32> {
     tids
 }
 
-fn other(tid: Option<u32>, what: String) -> Finding {
+pub(crate) fn other(tid: Option<u32>, what: String) -> Finding {
     Finding {
         tid,
         what: Discrepancy::Other { what },
@@ -259,10 +239,13 @@ fn filters(tid: u32, count: u32, by: Instant) -> std::result::Result<Vec<Program
         |held: bool, what: &str, e: &dyn std::fmt::Display| (held, format!("cannot {what}: {e}"));
     ptrace::seize(pid, ptrace::Options::empty()).map_err(|e| failed(false, "trace it", &e))?;
     ptrace::interrupt(pid).map_err(|e| failed(true, "stop it", &e))?;
+    let began = Instant::now();
     let signal = loop {
         match waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
+            // It stops within microseconds where a processor is free, and stands still until this one has gone on.
+            Ok(WaitStatus::StillAlive) if began.elapsed() < SPIN => std::thread::yield_now(),
             Ok(WaitStatus::StillAlive) if Instant::now() < by => {
-                std::thread::sleep(Duration::from_micros(20))
+                std::thread::sleep(Duration::from_micros(20));
             }
             Ok(WaitStatus::StillAlive) => return Err(failed(true, "stop it", &"it does not stop")),
             // It was about to take a signal, which it gets when it is let go.

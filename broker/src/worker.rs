@@ -20,6 +20,7 @@ use rustix::process::WaitId;
 use rustix::process::WaitIdOptions;
 use thiserror::Error;
 
+use crate::binary::WorkerBinary;
 use crate::ids::HostIds;
 use crate::launch::Launched;
 use crate::process::ProcessId;
@@ -133,13 +134,17 @@ pub(crate) struct Worker {
     pub(crate) digest: Digest,
     pub(crate) build: String,
     pub(crate) ids: HostIds,
+    /// The checked copy that it executes: device and inode.
+    pub(crate) executable: Option<(u64, u64)>,
+    /// Its ends of the control socket and of the diagnostics pipe: inodes.
+    pub(crate) standard: [u64; 2],
     pidfd: OwnedFd,
     channel: Channel<Order, Report>,
     diagnostics: Option<File>,
 }
 
 impl Worker {
-    pub(crate) fn new(launched: Launched, generation: u32, digest: Digest) -> Result<Self> {
+    pub(crate) fn new(launched: Launched, generation: u32, binary: &WorkerBinary) -> Result<Self> {
         let pid = rustix::process::Pid::from_raw(launched.pid)
             .ok_or_else(|| unfit("the launcher reported an impossible process", ""))?;
         // The process cannot have been reaped by anybody but this one, so the number is still its own.
@@ -151,9 +156,11 @@ impl Worker {
             process,
             phase: Phase::Spawned,
             generation,
-            digest,
+            digest: binary.digest,
             build: String::new(),
             ids: launched.ids,
+            executable: binary.identity(),
+            standard: launched.standard,
             pidfd,
             channel: Channel::new(launched.socket),
             diagnostics: Some(File::from(launched.diagnostics)),

@@ -123,17 +123,7 @@ Examples:
         #[arg(value_name = "JSON")]
         command: String,
     },
-    /// Prove a running VM's confinement against its policy, from the kernel's own records
-    #[command(after_help = "\
-Exit status 0: everything was compared, and agrees. 1: there are findings.
-
-Examples:
-  baton audit web1
-  baton audit web1 --json | jq .findings")]
-    Audit {
-        /// The VM's name
-        vm: String,
-    },
+    Audit(Audit),
     /// Stop a VM's vCPUs, until `baton resume`
     #[command(after_help = "Example:\n  baton pause web1")]
     Pause {
@@ -373,6 +363,31 @@ pub(crate) struct Run {
     pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) starting: Starting,
+}
+
+/// Prove a running VM's confinement against its policy, from the kernel's own records
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit status 0: everything was compared, and agrees. 1: there are findings.
+
+Examples:
+  baton audit web1
+  baton audit web1 --json | jq .findings
+  baton audit web1 --html web1.html       one page, for people
+  baton audit --all --sarif audit.sarif   for tools that collect findings")]
+pub(crate) struct Audit {
+    /// The VM's name
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) vm: Option<String>,
+    /// Audit every VM that runs here
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Write the findings as SARIF 2.1.0, too
+    #[arg(long, value_name = "FILE")]
+    pub(crate) sarif: Option<PathBuf>,
+    /// Write a page for people, too
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
 }
 
 /// Replace a VM's worker while its guest runs

@@ -14,6 +14,7 @@ mod doctor;
 mod failure;
 mod output;
 mod process;
+mod report;
 mod run_dir;
 mod signals;
 mod units;
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
         Command::Upgrade(upgrade) => commands::upgrade::execute(globals, &upgrade, &output),
         Command::Console { vm } => commands::console::execute(globals, &vm, &output),
         Command::Qmp { vm, command } => commands::qmp::execute(globals, &vm, &command, &output),
-        Command::Audit { vm } => commands::audit::execute(globals, &vm, &output),
+        Command::Audit(audit) => commands::audit::execute(globals, &audit, &output),
         Command::Log { command } => commands::log::execute(globals, &command, &output),
         Command::Policy { command } => commands::policy::execute(&command, &output),
         Command::Doctor => commands::doctor::execute(&output),

@@ -452,6 +452,18 @@ pub struct AuditReport {
     pub verdict: Verdict,
     /// The worker.
     pub worker_pid: u32,
+    /// Its generation.
+    pub generation: u32,
+    /// SHA-256 of its binary, in hex.
+    pub worker_digest: String,
+    /// The policy that it is held to: `default`, or a path.
+    pub policy: String,
+    /// SHA-256 of that policy's text as it was read for this worker, in hex.
+    pub policy_digest: String,
+    /// The longest that one thread stood still while its filters were read, in microseconds.
+    pub pause_us: u64,
+    /// What was compared, besides threads and descriptors.
+    pub checks: Vec<AuditCheck>,
     /// Its threads.
     pub threads: Vec<AuditThread>,
     /// Its descriptors.
@@ -460,6 +472,29 @@ pub struct AuditReport {
     pub findings: Vec<Finding>,
     /// What is weaker on this host or for this user than the policy's best; no finding, but said.
     pub weaker: Vec<String>,
+}
+
+/// How something was shown to be as declared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Evidence {
+    /// The kernel's own record says so.
+    Kernel,
+    /// The kernel has no record that another process can read; it follows from how the worker was started.
+    ByConstruction,
+    /// It is not as declared, or the record could not be read.
+    Against,
+}
+
+/// One thing that was compared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditCheck {
+    /// What.
+    pub what: String,
+    /// What was found.
+    pub found: String,
+    /// How far that shows it.
+    pub evidence: Evidence,
 }
 
 /// One thread.
@@ -488,6 +523,10 @@ pub struct AuditDescriptor {
     pub kind: Option<DescriptorKind>,
     /// Its access mode.
     pub access: Option<Access>,
+    /// `st_dev` and `st_ino` of the open file.
+    pub identity: (u64, u64),
+    /// Its seals (F_GET_SEALS), where it is a memfd.
+    pub seals: Vec<String>,
 }
 
 /// Something that is not as the policy says.

@@ -140,7 +140,9 @@ pub enum Access {
 }
 
 impl Access {
-    fn of(flags: OFlags) -> Option<Self> {
+    /// The access mode among the flags of F_GETFL or of fdinfo.
+    #[must_use]
+    pub fn of(flags: OFlags) -> Option<Self> {
         match flags & OFlags::ACCMODE {
             OFlags::RDONLY => Some(Self::Read),
             OFlags::WRONLY => Some(Self::Write),

@@ -71,7 +71,7 @@ impl Policy {
 
 impl Confinement {
     /// Confines the calling thread, which must be the only one of its process: limits, capabilities,
-    /// `no_new_privs`, Landlock, filters, in this order, each of which the next leaves possible. Afterwards the
+    /// `no_new_privs`, Landlock (and attempts against it), filters, in this order, each of which the next leaves possible. Afterwards the
     /// only way on is `execveat` of an open descriptor with AT_EMPTY_PATH, or the end.
     ///
     /// # Errors
@@ -82,6 +82,7 @@ impl Confinement {
         capabilities::drop_all(self.keep)?;
         no_new_privs().map_err(ConfinementError::NoNewPrivs)?;
         let status = landlock::restrict_nothing_allowed(self.landlock_floor)?;
+        landlock::attempt(self.landlock_floor)?;
         for (index, filter) in self.filters.iter().enumerate() {
             filter
                 .install()

@@ -82,6 +82,28 @@ pub fn restrict_nothing_allowed(floor: u32) -> Result<LandlockStatus, LandlockEr
     }
 }
 
+/// Attempts what the domain denies, since the kernel shows a domain to nobody: to list the root directory, and to bind a TCP
+/// port. Without the domain a process alone in its namespaces could do both. To be called by a process that is in it and
+/// under no filter yet.
+///
+/// # Errors
+///
+/// When one of them was not denied.
+pub fn attempt(floor: u32) -> Result<(), LandlockError> {
+    let allowed = |what: &str| LandlockError::NotEnforced {
+        floor,
+        found: format!("{what} in spite of it"),
+    };
+    match std::fs::read_dir("/") {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {}
+        _ => return Err(allowed("a directory could be listed")),
+    }
+    match std::net::TcpListener::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        _ => Err(allowed("a TCP port could be bound")),
+    }
+}
+
 /// The ABI with this number, when it can be a floor.
 pub(crate) fn floor_abi(number: u32) -> Option<ABI> {
     let abi = ABI::from(i32::try_from(number).ok()?);

@@ -237,6 +237,13 @@ pub fn limit(text: &str, resource: Resource) -> Option<(Limit, Limit)> {
     Some((words.next()??, words.next()??))
 }
 
+/// The flags that a descriptor was opened with, from the text of `/proc/PID/fdinfo/FD` (proc_pid_fdinfo(5)): octal.
+#[must_use]
+pub fn descriptor_flags(text: &str) -> Option<u32> {
+    let word = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    u32::from_str_radix(word.trim(), 8).ok()
+}
+
 fn state(text: &str) -> Result<char, ProcError> {
     text.chars()
         .next()
@@ -372,6 +379,20 @@ mod tests {
             None
         );
         assert_eq!(limit("", Resource::Nofile), None);
+    }
+
+    #[test]
+    fn a_descriptors_flags_are_octal() {
+        assert_eq!(
+            descriptor_flags("pos:\t0\nflags:\t0100002\nmnt_id:\t1\n"),
+            Some(0o100_002)
+        );
+        assert_eq!(descriptor_flags("pos:\t0\n"), None);
+        assert_eq!(descriptor_flags("flags:\t9\n"), None);
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&null);
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+        assert_eq!(descriptor_flags(&text).map(|flags| flags & 3), Some(0));
     }
 
     #[test]

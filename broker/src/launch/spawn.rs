@@ -44,6 +44,7 @@ pub(crate) struct Launch {
     stage1: Child,
     socket: Option<Channel<LaunchOrder, LaunchReport>>,
     diagnostics: OwnedFd,
+    standard: [u64; 2],
     ids: HostIds,
     program: Program,
     confinement: Confinement,
@@ -61,6 +62,8 @@ pub(crate) struct Launched {
     pub(crate) diagnostics: OwnedFd,
     /// The host ids that it runs under.
     pub(crate) ids: HostIds,
+    /// Its own ends of both: inodes (a pipe's ends have one).
+    pub(crate) standard: [u64; 2],
 }
 
 impl Launch {
@@ -71,6 +74,11 @@ impl Launch {
             .doing("cannot make a pipe")?;
         rustix::io::ioctl_fionbio(&diagnostics, true).doing("cannot make a pipe")?;
         let errors = output.try_clone().doing("cannot make a pipe")?;
+        let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|stat| stat.st_ino);
+        let standard = [
+            inode(theirs.as_fd()).doing("cannot examine a control socket")?,
+            inode(output.as_fd()).doing("cannot examine a pipe")?,
+        ];
         // The running broker's own file, whatever lies at its path by now.
         let stage1 = Command::new("/proc/self/exe")
             .arg("launch")
@@ -84,6 +92,7 @@ impl Launch {
         let launch = Self {
             socket: Some(Channel::new(ours)),
             diagnostics,
+            standard,
             ids: plan.ids,
             program: plan.program,
             confinement: plan.confinement,
@@ -163,6 +172,7 @@ impl Launch {
                 .try_clone()
                 .doing("cannot hold the diagnostics pipe")?,
             ids: self.ids,
+            standard: self.standard,
         })
     }
 }

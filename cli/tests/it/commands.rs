@@ -303,6 +303,12 @@ fn report(findings: Vec<Finding>) -> AuditReport {
             Verdict::Findings
         },
         worker_pid: 101,
+        generation: 1,
+        worker_digest: "ab".repeat(32),
+        policy: "default".to_owned(),
+        policy_digest: "cd".repeat(32),
+        pause_us: 300,
+        checks: Vec::new(),
         threads: vec![AuditThread {
             tid: 101,
             role: "control".to_owned(),
@@ -315,6 +321,8 @@ fn report(findings: Vec<Finding>) -> AuditReport {
             grant: "kvm#0".to_owned(),
             kind: Some(baton_ipc::DescriptorKind::Kvm),
             access: Some(baton_ipc::Access::ReadWrite),
+            identity: (5, 77),
+            seals: Vec::new(),
         }],
         findings,
         weaker: vec!["no huge pages".to_owned()],
@@ -358,6 +366,33 @@ fn an_audit_with_findings_exits_with_one() {
     assert_eq!(code(&output), 1);
     assert_eq!(document(&output)["findings"][0]["found"], "CAP_NET_ADMIN");
     assert_eq!(code(&run(dir.path(), &["audit", "liar"])), 1);
+
+    let output = run(
+        dir.path(),
+        &[
+            "audit",
+            "--all",
+            "--json",
+            "--sarif",
+            "all.sarif",
+            "--html",
+            "all.html",
+        ],
+    );
+    assert_eq!(code(&output), 1);
+    let names: Vec<_> = document(&output)
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["name"].clone())
+        .collect();
+    assert_eq!(names, ["bad", "good", "liar"]);
+    let written = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let sarif: serde_json::Value = serde_json::from_str(&written("all.sarif")).unwrap();
+    let results = sarif["runs"][0]["results"].as_array().unwrap();
+    let failed = results.iter().filter(|one| one["kind"] == "fail");
+    assert_eq!(failed.count(), 2, "{sarif}");
+    assert!(written("all.html").contains("3 VMs, 2 with findings"));
 }
 
 #[test]
@@ -368,6 +403,8 @@ fn a_wrong_command_line_exits_with_two() {
         &["upgrade", "--all", "web1"],
         &["upgrade", "web1", "--canary", "1"],
         &["upgrade", "--all", "--parallel", "0"],
+        &["audit"],
+        &["audit", "--all", "web1"],
         &["no-such-command"],
         &["stop"],
     ] {

@@ -142,6 +142,12 @@ fn serve(dir: &Path, fault: Fault) -> Heard {
                     Reply::Audit(Box::new(AuditReport {
                         verdict,
                         worker_pid: 101,
+                        generation: 1,
+                        worker_digest: "ab".repeat(32),
+                        policy: "default".to_owned(),
+                        policy_digest: "cd".repeat(32),
+                        pause_us: 300,
+                        checks: Vec::new(),
                         threads: Vec::new(),
                         descriptors: Vec::new(),
                         findings: Vec::new(),

@@ -125,6 +125,11 @@ pub enum Discrepancy {
         /// What both may be at most.
         expected: String,
     },
+    /// Memory that may be executed and should not be.
+    Memory {
+        /// Which, and why not.
+        what: String,
+    },
     /// A descriptor that the policy does not grant.
     Descriptor {
         /// Why not.
@@ -151,6 +156,59 @@ pub enum CapabilitySetName {
     Bounding,
     /// Ambient
     Ambient,
+}
+
+impl Discrepancy {
+    /// A stable name of what is violated, and what was declared, for reports.
+    #[must_use]
+    pub fn rule(&self) -> (&'static str, String) {
+        let (rule, declared) = match self {
+            Self::Gone => ("alive", "a running worker"),
+            Self::NotSingleThreaded { .. }
+            | Self::ThreadsMissed { .. }
+            | Self::UserWorkers { .. } => (
+                "threads",
+                "a control thread, one per vCPU, one of the kernel's own",
+            ),
+            Self::Foreign => ("threads", "threads of the worker"),
+            Self::NewPrivileges => ("no-new-privs", "no_new_privs is set"),
+            Self::SeccompMode { .. } => ("seccomp-mode", "mode 2 (filter)"),
+            Self::FilterCount { expected, .. } => {
+                return ("seccomp-filter", format!("{expected} filters"));
+            }
+            Self::Filter { expected, .. } => {
+                return (
+                    "seccomp-filter",
+                    format!("the policy's filter of {expected}, byte for byte"),
+                );
+            }
+            Self::NoRole => (
+                "seccomp-filter",
+                "the policy's filter of one role, byte for byte",
+            ),
+            Self::RoleCount { role, expected, .. } => {
+                return ("roles", format!("{expected} threads of role {role}"));
+            }
+            Self::Capability { .. } => ("capabilities", "those that the policy keeps"),
+            Self::Id { kind, expected, .. } => return ("ids", format!("{kind} {expected}")),
+            Self::Groups { .. } => ("groups", "no supplementary group"),
+            Self::Traced { .. } => ("tracer", "nobody traces it"),
+            Self::SharedNamespace { namespace } | Self::UnknownNamespace { namespace } => {
+                return ("namespaces", format!("a {namespace} namespace of its own"));
+            }
+            Self::NotInit { .. } => ("namespaces", "pid 1 of a pid namespace of its own"),
+            Self::Limit {
+                resource, expected, ..
+            } => return ("rlimits", format!("{resource} {expected}")),
+            Self::Memory { .. } => (
+                "memory",
+                "executable is the worker's binary alone, and nothing that is writable",
+            ),
+            Self::Descriptor { .. } => ("descriptor", "a grant of the policy"),
+            Self::Other { .. } => ("process", "as the broker has made it"),
+        };
+        (rule, declared.to_owned())
+    }
 }
 
 impl From<GrantError> for Discrepancy {
@@ -236,6 +294,7 @@ impl fmt::Display for Discrepancy {
             } => {
                 write!(f, "the limit {resource} is {found}, {expected} declared")
             }
+            Self::Memory { what } => f.write_str(what),
             Self::Descriptor { reason } => f.write_str(reason),
             Self::Other { what } => f.write_str(what),
         }

@@ -7,12 +7,14 @@
 //! filter makes it, and the one thread that no filter could be put on is told by the kernel's flag.
 
 mod discrepancy;
+mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 pub use discrepancy::{CapabilitySetName, Discrepancy, Finding};
+pub use memory::{FileIdentity, Memory, memory};
 
 use crate::capabilities::Capabilities;
 use crate::compile::Compiled;
