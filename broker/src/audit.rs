@@ -87,7 +87,11 @@ impl Broker {
                     (None, None) => "the kernel's own".to_owned(),
                 },
                 filters,
-                proof: proof.clone(),
+                // The kernel's own thread runs no user code, and no filter could be read from it.
+                proof: match (role, verdict.roles.get(&tid)) {
+                    (None, None) => "the kernel's flag PF_USER_WORKER".to_owned(),
+                    _ => proof.clone(),
+                },
             })
             .collect();
         let mut findings: Vec<Finding> = verdict

@@ -174,9 +174,9 @@ fn draw(out: &mut String, audited: &Audited, objects: &[Object], m: &Measures) {
         }
         curve(m.width - m.party, right);
     }
-    party(out, m, 0, middle, "broker", "opens and hands over");
+    party(out, m, 1, middle, "broker", "opens and hands over");
     let generation = format!("generation {}", audited.report.generation);
-    party(out, m, m.width - m.party, middle, "worker", &generation);
+    party(out, m, m.width - m.party - 1, middle, "worker", &generation);
     for (y, object, kind) in &rows {
         let Some(object) = object else {
             let _ = write!(

@@ -154,20 +154,26 @@ mod tests {
                     below.push((schema.pointer(target).unwrap(), value, place.to_owned()));
                     true
                 }
-                "type" => match rule.as_str().unwrap() {
-                    "object" => value.is_object(),
-                    "array" => value.is_array(),
-                    "string" => value.is_string(),
-                    "integer" => value.is_i64(),
-                    "number" => value.is_number(),
-                    "boolean" => value.is_boolean(),
-                    _ => false,
-                },
+                "type" => {
+                    let is = |name: &Value| match name.as_str().unwrap() {
+                        "object" => value.is_object(),
+                        "array" => value.is_array(),
+                        "string" => value.is_string(),
+                        "integer" => value.is_i64(),
+                        "number" => value.is_number(),
+                        "boolean" => value.is_boolean(),
+                        "null" => value.is_null(),
+                        _ => false,
+                    };
+                    rule.as_array()
+                        .map_or_else(|| is(rule), |names| names.iter().any(is))
+                }
                 "enum" => rule.as_array().unwrap().contains(value),
                 "minimum" => value.as_i64() >= rule.as_i64(),
                 "minItems" => {
                     size(value) >= rule.as_u64().and_then(|least| usize::try_from(least).ok())
                 }
+                "uniqueItems" if rule == false => true,
                 "uniqueItems" => {
                     let items = value.as_array().unwrap();
                     (1..items.len()).all(|at| !items[..at].contains(&items[at]))

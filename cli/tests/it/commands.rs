@@ -367,18 +367,12 @@ fn an_audit_with_findings_exits_with_one() {
     assert_eq!(document(&output)["findings"][0]["found"], "CAP_NET_ADMIN");
     assert_eq!(code(&run(dir.path(), &["audit", "liar"])), 1);
 
-    let output = run(
-        dir.path(),
-        &[
-            "audit",
-            "--all",
-            "--json",
-            "--sarif",
-            "all.sarif",
-            "--html",
-            "all.html",
-        ],
-    );
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (sarif, html) = (path("all.sarif"), path("all.html"));
+    let all = [
+        "audit", "--all", "--json", "--sarif", &sarif, "--html", &html,
+    ];
+    let output = run(dir.path(), &all);
     assert_eq!(code(&output), 1);
     let names: Vec<_> = document(&output)
         .as_array()
@@ -387,12 +381,13 @@ fn an_audit_with_findings_exits_with_one() {
         .map(|one| one["name"].clone())
         .collect();
     assert_eq!(names, ["bad", "good", "liar"]);
-    let written = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
-    let sarif: serde_json::Value = serde_json::from_str(&written("all.sarif")).unwrap();
+    let text = std::fs::read_to_string(sarif).unwrap();
+    let sarif: serde_json::Value = serde_json::from_str(&text).unwrap();
     let results = sarif["runs"][0]["results"].as_array().unwrap();
     let failed = results.iter().filter(|one| one["kind"] == "fail");
     assert_eq!(failed.count(), 2, "{sarif}");
-    assert!(written("all.html").contains("3 VMs, 2 with findings"));
+    let page = std::fs::read_to_string(html).unwrap();
+    assert!(page.contains("3 VMs, 2 with findings"));
 }
 
 #[test]
