@@ -1,11 +1,5 @@
 //! What an audit compares beyond threads and filters, on a live worker; that it finds what is wrong; and its page, looked at in
 //! a browser: the pictures are put where cargo keeps what tests make.
-#![expect(
-    clippy::indexing_slicing,
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a test that cannot do its work fails"
-)]
 
 use std::path::Path;
 use std::process::Command;

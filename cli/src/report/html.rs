@@ -60,9 +60,9 @@ pub(crate) fn page(all: &[Audited]) -> String {
     for audited in all {
         vm(&mut out, audited);
     }
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<footer>baton {} · every line above that is not marked <em>by construction</em> comes from the kernel’s own records</footer></body></html>\n",
+        "<footer>baton {} · every line above that is not marked <em>by construction</em> comes from the kernel’s own records</footer></body></html>",
         env!("CARGO_PKG_VERSION")
     );
     out
