@@ -88,8 +88,18 @@ cmdline = "console=ttyS0 panic=-1"
 [console]
 kind = "file"
 path = "$console"
+[[disk]]
+id = "data"
+path = "/tmp/data.img"
+queues = $cpus
+[[disk]]
+id = "program"
+path = "/tmp/program.img"
+readonly = true
 VM
 : >$console
+dd if=/dev/zero of=/tmp/data.img bs=1M count=4 2>/dev/null
+dd if=/disk of=/tmp/program.img bs=4096 conv=sync 2>/dev/null
 
 baton run /tmp/vm.toml --detach --slow-host "$slowness" || give_up "the VM does not start"
 patiently 240 "boot 1 reaches user space" has_ticks 1 5
@@ -101,6 +111,10 @@ if grep -qx "$worker" "$cgroup/cgroup.procs" && grep -qx "0::${cgroup#/sys/fs/cg
 else
     fail "the worker is in the VM's cgroup: $worker is not in $cgroup"
 fi
+
+blocks() { /disk check /tmp/data.img "$1" >/tmp/blocks 2>&1; }
+patiently 120 "the guest finds its disk and writes" blocks 50
+pass "finds its disks without being told"
 
 number=1
 while [ $number -le "$upgrades" ]; do
@@ -150,6 +164,11 @@ case $last in
 esac
 if grep -q '"event_code":"power-off-timeout"' /run/baton/.audit/$vm.jsonl; then
     fail "the guest obeys its power button: the broker had to end it"
+fi
+if verdict=$(/disk check /tmp/data.img $((50 + upgrades * 10)) 2>&1); then
+    pass "the disk: ${verdict#ok: }"
+else
+    fail "the disk: $verdict"
 fi
 if verdict=$(/console "$console" "$cpus" 3 $((upgrades * 3)) 2>&1); then
     pass "the console: ${verdict#ok: }"

@@ -245,3 +245,6 @@ impl VirtioDevice for Block {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -112,3 +112,12 @@ pub const FEATURES_OK: u8 = 8;
 pub const NEEDS_RESET: u8 = 64;
 /// The driver has given up.
 pub const FAILED: u8 = 128;
+/// Status bits that a driver sets; what else it writes is nothing.
+pub const DRIVER_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
+
+#[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers in these tests are small"
+)]
+mod test_driver;

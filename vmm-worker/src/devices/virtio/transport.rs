@@ -508,3 +508,6 @@ impl std::fmt::Debug for Transport {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,10 +2,10 @@
 //! writes nothing.
 
 use super::Transport;
+use crate::devices::virtio::DRIVER_BITS;
 use crate::devices::virtio::DRIVER_OK;
 use crate::devices::virtio::F_VERSION_1;
 use crate::devices::virtio::FEATURES_OK;
-use crate::devices::virtio::NEEDS_RESET;
 
 /// Bytes of `struct virtio_pci_common_cfg`, with the fields of version 1.2.
 pub(super) const COMMON_LENGTH: u64 = 0x40;
@@ -205,7 +205,7 @@ impl Transport {
             return;
         }
         let before = self.driver.status;
-        let mut now = before | (status & !NEEDS_RESET);
+        let mut now = before | (status & DRIVER_BITS);
         if now & FEATURES_OK != 0 && before & FEATURES_OK == 0 {
             let features = self.driver.features;
             if features & !self.offered() != 0 || features & F_VERSION_1 == 0 {

@@ -10,47 +10,51 @@ use crate::devices::pci::msix::SavedMsix;
 use crate::devices::state;
 use crate::devices::state::SavedSection;
 use crate::devices::state::StateError;
-use crate::devices::virtio::ACKNOWLEDGE;
-use crate::devices::virtio::DRIVER;
+use crate::devices::virtio::DRIVER_BITS;
 use crate::devices::virtio::DRIVER_OK;
 use crate::devices::virtio::F_EVENT_IDX;
 use crate::devices::virtio::F_VERSION_1;
-use crate::devices::virtio::FAILED;
 use crate::devices::virtio::FEATURES_OK;
 use crate::devices::virtio::queue::SavedQueue;
 
 const VERSION: u16 = 1;
-/// Status bits that a driver sets.
-const STATUS_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 /// Bits of the ISR status.
 const ISR_BITS: u8 = 3;
 
 /// Version 1.
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedTransport {
+pub(super) struct SavedTransport {
     config: SavedConfigSpace,
     msix: SavedMsix,
-    driver: SavedDriver,
-    isr: u8,
+    pub(super) driver: SavedDriver,
+    pub(super) isr: u8,
     needs_reset: bool,
     config_generation: u8,
     device: Vec<u8>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedDriver {
-    status: u8,
+pub(super) struct SavedDriver {
+    pub(super) status: u8,
     device_feature_select: u32,
     driver_feature_select: u32,
-    features: u64,
+    pub(super) features: u64,
     queue_select: u16,
     config_vector: u16,
-    queue_vectors: Vec<u16>,
-    queues: Vec<SavedQueue>,
+    pub(super) queue_vectors: Vec<u16>,
+    pub(super) queues: Vec<SavedQueue>,
 }
 
 impl Transport {
     pub(super) fn encode(&self) -> Result<SavedSection, StateError> {
+        self.section_of(&self.state()?)
+    }
+
+    pub(super) fn section_of(&self, state: &SavedTransport) -> Result<SavedSection, StateError> {
+        state::encode(crate::devices::Device::id(self), VERSION, state)
+    }
+
+    pub(super) fn state(&self) -> Result<SavedTransport, StateError> {
         let Self {
             slot: _,
             bar: _,
@@ -79,7 +83,7 @@ impl Transport {
             resetting: _,
         } = driver;
         let vectors = (0..).take(queues.len());
-        let saved = SavedTransport {
+        Ok(SavedTransport {
             config: config.save(),
             msix: interrupts.msix().save(),
             driver: SavedDriver {
@@ -98,8 +102,7 @@ impl Transport {
             needs_reset: interrupts.needs_reset(),
             config_generation: *config_generation,
             device: device.save()?,
-        };
-        state::encode(crate::devices::Device::id(self), VERSION, &saved)
+        })
     }
 
     pub(super) fn decode(&mut self, section: &SavedSection) -> Result<(), StateError> {
@@ -122,7 +125,7 @@ impl Transport {
             queue_vectors,
             queues,
         } = driver;
-        if status & !STATUS_BITS != 0 || (status & DRIVER_OK != 0 && status & FEATURES_OK == 0) {
+        if status & !DRIVER_BITS != 0 || (status & DRIVER_OK != 0 && status & FEATURES_OK == 0) {
             return Err(StateError::field(
                 "status",
                 status,

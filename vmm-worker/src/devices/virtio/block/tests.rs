@@ -1,0 +1,467 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+
+use baton_ipc::StartMode;
+use baton_ipc::worker::DiskLimits;
+use baton_ipc::worker::RateLimit;
+use proptest::prelude::*;
+
+use super::*;
+use crate::devices::Device as _;
+use crate::devices::lifecycle::DeviceError;
+use crate::devices::pci::Function as _;
+use crate::devices::state::SavedSection;
+use crate::devices::virtio::DRIVER_OK;
+use crate::devices::virtio::NEEDS_RESET;
+use crate::devices::virtio::test_driver::*;
+
+const SECTORS: u64 = 256;
+const HEADER: u64 = BUFFERS;
+const DATA: u64 = BUFFERS + 0x1000;
+const STATUS: u64 = BUFFERS + 0x800;
+
+fn config() -> BlockConfig {
+    BlockConfig {
+        bytes: SECTORS * SECTOR,
+        device: false,
+        readonly: false,
+        direct: false,
+        block_size: 512,
+        queues: 2,
+        serial: "serial-1".to_owned(),
+        limits: DiskLimits::default(),
+    }
+}
+
+fn disk(config: &BlockConfig) -> (Box<Block>, File) {
+    let file = file(config.bytes);
+    let copy = file.try_clone().unwrap();
+    (Box::new(Block::new(file.into(), config)), copy)
+}
+
+fn rig(config: &BlockConfig) -> (Rig, File) {
+    let (device, file) = disk(config);
+    let mut rig = Rig::new(device);
+    rig.bring_up();
+    (rig, file)
+}
+
+/// Makes a request with `data` on queue 0, serves it, and returns its status and the length that the device said.
+fn request(rig: &mut Rig, kind: u32, sector: u64, data: &[(u64, u32, u16)]) -> (u8, u32) {
+    let mut header = kind.to_le_bytes().to_vec();
+    header.extend([0; 4]);
+    header.extend(sector.to_le_bytes());
+    rig.put(HEADER, &header);
+    rig.put(STATUS, &[0xEE]);
+    let mut parts = vec![(HEADER, 16, 0)];
+    parts.extend(data);
+    parts.push((STATUS, 1, WRITE));
+    let before = rig.used(0);
+    let head = rig.offer(0, &parts);
+    rig.serve();
+    assert_eq!(
+        rig.used(0),
+        before.wrapping_add(1),
+        "{rig}",
+        rig = rig.status()
+    );
+    let (used, length) = rig.last_used(0);
+    assert_eq!(used, u32::from(head));
+    (rig.get(STATUS, 1)[0], length)
+}
+
+#[test]
+fn reads_writes_and_flushes_reach_the_file() {
+    let (mut rig, file) = rig(&config());
+    let bytes: Vec<u8> = (0..1024_u32).map(|i| (i % 251) as u8).collect();
+    rig.put(DATA, &bytes);
+    // Framed as no driver of today does.
+    let out = [(DATA, 3, 0), (DATA + 3, 0, 0), (DATA + 3, 1021, 0)];
+    assert_eq!(request(&mut rig, 1, 7, &out), (0, 1));
+    let mut found = vec![0; 1024];
+    file.read_exact_at(&mut found, 7 * 512).unwrap();
+    assert_eq!(found, bytes);
+    assert_eq!(request(&mut rig, 4, 0, &[]), (0, 1));
+    let into = [(DATA + 0x2000, 1000, WRITE), (DATA + 0x3000, 24, WRITE)];
+    assert_eq!(request(&mut rig, 0, 7, &into), (0, 1025));
+    assert_eq!(rig.get(DATA + 0x2000, 1000), bytes[..1000]);
+    assert_eq!(rig.get(DATA + 0x3000, 24), bytes[1000..]);
+    // One interrupt each, on the queue's vector.
+    assert_eq!(*rig.fired.0.lock().unwrap(), [0x41; 3]);
+    let id = [(DATA, 20, WRITE)];
+    assert_eq!(request(&mut rig, 8, 0, &id), (0, 21));
+    assert_eq!(rig.get(DATA, 20), b"serial-1\0\0\0\0\0\0\0\0\0\0\0\0");
+}
+
+#[test]
+fn an_indirect_table_and_the_second_queue_work_as_well() {
+    let (mut rig, file) = rig(&config());
+    file.write_all_at(&[9; 512], 0).unwrap();
+    let table = DATA + 0x4000;
+    rig.put(HEADER, &[0; 16]);
+    for (index, part) in (0..).zip([
+        (HEADER, 16, NEXT),
+        (DATA, 512, NEXT | WRITE),
+        (STATUS, 1, WRITE),
+    ]) {
+        rig.descriptor(table + 16 * u64::from(index), part, index + 1);
+    }
+    rig.offer(1, &[(table, 48, INDIRECT)]);
+    rig.serve();
+    assert_eq!((rig.used(0), rig.used(1)), (0, 1));
+    assert_eq!(rig.get(DATA, 512), [9; 512]);
+    assert_eq!(*rig.fired.0.lock().unwrap(), [0x42]);
+}
+
+#[test]
+fn discards_and_zeroes_are_checked_whole_before_anything_is_done() {
+    let (mut rig, file) = rig(&config());
+    let fill = |file: &File| file.write_all_at(&[7; 4096], 0).unwrap();
+    let segment = |sector: u64, sectors: u32, flags: u32| {
+        let mut bytes = sector.to_le_bytes().to_vec();
+        bytes.extend(sectors.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes
+    };
+    let read = |file: &File| {
+        let mut bytes = vec![0; 4096];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    for (kind, flags) in [(11, 0), (13, 0), (13, 1)] {
+        fill(&file);
+        rig.put(DATA, &segment(2, 4, flags));
+        assert_eq!(request(&mut rig, kind, 0, &[(DATA, 16, 0)]), (0, 1));
+        let bytes = read(&file);
+        assert_eq!((bytes[1023], bytes[3072]), (7, 7), "{kind} {flags}");
+        assert!(bytes[1024..3072].iter().all(|byte| *byte == 0));
+        assert_eq!(file.metadata().unwrap().len(), SECTORS * SECTOR);
+    }
+    fill(&file);
+    let good = segment(0, 1, 0);
+    for (kind, second, status) in [
+        (11, segment(SECTORS, 1, 0), 1),
+        (11, segment(u64::MAX, 2, 0), 1),
+        (13, segment(0, u32::MAX, 0), 1),
+        (11, segment(0, 1, 1), 2),
+        (13, segment(0, 1, 2), 2),
+    ] {
+        rig.put(DATA, &[good.clone(), second].concat());
+        assert_eq!(request(&mut rig, kind, 0, &[(DATA, 32, 0)]).0, status);
+        assert_eq!(read(&file), [7; 4096], "{kind}");
+    }
+    assert_eq!(request(&mut rig, 11, 0, &[(DATA, 15, 0)]).0, 1);
+    assert_eq!(request(&mut rig, 11, 0, &[]).0, 1);
+}
+
+#[test]
+fn what_is_no_place_of_the_disk_is_an_error_of_the_request() {
+    let (mut rig, _) = rig(&config());
+    for (kind, sector, length, status) in [
+        (0, SECTORS, 512, 1),
+        (0, SECTORS - 1, 1024, 1),
+        (0, u64::MAX, 512, 1),
+        (0, 0, 511, 1),
+        (99, 0, 512, 2),
+    ] {
+        let data = [(DATA, length, WRITE)];
+        assert_eq!(
+            request(&mut rig, kind, sector, &data),
+            (status, 1),
+            "{sector}"
+        );
+    }
+    assert_eq!(
+        request(&mut rig, 1, SECTORS - 1, &[(DATA, 1024, 0)]),
+        (1, 1)
+    );
+    assert_eq!(rig.status() & NEEDS_RESET, 0);
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let mut config = config();
+    config.readonly = true;
+    let (mut rig, file) = rig(&config);
+    rig.put(DATA, &[1; 512]);
+    assert_eq!(request(&mut rig, 1, 0, &[(DATA, 512, 0)]).0, 1);
+    assert_eq!(request(&mut rig, 11, 0, &[(DATA, 16, 0)]).0, 2);
+    assert_eq!(request(&mut rig, 0, 0, &[(DATA, 512, WRITE)]).0, 0);
+    let mut bytes = [0; 512];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0; 512]);
+}
+
+#[test]
+fn a_limit_leaves_requests_in_the_ring() {
+    let mut config = config();
+    config.limits.operations = Some(RateLimit {
+        per_second: 1,
+        burst: 2,
+    });
+    let (mut rig, _) = rig(&config);
+    for _ in 0..4 {
+        rig.offer(
+            0,
+            &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)],
+        );
+    }
+    rig.serve();
+    rig.serve();
+    assert_eq!(rig.used(0), 2);
+}
+
+/// What drivers must not do: each breaks the queue and nothing else, and a reset mends it.
+#[test]
+fn a_broken_queue_needs_a_reset_and_gets_one() {
+    type Break = fn(&mut Rig);
+    let breaks: [(&str, Break); 9] = [
+        ("a chain in a circle", |rig| {
+            rig.descriptor(RINGS, (HEADER, 16, NEXT), 1);
+            rig.descriptor(RINGS + 16, (HEADER, 16, NEXT), 0);
+            rig.make_available(0, 0);
+        }),
+        ("a chain that leads out of its table", |rig| {
+            rig.descriptor(RINGS, (HEADER, 16, NEXT), SIZE);
+            rig.make_available(0, 0);
+        }),
+        ("a head that is none", |rig| rig.make_available(0, SIZE)),
+        ("a buffer behind RAM", |rig| {
+            rig.offer(
+                0,
+                &[(HEADER, 16, 0), (RAM - 8, 16, WRITE), (STATUS, 1, WRITE)],
+            );
+        }),
+        ("a buffer that overflows", |rig| {
+            rig.offer(0, &[(HEADER, 16, 0), (u64::MAX - 1, 512, WRITE)]);
+        }),
+        ("an indirect table in the hole", |rig| {
+            rig.offer(0, &[(0xC000_0000, 32, INDIRECT)]);
+        }),
+        ("an available ring that jumps", |rig| {
+            rig.put(RINGS + AVAILABLE + 2, &(SIZE + 1).to_le_bytes());
+        }),
+        ("no header", |rig| {
+            rig.offer(0, &[(HEADER, 15, 0), (STATUS, 1, WRITE)]);
+        }),
+        ("no status", |rig| {
+            rig.offer(0, &[(HEADER, 16, 0)]);
+        }),
+    ];
+    let (mut rig, _) = rig(&config());
+    for (what, broken) in breaks {
+        broken(&mut rig);
+        rig.serve();
+        assert_eq!(rig.used(0), 0, "{what}");
+        assert_ne!(rig.status() & NEEDS_RESET, 0, "{what}");
+        // The change of configuration is told.
+        assert_eq!(rig.fired.0.lock().unwrap().last(), Some(&0x40), "{what}");
+        rig.bring_up();
+        assert_eq!(
+            rig.status() & (NEEDS_RESET | DRIVER_OK),
+            DRIVER_OK,
+            "{what}"
+        );
+        let read = [(DATA, 512, WRITE)];
+        assert_eq!(request(&mut rig, 0, 0, &read), (0, 513), "{what}");
+        rig.bring_up();
+    }
+}
+
+#[test]
+fn rings_do_not_move_while_the_driver_is_ready() {
+    let (mut rig, _) = rig(&config());
+    rig.write(0x16, 0, 2);
+    for register in [0x20, 0x28, 0x30] {
+        rig.write(register, 0xdead_0000, 8);
+        rig.write(register + 4, 1, 4);
+    }
+    rig.write(0x18, 4, 2);
+    rig.write(0x1C, 0, 2);
+    assert_eq!(rig.read(0x20, 8), RINGS);
+    assert_eq!((rig.read(0x18, 2), rig.read(0x1C, 2)), (SIZE.into(), 1));
+    assert_eq!(request(&mut rig, 0, 0, &[(DATA, 512, WRITE)]), (0, 513));
+}
+
+/// Saves a parked device, and loads that into a fresh one on the same RAM and file.
+fn hand_over(mut rig: Rig, config: &BlockConfig, file: &File) -> Rig {
+    rig.transport.park(StartMode::CprTransfer).unwrap();
+    let section = rig.transport.save(StartMode::CprTransfer).unwrap();
+    let device = Block::new(file.try_clone().unwrap().into(), config);
+    let mut fresh = Rig::on(Box::new(device), rig.ram);
+    fresh.transport.setup(StartMode::CprTransfer).unwrap();
+    fresh
+        .transport
+        .load(StartMode::CprTransfer, &section)
+        .unwrap();
+    fresh.transport.resume(StartMode::CprTransfer).unwrap();
+    std::mem::swap(&mut fresh.transport, &mut rig.transport);
+    rig.fired = fresh.fired;
+    rig
+}
+
+#[test]
+fn a_successor_goes_on_where_the_rings_are_and_repeats_interrupts() {
+    let config = config();
+    let (mut rig, file) = rig(&config);
+    for round in 0..40_u64 {
+        file.write_all_at(&[round as u8; 512], 512).unwrap();
+        // Offered before, served after.
+        rig.put(HEADER, &[0; 8]);
+        rig.put(HEADER + 8, &1_u64.to_le_bytes());
+        rig.offer(
+            0,
+            &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)],
+        );
+        rig = hand_over(rig, &config, &file);
+        assert_eq!(rig.fired.0.lock().unwrap()[..], [0x41, 0x42, 0x40]);
+        rig.serve();
+        assert_eq!(rig.used(0), round as u16 + 1);
+        assert_eq!(rig.get(DATA, 512), [round as u8; 512]);
+    }
+}
+
+/// A section of a device in use.
+fn section() -> (SavedSection, Ram) {
+    let mut config = config();
+    config.limits.bytes = Some(RateLimit {
+        per_second: 1000,
+        burst: 1000,
+    });
+    let (mut rig, _) = rig(&config);
+    rig.transport.park(StartMode::CprTransfer).unwrap();
+    (rig.transport.save(StartMode::CprTransfer).unwrap(), rig.ram)
+}
+
+use crate::devices::virtio::buffers::Ram;
+
+#[test]
+fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
+    let (section, ram) = section();
+    let mut other = config();
+    other.bytes *= 2;
+    for (config, section, expected) in [
+        (other, section.clone(), "sectors"),
+        (
+            config(),
+            SavedSection {
+                version: 2,
+                ..section.clone()
+            },
+            "version 2",
+        ),
+        (
+            config(),
+            SavedSection {
+                bytes: section.bytes[..section.bytes.len() - 1].to_vec(),
+                ..section.clone()
+            },
+            "malformed",
+        ),
+        (
+            config(),
+            SavedSection {
+                bytes: [&section.bytes[..], &[0]].concat(),
+                ..section.clone()
+            },
+            "1 bytes too many",
+        ),
+    ] {
+        let mut rig = Rig::on(disk(&config).0, ram);
+        match rig.transport.load(StartMode::CprTransfer, &section) {
+            Err(DeviceError::State(error)) => {
+                let error = error.to_string();
+                assert!(error.contains(expected), "{expected}: {error}");
+            }
+            other => panic!("{expected}: {other:?}"),
+        }
+    }
+}
+
+/// What a hostile guest and a hostile predecessor do.
+#[derive(Clone, Debug)]
+enum Action {
+    /// A write in the BAR, of 1, 2, 4 or 8 bytes.
+    Bar(u64, u64, usize),
+    /// A write in configuration space.
+    Config(u8, u32, usize),
+    /// Bytes in the rings or the buffers.
+    Ram(u64, Vec<u8>),
+    /// A request that may be a good one.
+    Offer(u32, u64, u32),
+    Serve,
+    BringUp,
+    HandOver,
+    /// A bit of the saved state is flipped, and the result loaded.
+    Forge(usize),
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let length = prop_oneof![Just(1_usize), Just(2), Just(4), Just(8)];
+    prop_oneof![
+        4 => (0..0x8000_u64, any::<u64>(), length.clone()).prop_map(|(at, value, length)| Action::Bar(at, value, length)),
+        4 => (0..0x40_u64, 0..0x100_u64, length.clone()).prop_map(|(at, value, length)| Action::Bar(at, value, length)),
+        2 => (any::<u8>(), any::<u32>(), 1..=4_usize).prop_map(|(at, value, length)| Action::Config(at, value, length)),
+        6 => (RINGS..RINGS + 0x4000, prop::collection::vec(any::<u8>(), 1..32))
+            .prop_map(|(at, bytes)| Action::Ram(at, bytes)),
+        6 => (0..16_u32, 0..2 * SECTORS, 0..2048_u32)
+            .prop_map(|(kind, sector, length)| Action::Offer(kind, sector, length)),
+        6 => Just(Action::Serve),
+        2 => Just(Action::BringUp),
+        1 => Just(Action::HandOver),
+        1 => any::<usize>().prop_map(Action::Forge),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever comes, nothing panics, the file keeps its size, and a driver that behaves gets its disk back.
+    #[test]
+    fn hostile_drivers_harm_nobody_but_themselves(actions in prop::collection::vec(action(), 1..60)) {
+        let config = config();
+        let (mut rig, file) = rig(&config);
+        for action in actions {
+            match action {
+                Action::Bar(at, value, length) => {
+                    rig.write(at, value, length);
+                    rig.read(at, length);
+                }
+                Action::Config(at, value, length) => {
+                    let end = usize::from(at) + length;
+                    if end <= 256 {
+                        rig.transport.config_write(at, &value.to_le_bytes()[..length]);
+                        rig.transport.config_read(at, &mut [0; 4][..length]);
+                    }
+                }
+                Action::Ram(at, bytes) => rig.put(at, &bytes),
+                Action::Offer(kind, sector, length) => {
+                    rig.put(HEADER, &kind.to_le_bytes());
+                    rig.put(HEADER + 8, &sector.to_le_bytes());
+                    let flags = if kind == 0 { WRITE } else { 0 };
+                    rig.offer(0, &[(HEADER, 16, 0), (DATA, length, flags), (STATUS, 1, WRITE)]);
+                }
+                Action::Serve => rig.serve(),
+                Action::BringUp => rig.bring_up(),
+                Action::HandOver => rig = hand_over(rig, &config, &file),
+                Action::Forge(bit) => {
+                    rig.transport.park(StartMode::CprTransfer).unwrap();
+                    let mut section = rig.transport.save(StartMode::CprTransfer).unwrap();
+                    let bits = section.bytes.len() * 8;
+                    section.bytes[bit % bits / 8] ^= 1 << (bit % 8);
+                    let device = Block::new(file.try_clone().unwrap().into(), &config);
+                    let mut forged = Rig::on(Box::new(device), rig.ram);
+                    if forged.transport.load(StartMode::CprTransfer, &section).is_ok() {
+                        forged.transport.resume(StartMode::CprTransfer).unwrap();
+                        forged.serve();
+                    }
+                    rig.transport.resume(StartMode::CprTransfer).unwrap();
+                }
+            }
+        }
+        prop_assert_eq!(file.metadata().unwrap().len(), SECTORS * SECTOR);
+        rig.bring_up();
+        rig.put(HEADER + 4, &[0; 4]);
+        prop_assert_eq!(request(&mut rig, 0, 0, &[(DATA, 512, WRITE)]), (0, 513));
+    }
+}

@@ -1,0 +1,243 @@
+//! A driver for tests of devices: a transport without PCI, KVM or threads, its registers, and rings in RAM of its own.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use vm_memory::Bytes as _;
+use vm_memory::GuestAddress;
+use vm_memory::GuestMemoryMmap;
+
+use super::buffers::Ram;
+use super::transport::Parts;
+use super::transport::Transport;
+use super::*;
+use crate::devices::pci::Function as _;
+use crate::devices::pci::msix::Message;
+use crate::devices::pci::msix::Sink;
+
+/// Bytes of RAM; beyond them there is nothing.
+pub(super) const RAM: u64 = 1 << 20;
+/// Where each queue has its rings, and how far apart they are.
+pub(super) const RINGS: u64 = 0x1000;
+const RING_STEP: u64 = 0x4000;
+pub(super) const AVAILABLE: u64 = 0x1000;
+pub(super) const USED: u64 = 0x2000;
+/// Where requests have their buffers.
+pub(super) const BUFFERS: u64 = 0x4_0000;
+/// The size of the queues that the driver sets up.
+pub(super) const SIZE: u16 = 16;
+
+/// Flags of descriptors.
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+pub(super) const INDIRECT: u16 = 4;
+
+/// Interrupts that were fired, as the data of their messages.
+#[derive(Clone, Default)]
+pub(super) struct Fired(pub(super) Arc<Mutex<Vec<u32>>>);
+
+impl Sink for Fired {
+    fn fire(&self, _vector: u16) {
+        panic!("no route was installed");
+    }
+    fn deliver(&self, message: Message) {
+        self.0.lock().unwrap().push(message.data);
+    }
+    fn stale(&self) {}
+}
+
+/// A device behind its transport, and the driver's memory.
+pub(super) struct Rig {
+    pub(super) transport: Transport,
+    pub(super) ram: Ram,
+    pub(super) fired: Fired,
+    /// The next descriptor and the next entry of the available ring of each queue.
+    next: Vec<(u16, u16)>,
+}
+
+pub(super) fn blank_ram() -> Ram {
+    let size = usize::try_from(RAM).unwrap();
+    Box::leak(Box::new(
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap(),
+    ))
+}
+
+impl Rig {
+    pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::on(device, blank_ram())
+    }
+
+    pub(super) fn on(device: Box<dyn VirtioDevice>, ram: Ram) -> Self {
+        let queues = device.queue_sizes().len();
+        let fired = Fired::default();
+        let flags = rustix::event::EventfdFlags::NONBLOCK;
+        let eventfd = |_| Arc::new(rustix::event::eventfd(0, flags).unwrap());
+        let waker = |_| Arc::new(|| {}) as Arc<dyn crate::devices::Trigger>;
+        let parts = Parts {
+            slot: 1,
+            bar: 0xC000_8000,
+            sink: Box::new(fired.clone()),
+            kicks: (0..queues).map(eventfd).collect(),
+            ram,
+            wakers: (0..queues).map(waker).collect(),
+            drain: Duration::from_millis(10),
+        };
+        let mut transport = Transport::new(device, parts);
+        transport.config_write(4, &[6, 0]);
+        Self {
+            transport,
+            ram,
+            fired,
+            next: vec![(0, 0); queues],
+        }
+    }
+
+    pub(super) fn write(&mut self, offset: u64, value: u64, length: usize) {
+        self.transport
+            .bar_write(offset, &value.to_le_bytes()[..length]);
+    }
+
+    pub(super) fn read(&mut self, offset: u64, length: usize) -> u64 {
+        let mut bytes = [0; 8];
+        self.transport.bar_read(offset, &mut bytes[..length]);
+        u64::from_le_bytes(bytes)
+    }
+
+    pub(super) fn status(&mut self) -> u8 {
+        self.read(0x14, 1) as u8
+    }
+
+    /// Everything that a driver does until it is ready, with all features of the device.
+    pub(super) fn bring_up(&mut self) {
+        self.write(0x14, 0, 1);
+        assert_eq!(self.status(), 0);
+        self.write(0x14, 3, 1);
+        let mut features = 0;
+        for half in [0, 1] {
+            self.write(0x00, half, 4);
+            features |= self.read(0x04, 4) << (32 * half);
+        }
+        self.negotiate(features & !F_EVENT_IDX);
+    }
+
+    /// The rest of it, with these features.
+    pub(super) fn negotiate(&mut self, features: u64) {
+        for half in [0, 1] {
+            self.write(0x08, half, 4);
+            self.write(0x0C, features >> (32 * half) & 0xFFFF_FFFF, 4);
+        }
+        self.write(0x14, 11, 1);
+        assert_eq!(self.status(), 11);
+        // MSI-X: vector N+1 for queue N, vector 0 for the configuration; vector V sends 0x40 + V.
+        let queues = self.next.len() as u64;
+        for vector in 0..=queues {
+            let at = 0x4000 + 16 * vector;
+            for (word, value) in [(0, 0xFEE0_0000), (1, 0), (2, 0x40 + vector), (3, 0)] {
+                self.write(at + 4 * word, value, 4);
+            }
+        }
+        self.transport.config_write(0x42, &0x8000_u16.to_le_bytes());
+        self.write(0x10, 0, 2);
+        for queue in 0..queues {
+            let rings = RINGS + RING_STEP * queue;
+            for at in (0..RING_STEP).step_by(8) {
+                self.ram.write_obj(0_u64, GuestAddress(rings + at)).unwrap();
+            }
+            self.write(0x16, queue, 2);
+            self.write(0x18, SIZE.into(), 2);
+            self.write(0x1A, queue + 1, 2);
+            for (register, ring) in [
+                (0x20, rings),
+                (0x28, rings + AVAILABLE),
+                (0x30, rings + USED),
+            ] {
+                self.write(register, ring, 8);
+            }
+            self.write(0x1C, 1, 2);
+        }
+        self.next.iter_mut().for_each(|next| *next = (0, 0));
+        self.write(0x14, 15, 1);
+    }
+
+    pub(super) fn put(&self, address: u64, bytes: &[u8]) {
+        self.ram.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(super) fn get(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.ram
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
+        bytes
+    }
+
+    pub(super) fn descriptor(&self, at: u64, part: (u64, u32, u16), next: u16) {
+        let (address, length, flags) = part;
+        let mut bytes = Vec::new();
+        bytes.extend(address.to_le_bytes());
+        bytes.extend(length.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.put(at, &bytes);
+    }
+
+    /// Writes a chain and makes it available; its first descriptor.
+    pub(super) fn offer(&mut self, queue: u64, parts: &[(u64, u32, u16)]) -> u16 {
+        let rings = RINGS + RING_STEP * queue;
+        let (first, entry) = self.next[queue as usize];
+        for (index, part) in (0..).zip(parts) {
+            let (address, length, flags) = *part;
+            let more = usize::from(index + 1) < parts.len();
+            let flags = flags | if more { NEXT } else { 0 };
+            let at = (first + index) % SIZE;
+            let next = (first + index + 1) % SIZE;
+            self.descriptor(rings + 16 * u64::from(at), (address, length, flags), next);
+        }
+        self.next[queue as usize].0 = (first + parts.len() as u16) % SIZE;
+        self.make_available(queue, first);
+        assert_eq!(self.next[queue as usize].1, entry.wrapping_add(1));
+        first
+    }
+
+    pub(super) fn make_available(&mut self, queue: u64, head: u16) {
+        let available = RINGS + RING_STEP * queue + AVAILABLE;
+        let (_, entry) = &mut self.next[queue as usize];
+        let slot = available + 4 + u64::from(*entry % SIZE) * 2;
+        *entry = entry.wrapping_add(1);
+        let index = *entry;
+        self.put(slot, &head.to_le_bytes());
+        self.put(available + 2, &index.to_le_bytes());
+    }
+
+    /// Serves all backends, as I/O threads would.
+    pub(super) fn serve(&self) {
+        for seat in self.transport.seats() {
+            seat.serve();
+        }
+    }
+
+    /// How many requests of a queue were given back.
+    pub(super) fn used(&self, queue: u64) -> u16 {
+        let used = RINGS + RING_STEP * queue + USED;
+        self.ram.read_obj(GuestAddress(used + 2)).unwrap()
+    }
+
+    /// The last one's descriptor and length.
+    pub(super) fn last_used(&self, queue: u64) -> (u32, u32) {
+        let used = RINGS + RING_STEP * queue + USED;
+        let slot = used + 4 + u64::from(self.used(queue).wrapping_sub(1) % SIZE) * 8;
+        let word = |at| self.ram.read_obj(GuestAddress(at)).unwrap();
+        (word(slot), word(slot + 4))
+    }
+}
+
+/// A file in memory.
+pub(super) fn file(bytes: u64) -> File {
+    let fd: OwnedFd = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = File::from(fd);
+    file.set_len(bytes).unwrap();
+    file
+}
