@@ -17,6 +17,7 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::descriptor::RAM_SEALS;
+use baton_ipc::worker::MAX_SLOTS;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
@@ -39,6 +40,9 @@ use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::disk::Disk;
 use crate::vm_file::page_size;
+
+/// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
+const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
 
 #[derive(Serialize)]
 struct Opened<'a> {
@@ -100,10 +104,11 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
         )?;
     }
     // Slots in the order of the VM file, from the one after the host bridge.
-    let virtio = (1..)
+    let mut virtio = (1..)
         .zip(&vm.disk.0)
         .map(|(slot, disk)| opening.disk(slot, disk))
-        .collect::<Result<_>>()?;
+        .collect::<Result<Vec<_>>>()?;
+    virtio.push(opening.plug(ENTROPY_SLOT, VirtioKind::Entropy)?);
     Ok(Resources {
         registry: opening.registry,
         virtio,
@@ -153,10 +158,12 @@ impl Opening<'_> {
         }
         let OpenDisk { file, kind, config } = disks::open(disk)?;
         self.save(descriptor::DISK, slot.into(), kind, file, &disk.path)?;
-        let config = VirtioConfig {
-            slot,
-            device: VirtioKind::Block(config),
-        };
+        self.plug(slot, VirtioKind::Block(config))
+    }
+
+    /// Makes what the guest notifies a device by.
+    fn plug(&mut self, slot: u8, device: VirtioKind) -> Result<VirtioConfig> {
+        let config = VirtioConfig { slot, device };
         for queue in 0..config.device.queues() {
             self.save(
                 descriptor::KICK,

@@ -137,6 +137,8 @@ pub struct VirtioConfig {
 pub enum VirtioKind {
     /// A disk, on descriptor `disk` with its slot as id.
     Block(BlockConfig),
+    /// A source of randomness, without a descriptor of its own.
+    Entropy,
 }
 
 impl VirtioKind {
@@ -145,6 +147,7 @@ impl VirtioKind {
     pub fn queues(&self) -> u32 {
         match self {
             Self::Block(block) => block.queues.into(),
+            Self::Entropy => 1,
         }
     }
 }

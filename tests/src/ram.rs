@@ -4,6 +4,7 @@ use std::fs::File;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
+use baton_guest::DiskReport;
 use baton_guest::Report;
 use baton_guest::ReportError;
 use baton_guest::layout;
@@ -50,6 +51,20 @@ impl Ram {
             .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
             .expect("guest RAM can be read");
         Report::parse(&bytes)
+    }
+
+    /// What the guest says of its disk.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn disk(&self) -> DiskReport {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        self.0
+            .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
+            .expect("guest RAM can be read");
+        DiskReport::parse(&bytes)
     }
 
     /// Puts a command (`layout::COMMAND_*`) into the guest's mailbox.

@@ -29,6 +29,7 @@ pub struct Builder {
     faults: Option<String>,
     slowness: u32,
     allowed: Vec<PathBuf>,
+    disks: Vec<(String, u64, String)>,
 }
 
 impl Builder {
@@ -43,6 +44,7 @@ impl Builder {
             faults: None,
             slowness: 10,
             allowed: Vec::new(),
+            disks: Vec::new(),
         }
     }
 
@@ -95,6 +97,13 @@ impl Builder {
         self
     }
 
+    /// With a blank disk of so many MiB, the file `ID.img`, and these further lines of its table.
+    #[must_use]
+    pub fn disk(mut self, id: &str, mib: u64, lines: &str) -> Self {
+        self.disks.push((id.to_owned(), mib, lines.to_owned()));
+        self
+    }
+
     /// Starts it, and waits until its guest counts.
     ///
     /// # Panics
@@ -132,11 +141,18 @@ impl Builder {
                     .period_ms(20)
             })
             .cpus(self.cpus);
-        let file = format!(
+        let mut file = format!(
             "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\n\
              [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n[console]\nkind = \"file\"\npath = \"console.log\"\n",
             site.name, self.cpus, self.memory
         );
+        for (id, mib, lines) in &self.disks {
+            let image = std::fs::File::create(site.path(&format!("{id}.img"))).unwrap();
+            image.set_len(mib << 20).unwrap();
+            file.push_str(&format!(
+                "[[disk]]\nid = \"{id}\"\npath = \"{id}.img\"\n{lines}\n"
+            ));
+        }
         site.write("vm.toml", file);
         let started = site.run("vm.toml").expect(0).json();
         let broker = pid(&started, "broker_pid");

@@ -46,6 +46,9 @@ use crate::cpuid::Processors;
 use crate::cpuid::Told;
 use crate::devices::Trigger;
 use crate::devices::lifecycle::LifecycleError;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::Block;
+use crate::devices::virtio::entropy::Entropy;
 use crate::fail_point::fail_point;
 use crate::io_pool::IoPool;
 use crate::io_pool::PoolError;
@@ -177,6 +180,7 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
         }
         match device {
             VirtioKind::Block(block) => check_block(block)?,
+            VirtioKind::Entropy => {}
         }
     }
     Ok(LastFilters {
@@ -273,7 +277,7 @@ pub(crate) fn build(
     let console = claim(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
     let mut virtio = Vec::with_capacity(config.virtio.len());
     for device in &config.virtio {
-        let file = match &device.device {
+        let made: Box<dyn VirtioDevice> = match &device.device {
             VirtioKind::Block(block) => {
                 let name = descriptor::DISK;
                 let kind = if block.device {
@@ -283,8 +287,9 @@ pub(crate) fn build(
                 };
                 let file = claim(name, device.slot.into(), kind)?;
                 check_access(&file, block.readonly)?;
-                file
+                Box::new(Block::new(file, block))
             }
+            VirtioKind::Entropy => Box::new(Entropy),
         };
         let kicks = (0..device.device.queues())
             .map(|queue| {
@@ -297,9 +302,9 @@ pub(crate) fn build(
             .map(|kick| kick.map(Arc::new))
             .collect::<Result<_, _>>()?;
         virtio.push(VirtioParts {
-            config: device.clone(),
+            slot: device.slot,
+            device: made,
             kicks,
-            file,
         });
     }
     registry.finish()?;

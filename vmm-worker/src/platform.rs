@@ -13,7 +13,6 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::WorkerConfig;
 use kvm_ioctls::VmFd;
@@ -40,7 +39,6 @@ use crate::devices::power::PowerLatch;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::block::Block;
 use crate::devices::virtio::buffers::Ram;
 use crate::devices::virtio::transport;
 use crate::devices::virtio::transport::Transport;
@@ -150,19 +148,19 @@ pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
     let virtio = config.virtio.iter().map(|device| {
         let kind = match device.device {
             VirtioKind::Block(_) => DeviceKind::BLOCK,
+            VirtioKind::Entropy => DeviceKind::ENTROPY,
         };
         DeviceId::new(kind, device.slot.into())
     });
     DEVICES.into_iter().chain(virtio).collect()
 }
 
-/// A virtio device with the descriptors that are its own.
+/// A virtio device, not yet plugged in.
 pub(crate) struct VirtioParts {
-    pub(crate) config: VirtioConfig,
+    pub(crate) slot: u8,
+    pub(crate) device: Box<dyn VirtioDevice>,
     /// What a driver notifies each queue by.
     pub(crate) kicks: Vec<Arc<OwnedFd>>,
-    /// What the device works on.
-    pub(crate) file: OwnedFd,
 }
 
 /// What platform devices are made with.
@@ -291,15 +289,11 @@ fn plug(
     let mut pci = PciHost::new(Arc::clone(parts.vm), Arc::clone(parts.wake));
     let mut seats = 0;
     for VirtioParts {
-        config,
+        slot,
+        device,
         kicks,
-        file,
     } in parts.virtio
     {
-        let slot = config.slot;
-        let device: Box<dyn VirtioDevice> = match &config.device {
-            VirtioKind::Block(block) => Box::new(Block::new(file, block)),
-        };
         let vectors = u16::try_from(kicks.len()).unwrap_or(0).saturating_add(1);
         let (sink, irqs) = pci.vectors(slot, vectors)?;
         let wakers: Vec<_> = (seats..)

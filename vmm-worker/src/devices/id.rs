@@ -22,6 +22,8 @@ impl DeviceKind {
     pub const PCI: DeviceKind = DeviceKind(6);
     /// [`super::virtio::block::Block`]; the instance is the PCI device number.
     pub const BLOCK: DeviceKind = DeviceKind(7);
+    /// [`super::virtio::entropy::Entropy`]; the instance is the PCI device number.
+    pub const ENTROPY: DeviceKind = DeviceKind(8);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -34,6 +36,7 @@ impl DeviceKind {
             DeviceKind::RTC => "rtc",
             DeviceKind::PCI => "pci",
             DeviceKind::BLOCK => "virtio-blk",
+            DeviceKind::ENTROPY => "virtio-rng",
             _ => "device",
         }
     }

@@ -18,6 +18,7 @@
 
 pub mod block;
 pub mod buffers;
+pub mod entropy;
 mod guest_io;
 pub mod interrupts;
 pub mod queue;

@@ -304,8 +304,8 @@ fn hand_over(mut rig: Rig, config: &BlockConfig, file: &File) -> Rig {
 fn a_successor_goes_on_where_the_rings_are_and_repeats_interrupts() {
     let config = config();
     let (mut rig, file) = rig(&config);
-    for round in 0..40_u64 {
-        file.write_all_at(&[round as u8; 512], 512).unwrap();
+    for round in 0..40_u8 {
+        file.write_all_at(&[round; 512], 512).unwrap();
         // Offered before, served after.
         rig.put(HEADER, &[0; 8]);
         rig.put(HEADER + 8, &1_u64.to_le_bytes());
@@ -316,8 +316,8 @@ fn a_successor_goes_on_where_the_rings_are_and_repeats_interrupts() {
         rig = hand_over(rig, &config, &file);
         assert_eq!(rig.fired.0.lock().unwrap()[..], [0x41, 0x42, 0x40]);
         rig.serve();
-        assert_eq!(rig.used(0), round as u16 + 1);
-        assert_eq!(rig.get(DATA, 512), [round as u8; 512]);
+        assert_eq!(rig.used(0), u16::from(round) + 1);
+        assert_eq!(rig.get(DATA, 512), [round; 512]);
     }
 }
 

@@ -171,9 +171,7 @@ fn each_field_that_can_be_wrong_is_refused_by_name() {
         ("queue.size", |state| state.driver.queues[0].size = 12),
         ("queue", |state| state.driver.queues[0].used += 1),
         ("queue", |state| state.driver.queues[0].available = RAM),
-        ("queue", |state| {
-            state.driver.queues[0].descriptors = u64::MAX & !15
-        }),
+        ("queue", |state| state.driver.queues[0].descriptors = !15),
     ];
     let (mut rig, ..) = slow();
     rig.bring_up();

@@ -1,0 +1,109 @@
+//! A disk keeps its work, its lock and its grant, whatever happens to the workers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use baton_guest::CommandLine;
+use baton_guest::DiskReport;
+use baton_guest::DiskState;
+use baton_guest::layout;
+use baton_tests::Builder;
+use baton_tests::Vm;
+use baton_tests::until;
+
+fn busy() -> Builder {
+    Builder::release()
+        .line(CommandLine::new().disk_irq().console().period_ms(50))
+        .disk("data", 4, "")
+}
+
+fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) -> DiskReport {
+    until(what, || {
+        let report = vm.ram.disk();
+        wanted(&report).then_some(report)
+    })
+}
+
+/// The guest comes to rest, and its file is what it says that it wrote.
+fn assert_whole(vm: &Vm) -> DiskReport {
+    vm.ram.mail(layout::COMMAND_DISK_REST);
+    let report = wait_for(vm, "rest", |disk| disk.state == DiskState::Resting);
+    assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
+    let image = std::fs::read(vm.site.path("data.img")).unwrap();
+    let nonce = vm.ram.report().unwrap().nonce;
+    assert!(report.check(nonce, &image).unwrap() > 32, "{report:?}");
+    report
+}
+
+#[test]
+fn every_request_is_completed_once_over_twenty_upgrades() {
+    let vm = busy().start();
+    let mut done = 0;
+    for _ in 0..20 {
+        let before = wait_for(&vm, "requests", |disk| disk.done > done + 100);
+        done = before.done;
+        vm.assert_upgrades();
+        wait_for(&vm, "interrupts", |disk| {
+            disk.interrupts > before.interrupts
+        });
+    }
+    wait_for(&vm, "requests", |disk| disk.done > done + 100);
+    assert_whole(&vm);
+    let audit = vm.ask("audit").expect(0).json();
+    assert_eq!(audit["verdict"], "proven", "{audit}");
+    for (field, name) in [
+        ("threads", "io"),
+        ("descriptors", "disk#1"),
+        ("descriptors", "kick#32"),
+    ] {
+        let listed = audit[field].as_array().unwrap();
+        let is = |one: &serde_json::Value| one["role"] == name || one["grant"] == name;
+        assert_eq!(
+            listed.iter().filter(|one| is(one)).count(),
+            1,
+            "{name}: {audit}"
+        );
+    }
+}
+
+#[test]
+fn a_writable_disk_is_one_vms_alone_until_that_ends() {
+    let vm = busy().start();
+    let text = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    let other = text.replacen(&vm.site.name, &format!("{}-other", vm.site.name), 1);
+    vm.site.write("other.toml", other);
+    for _ in 0..2 {
+        let refusal = vm.site.run("other.toml").expect(3);
+        let said = refusal.stdout + &refusal.stderr;
+        assert!(
+            said.contains("disk data") && said.contains("is locked"),
+            "{said}"
+        );
+        vm.assert_upgrades();
+    }
+    assert_whole(&vm);
+    vm.end().expect(0);
+    vm.site.run("other.toml").expect(0);
+    let other = format!("{}-other", vm.site.name);
+    vm.site.baton(["stop", &other, "--force"]).expect(0);
+}
+
+#[test]
+fn a_disk_that_policy_does_not_grant_is_refused() {
+    let vm = busy().start();
+    let text = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    let policy = vm.site.write_policy(&[&vm.site.binaries().worker()]);
+    let granted = std::fs::read_to_string(&policy).unwrap();
+    let (before, disk) = granted.split_once("name = \"disk\"").unwrap();
+    let disk = disk.replacen("\"/**\"", "\"/srv/disks/**\"", 1);
+    std::fs::write(&policy, format!("{before}name = \"disk\"{disk}")).unwrap();
+    let other = text
+        .replacen(&vm.site.name, &format!("{}-other", vm.site.name), 1)
+        .replacen(
+            "\"default\"",
+            &format!("{:?}", policy.display().to_string()),
+            1,
+        );
+    vm.site.write("other.toml", other);
+    let refusal = vm.site.run("other.toml").expect(30);
+    let said = refusal.stdout + &refusal.stderr;
+    assert!(said.contains("does not grant the disk data"), "{said}");
+}
