@@ -133,13 +133,16 @@ impl Interrupts {
         }
     }
 
-    /// Fires every chosen vector once: whatever was on its way in another worker may be lost, and an interrupt too many
-    /// means nothing.
+    /// Fires the vector of every queue once: whatever was on its way in another worker may be lost, and an interrupt too
+    /// many means nothing. One that says that the configuration has changed does mean something (a disk's driver reads
+    /// its size again, and says so in the guest's log), so it is repeated only where the device cannot go on.
     pub fn repeat_all(&self) {
         for index in (0..).take(self.queues.len()) {
             self.queue(index);
         }
-        self.config();
+        if self.needs_reset() {
+            self.config();
+        }
     }
 
     /// Forgets the driver's choices; the vectors' messages are PCI's and stay.

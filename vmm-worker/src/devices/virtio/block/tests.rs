@@ -314,7 +314,7 @@ fn a_successor_goes_on_where_the_rings_are_and_repeats_interrupts() {
             &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)],
         );
         rig = hand_over(rig, &config, &file);
-        assert_eq!(rig.fired.0.lock().unwrap()[..], [0x41, 0x42, 0x40]);
+        assert_eq!(rig.fired.0.lock().unwrap()[..], [0x41, 0x42]);
         rig.serve();
         assert_eq!(rig.used(0), u16::from(round) + 1);
         assert_eq!(rig.get(DATA, 512), [round; 512]);
