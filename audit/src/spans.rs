@@ -21,6 +21,7 @@ use crate::echo::Echo;
 /// What is said in a place of its own, or is of use to a machine only.
 const ELSEWHERE: &[&str] = &[
     "prev",
+    "vm",
     "descriptor",
     "id",
     "generation",

@@ -55,6 +55,8 @@ use crate::console::Console;
 use crate::deadlines::Deadlines;
 use crate::front::Front;
 use crate::ids::VmIds;
+use crate::launch::Begun;
+use crate::launch::Program;
 use crate::nascent::Advance;
 use crate::nascent::Nascent;
 use crate::process::ProcessId;
@@ -166,6 +168,8 @@ impl Broker {
             "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))
         .recorded()?;
+        // First, because it takes its time by itself: a refusal of what follows ends it again.
+        let begun = Begun::start(Program::Worker, ids.ids, cgroup.as_ref())?;
         let Resources {
             mut registry,
             virtio,
@@ -216,7 +220,7 @@ impl Broker {
         let binary =
             crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)?;
         let config = broker.config(1, StartMode::None, &broker.rules.compiled)?;
-        broker.first = Some(broker.launch(binary, config, &broker.rules)?);
+        broker.first = Some(broker.launch(begun, binary, config, &broker.rules)?);
         Ok(broker)
     }
 

@@ -38,12 +38,13 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Moves a process in.
-    pub(crate) fn add(&self, pid: u32) -> Result<()> {
-        fs::write(self.path.join("cgroup.procs"), pid.to_string()).doing(format_args!(
-            "cannot move process {pid} into {}",
-            self.path.display()
-        ))
+    /// Where a process writes itself in: the right to it goes with the descriptor.
+    pub(crate) fn door(&self) -> Result<fs::File> {
+        let path = self.path.join("cgroup.procs");
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .doing(format_args!("cannot open {}", path.display()))
     }
 
     pub(crate) fn path(&self) -> &Path {

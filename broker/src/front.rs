@@ -48,8 +48,8 @@ use crate::broker::Rules;
 use crate::cgroup::Cgroup;
 use crate::ids::HostIds;
 use crate::ids::VmIds;
+use crate::launch::Begun;
 use crate::launch::Launch;
-use crate::launch::LaunchPlan;
 use crate::launch::Launched;
 use crate::launch::Program;
 use crate::process::ProcessId;
@@ -308,18 +308,14 @@ impl Broker {
         })?;
         // As the worker beside the broker: whoever could replace it could replace the broker.
         let binary = WorkerBinary::admit(file, |_| Ok(true))?;
-        let launch = Launch::start(LaunchPlan {
-            program: Program::Front,
-            confinement: Confinement {
-                rlimits: place.rules.policy.rlimits(0),
-                keep: place.rules.policy.capabilities,
-                landlock_floor: place.rules.policy.landlock.floor_abi,
-                filters: place.rules.compiled.build.clone(),
-            },
-            ids: place.ids.ids,
-            cgroup: place.cgroup.as_ref(),
-            binary: binary.as_fd(),
-        })?;
+        let confinement = Confinement {
+            rlimits: place.rules.policy.rlimits(0),
+            keep: place.rules.policy.capabilities,
+            landlock_floor: place.rules.policy.landlock.floor_abi,
+            filters: place.rules.compiled.build.clone(),
+        };
+        let launch = Begun::start(Program::Front, place.ids.ids, place.cgroup.as_ref())?
+            .become_of(binary.as_fd(), confinement)?;
         self.log.note(
             "front-launch",
             &json!({"digest": binary.digest.to_string(), "uid": place.ids.ids.uid}),

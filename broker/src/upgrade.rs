@@ -36,8 +36,7 @@ use crate::binary::WorkerBinary;
 use crate::broker::Broker;
 use crate::broker::Rules;
 use crate::clients::Awaiting;
-use crate::launch::Launch;
-use crate::launch::LaunchPlan;
+use crate::launch::Begun;
 use crate::launch::Program;
 use crate::nascent::Advance;
 use crate::nascent::Nascent;
@@ -92,23 +91,19 @@ impl Broker {
     /// Starts a worker on its way.
     pub(crate) fn launch(
         &self,
+        begun: Begun,
         binary: WorkerBinary,
         config: WorkerConfig,
         rules: &Rules,
     ) -> Result<Nascent> {
         let policy = &rules.policy;
-        let launch = Launch::start(LaunchPlan {
-            program: Program::Worker,
-            confinement: Confinement {
-                rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0)),
-                keep: policy.capabilities,
-                landlock_floor: policy.landlock.floor_abi,
-                filters: rules.compiled.build.clone(),
-            },
-            ids: self.ids.ids,
-            cgroup: self.cgroup.as_ref(),
-            binary: binary.as_fd(),
-        })?;
+        let confinement = Confinement {
+            rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0)),
+            keep: policy.capabilities,
+            landlock_floor: policy.landlock.floor_abi,
+            filters: rules.compiled.build.clone(),
+        };
+        let launch = begun.become_of(binary.as_fd(), confinement)?;
         Ok(Nascent::new(
             launch,
             config,
@@ -173,7 +168,9 @@ impl Broker {
         .recorded()?;
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run });
-        let nascent = match self.launch(binary, config, &rules) {
+        let launched = Begun::start(Program::Worker, self.ids.ids, self.cgroup.as_ref())
+            .and_then(|begun| self.launch(begun, binary, config, &rules));
+        let nascent = match launched {
             Ok(nascent) => nascent,
             Err(refusal) => {
                 return self.finish(

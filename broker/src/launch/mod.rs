@@ -3,8 +3,8 @@
 //! ```text
 //! broker                         stage 1 (`launch`)             stage 2 (`launch --confine`)
 //!   │ spawn ────────────────────►│                                │
-//!   │ into the VM's cgroup       │                                │
-//!   │ begin ────────────────────►│ unshare all namespaces         │
+//!   │ begin, cgroup.procs ──────►│ join the VM's cgroup           │
+//!   │                            │ unshare all namespaces         │
 //!   │                   unshared │                                │
 //!   │ write uid_map, gid_map     │                                │
 //!   │ mapped ───────────────────►│ become id 0 of the namespace   │
@@ -24,8 +24,8 @@ mod stages;
 use serde::Deserialize;
 use serde::Serialize;
 
+pub(crate) use spawn::Begun;
 pub(crate) use spawn::Launch;
-pub(crate) use spawn::LaunchPlan;
 pub(crate) use spawn::Launched;
 pub(crate) use stages::confine;
 pub(crate) use stages::unshare;
@@ -33,7 +33,7 @@ pub(crate) use stages::unshare;
 /// What the broker tells the stages.
 #[derive(Debug, Serialize, Deserialize)]
 enum LaunchOrder {
-    /// To stage 1: the cgroup is right, unshare.
+    /// To stage 1, with the `cgroup.procs` of the cgroup to join, if there is one: begin.
     Begin,
     /// To stage 1: the id maps are written.
     Mapped,

@@ -23,30 +23,21 @@ use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
-/// Everything that a launch needs.
+/// Stage 1 on its way: it joins its cgroup and leaves all namespaces, whatever it is to become. Dropped, it is ended.
 #[derive(Debug)]
-pub(crate) struct LaunchPlan<'a> {
-    /// What it is.
-    pub(crate) program: Program,
-    /// What stage 2 puts in place.
-    pub(crate) confinement: Confinement,
-    /// The ids that id 0 of the namespace stands for.
-    pub(crate) ids: HostIds,
-    /// The VM's cgroup.
-    pub(crate) cgroup: Option<&'a Cgroup>,
-    /// The sealed memfd to execute.
-    pub(crate) binary: BorrowedFd<'a>,
-}
-
-/// A launch under way. Dropped, its stages see a hang-up and exit.
-#[derive(Debug)]
-pub(crate) struct Launch {
+pub(crate) struct Begun {
     stage1: Child,
     socket: Option<Channel<LaunchOrder, LaunchReport>>,
     diagnostics: OwnedFd,
     standard: [u64; 2],
     ids: HostIds,
     program: Program,
+}
+
+/// A launch under way. Dropped, its stages see a hang-up and exit.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    begun: Begun,
     confinement: Confinement,
     binary: OwnedFd,
 }
@@ -66,9 +57,11 @@ pub(crate) struct Launched {
     pub(crate) standard: [u64; 2],
 }
 
-impl Launch {
-    /// Starts stage 1.
-    pub(crate) fn start(plan: LaunchPlan<'_>) -> Result<Self> {
+impl Begun {
+    /// Starts stage 1 of what is to run under `ids`, the ids that id 0 of its namespace stands for.
+    ///
+    /// It moves itself into the cgroup: the kernel may wait many milliseconds for that, and this process must not.
+    pub(crate) fn start(program: Program, ids: HostIds, cgroup: Option<&Cgroup>) -> Result<Self> {
         let (ours, theirs) = FdSocket::pair().doing("cannot make a control socket")?;
         let (diagnostics, output) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .doing("cannot make a pipe")?;
@@ -79,6 +72,7 @@ impl Launch {
             inode(theirs.as_fd()).doing("cannot examine a control socket")?,
             inode(output.as_fd()).doing("cannot examine a pipe")?,
         ];
+        let door = cgroup.map(Cgroup::door).transpose()?;
         // The running broker's own file, whatever lies at its path by now.
         let stage1 = Command::new("/proc/self/exe")
             .arg("launch")
@@ -89,24 +83,33 @@ impl Launch {
             .stderr(Stdio::from(errors))
             .spawn()
             .doing("cannot start the launcher")?;
-        let launch = Self {
+        let begun = Self {
+            stage1,
             socket: Some(Channel::new(ours)),
             diagnostics,
             standard,
-            ids: plan.ids,
-            program: plan.program,
-            confinement: plan.confinement,
-            binary: plan
-                .binary
-                .try_clone_to_owned()
-                .doing("cannot hold the worker's binary")?,
-            stage1,
+            ids,
+            program,
         };
-        if let Some(cgroup) = plan.cgroup {
-            cgroup.add(launch.stage1.id())?;
-        }
-        launch.send(&LaunchOrder::Begin, &[])?;
-        Ok(launch)
+        let door: Vec<_> = door.iter().map(AsFd::as_fd).collect();
+        begun.send(&LaunchOrder::Begin, &door)?;
+        Ok(begun)
+    }
+
+    /// Says what it becomes: the sealed memfd to execute, and what stage 2 puts in place first.
+    pub(crate) fn become_of(
+        self,
+        binary: BorrowedFd<'_>,
+        confinement: Confinement,
+    ) -> Result<Launch> {
+        let binary = binary
+            .try_clone_to_owned()
+            .doing("cannot hold the worker's binary")?;
+        Ok(Launch {
+            begun: self,
+            confinement,
+            binary,
+        })
     }
 
     fn send(&self, order: &LaunchOrder, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
@@ -116,16 +119,18 @@ impl Launch {
             .send_with(order, descriptors)
             .doing("cannot reach the launcher")
     }
+}
 
+impl Launch {
     /// Stage 1's process.
     pub(crate) fn stage1(&self) -> u32 {
-        self.stage1.id()
+        self.begun.stage1.id()
     }
 
     /// Goes on with what the stages have said; the process once it runs.
     pub(crate) fn advance(&mut self) -> Result<Option<Launched>> {
         loop {
-            let Some(socket) = &mut self.socket else {
+            let Some(socket) = &mut self.begun.socket else {
                 return Ok(None);
             };
             match socket.receive().doing("cannot hear the launcher")? {
@@ -137,14 +142,14 @@ impl Launch {
                     ));
                 }
                 Received::Message(LaunchReport::Unshared, _) => {
-                    write_id_maps(self.stage1.id(), self.ids)?;
-                    self.send(&LaunchOrder::Mapped, &[])?;
+                    write_id_maps(self.begun.stage1.id(), self.begun.ids)?;
+                    self.begun.send(&LaunchOrder::Mapped, &[])?;
                 }
                 Received::Message(LaunchReport::Spawned(pid), _) => {
                     // Not before: the worker that stage 2 becomes would say its first word on the same socket, maybe
                     // ahead of stage 1's last.
-                    let order = LaunchOrder::Confine(self.program, self.confinement.clone());
-                    self.send(&order, &[self.binary.as_fd()])?;
+                    let order = LaunchOrder::Confine(self.begun.program, self.confinement.clone());
+                    self.begun.send(&order, &[self.binary.as_fd()])?;
                     return self.spawned(pid).map(Some);
                 }
                 Received::Message(LaunchReport::Failed { step, reason }, _) => {
@@ -159,34 +164,35 @@ impl Launch {
 
     fn spawned(&mut self, pid: i32) -> Result<Launched> {
         // Stage 1 exits right after this report; its child then belongs to this process, a subreaper.
-        self.stage1.wait().doing("cannot reap the launcher")?;
-        let socket = self
+        let begun = &mut self.begun;
+        begun.stage1.wait().doing("cannot reap the launcher")?;
+        let socket = begun
             .socket
             .take()
             .ok_or_else(|| unfit("the launch is over", ""))?;
         Ok(Launched {
             pid,
             socket: FdSocket::from(OwnedFd::from(socket)),
-            diagnostics: self
+            diagnostics: begun
                 .diagnostics
                 .try_clone()
                 .doing("cannot hold the diagnostics pipe")?,
-            ids: self.ids,
-            standard: self.standard,
+            ids: begun.ids,
+            standard: begun.standard,
         })
     }
 }
 
 impl AsFd for Launch {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.socket {
+        match &self.begun.socket {
             Some(socket) => socket.as_fd(),
-            None => self.diagnostics.as_fd(),
+            None => self.begun.diagnostics.as_fd(),
         }
     }
 }
 
-impl Drop for Launch {
+impl Drop for Begun {
     fn drop(&mut self) {
         if self.socket.take().is_some() {
             // Not handed over: stage 1 may wait for an order. Its child, if there is one, sees the hang-up.

@@ -50,7 +50,7 @@ pub(crate) fn unshare() -> std::process::ExitCode {
         let _ = socket.send(&LaunchReport::Failed { step, reason });
     };
     let stage = |socket: &mut Socket| {
-        expect(socket, |order| matches!(order, LaunchOrder::Begin))?;
+        begin(socket)?;
         nix::sched::unshare(NAMESPACES).step("unshare the namespaces")?;
         socket.send(&LaunchReport::Unshared).step("report")?;
         expect(socket, |order| matches!(order, LaunchOrder::Mapped))?;
@@ -71,6 +71,19 @@ pub(crate) fn unshare() -> std::process::ExitCode {
         socket.send(&LaunchReport::Spawned(pid)).step("report")
     };
     report(stage, failed)
+}
+
+/// Waits for the order to begin, and joins the cgroup that comes with it.
+fn begin(socket: &mut Socket) -> StageResult {
+    let (order, descriptors) = receive(socket)?;
+    if !matches!(order, LaunchOrder::Begin) || descriptors.len() > 1 {
+        return Err(("follow the broker", format!("unexpected {order:?}")));
+    }
+    for door in descriptors {
+        // 0 is the process that writes (Documentation/admin-guide/cgroup-v2.rst, "Processes").
+        rustix::io::write(&door, b"0").step("join the VM's cgroup")?;
+    }
+    Ok(())
 }
 
 /// Stage 2. Does not return when all went well.
