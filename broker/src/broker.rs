@@ -470,10 +470,12 @@ impl Broker {
             }
             Report::Resumed => {
                 self.pausing = false;
+                let was = self.worker.as_ref().map(|worker| worker.phase);
                 if let Some(worker) = &mut self.worker {
                     worker.phase = Phase::Running;
                 }
-                if self.state == VmState::Paused {
+                // After a rollback it is as before; otherwise an operator has resumed it.
+                if was == Some(Phase::Running) && self.state == VmState::Paused {
                     self.state = VmState::Running;
                     self.paused = false;
                     self.happened(Happening::Resumed);
@@ -741,6 +743,7 @@ impl Broker {
             ram_bytes: self.vm.memory.size.0,
             cpus: self.vm.cpus.count.0,
             paused: self.paused,
+            disks: self.vm.disks(),
             vcpu_threads: worker.map_or_else(Vec::new, |worker| {
                 crate::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
             }),

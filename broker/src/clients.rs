@@ -83,9 +83,10 @@ const REQUESTS: &[Row] = &[
     ("resume",  |r| matches!(r, Request::Resume),         &[Paused],            Power),
     ("reset",   |r| matches!(r, Request::Reset),          &[Running],           Power),
     ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  Power),
-    ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running],           Upgrade),
+    ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running, Paused],   Upgrade),
     ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         Upgrade),
-    ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade), &[Running],       Upgrade),
+    ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade { .. }), &[Running, Paused], Upgrade),
+    ("continue",      |r| matches!(r, Request::Continue),     &[Upgrading],     Upgrade),
     ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running],       Power),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];

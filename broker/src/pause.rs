@@ -99,6 +99,8 @@ struct Pause<'a> {
     saved: Option<StateDigest>,
     loaded: Option<StateDigest>,
     stop_sent: Option<Instant>,
+    /// The guest stands still at the operator's wish, before and after.
+    stands: bool,
 }
 
 /// What ended a wait.
@@ -116,12 +118,13 @@ enum Failure {
     Lost(String),
 }
 
-/// Takes the guest from one worker to the other, or back. `intent` writes the commit's record.
+/// Takes the guest from one worker to the other, or back; one that `stands` stays so. `intent` writes the commit's record.
 pub(crate) fn run(
     old: &mut Worker,
     new: &mut Worker,
     deadlines: Deadlines,
     clock: &mut PhaseClock,
+    stands: bool,
     intent: impl FnOnce(StateDigest) -> crate::refusal::Result<()>,
 ) -> (PauseEnd, PauseFacts) {
     let mut pause = Pause {
@@ -136,6 +139,7 @@ pub(crate) fn run(
         saved: None,
         loaded: None,
         stop_sent: None,
+        stands,
     };
     let end = match pause.until_loaded() {
         Ok(digest) => match intent(digest) {
@@ -332,7 +336,11 @@ impl Pause<'_> {
             }
         }
         self.new.phase = Phase::Released;
-        let told = self.new.order(&Order::Commit);
+        let told = self.new.order(if self.stands {
+            &Order::CommitPaused
+        } else {
+            &Order::Commit
+        });
         self.enter(Step::Run);
         if let Err(fault) = told {
             return self.undecided(fault.to_string());
@@ -392,6 +400,10 @@ impl Pause<'_> {
     fn running(&mut self) -> PauseEnd {
         self.facts.pause_us = micros(self.park_sent.elapsed());
         self.new.phase = Phase::Running;
+        if self.stands {
+            // It holds the guest; the first run is the operator's to order.
+            return PauseEnd::Committed;
+        }
         let deadline = Instant::now() + self.deadlines.of(Step::Run);
         loop {
             let late = Instant::now() > deadline;
@@ -460,7 +472,9 @@ impl Pause<'_> {
             }
         }
         self.facts.pause_us = micros(self.park_sent.elapsed());
-        self.facts.blackout_us = self.facts.pause_us;
+        if !self.stands {
+            self.facts.blackout_us = self.facts.pause_us;
+        }
         PauseEnd::RolledBack(reason)
     }
 

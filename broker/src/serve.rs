@@ -92,14 +92,24 @@ impl Broker {
                     self.clients.reply(client, &Reply::Refused(refusal));
                 }
             }
-            Request::BeginUpgrade => {
+            Request::BeginUpgrade { hold } => {
                 let reply = match self.begin_upgrade(None, false, &who) {
-                    Ok(()) => Reply::Done,
+                    Ok(()) => {
+                        self.hold_upgrade(hold);
+                        Reply::Done
+                    }
                     Err(refusal) => {
                         let record = json!({"request": name, "reason": quoted(&refusal.reason)});
                         self.log.note_by("upgrade-refused", Some(&who), &record);
                         Reply::Refused(refusal)
                     }
+                };
+                self.clients.reply(client, &reply);
+            }
+            Request::Continue => {
+                let reply = match self.continue_upgrade() {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => Reply::Refused(refusal),
                 };
                 self.clients.reply(client, &reply);
             }

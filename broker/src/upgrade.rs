@@ -13,6 +13,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::time::Duration;
 use std::time::Instant;
 
 use baton_audit::Actor;
@@ -61,9 +62,22 @@ pub(crate) struct Upgrade {
     rules: Rc<Rules>,
     clock: PhaseClock,
     dry_run: bool,
+    /// It is to wait before its pause, or waits there.
+    hold: Hold,
     /// It has failed, and the old worker has not yet confirmed that it is as before.
     aborting: Option<Abort>,
 }
+
+/// Whether an upgrade waits before its pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    No,
+    Asked,
+    Holds,
+}
+
+/// How long an upgrade is held for its operator.
+const HOLD: Duration = Duration::from_secs(600);
 
 #[derive(Debug)]
 struct Abort {
@@ -188,6 +202,7 @@ impl Broker {
             rules: Rc::new(rules),
             clock,
             dry_run,
+            hold: Hold::No,
             aborting: None,
         });
         self.progress(Step::Spawn);
@@ -216,6 +231,10 @@ impl Broker {
         let text = nascent.read_diagnostics();
         self.log_diagnostics(&text);
         match advance {
+            Ok(Advance::Waiting) if late && self.is_held() => self.abort(&format!(
+                "nobody has told it to go on within {} s",
+                HOLD.as_secs()
+            )),
             Ok(Advance::Waiting) if late => {
                 let step = self
                     .upgrade
@@ -232,10 +251,41 @@ impl Broker {
                 let generation = self.generation() + 1;
                 self.log
                     .note("ready", &json!({"generation": generation, "mode": StartMode::CprTransfer, "times": times}));
-                self.or_abort(Self::take_over)
+                match &mut self.upgrade {
+                    Some(upgrade) if upgrade.hold == Hold::Asked => {
+                        upgrade.hold = Hold::Holds;
+                        if let Some(nascent) = &mut upgrade.nascent {
+                            nascent.deadline = Instant::now() + HOLD;
+                        }
+                        self.happened(Happening::UpgradeHeld);
+                        Ok(())
+                    }
+                    _ => self.or_abort(Self::take_over),
+                }
             }
             Err(fault) => self.abort(&fault.to_string()),
         }
+    }
+
+    /// The upgrade that has just begun is to wait before its pause.
+    pub(crate) fn hold_upgrade(&mut self, hold: bool) {
+        if let (Some(upgrade), true) = (&mut self.upgrade, hold) {
+            upgrade.hold = Hold::Asked;
+        }
+    }
+
+    fn is_held(&self) -> bool {
+        self.upgrade
+            .as_ref()
+            .is_some_and(|upgrade| upgrade.hold == Hold::Holds && upgrade.aborting.is_none())
+    }
+
+    /// Goes on with an upgrade that waits before its pause.
+    pub(crate) fn continue_upgrade(&mut self) -> Result<()> {
+        if !self.is_held() {
+            return Err(unfit("the upgrade does not wait to be continued", ""));
+        }
+        self.or_abort(Self::take_over)
     }
 
     /// Runs a step whose failure aborts the upgrade.
@@ -371,6 +421,7 @@ impl Broker {
             &mut new,
             self.deadlines,
             &mut upgrade.clock,
+            self.paused,
             |digest| {
                 log.write(
                     "commit-intent",
@@ -387,13 +438,13 @@ impl Broker {
                 self.worker = Some(new);
                 self.retire(old);
                 self.rules = upgrade.rules;
-                self.state = VmState::Running;
+                self.state = self.at_rest();
                 (Outcome::Committed, String::new())
             }
             PauseEnd::RolledBack(reason) => {
                 self.worker = Some(old);
                 self.retire(new);
-                self.state = VmState::Running;
+                self.state = self.at_rest();
                 (Outcome::Aborted, reason)
             }
             PauseEnd::Lost(reason) => {
@@ -422,6 +473,15 @@ impl Broker {
         let status = Reply::Status(Box::new(self.vm_status()));
         self.clients.answer(Awaiting::Status, &status);
         Ok(())
+    }
+
+    /// The state between upgrades.
+    fn at_rest(&self) -> VmState {
+        if self.paused {
+            VmState::Paused
+        } else {
+            VmState::Running
+        }
     }
 
     /// Kills a worker that does not hold the guest, and forgets it when it is gone.
@@ -496,7 +556,7 @@ impl Broker {
             return Ok(());
         };
         if self.state == VmState::Upgrading {
-            self.state = VmState::Running;
+            self.state = self.at_rest();
         }
         self.finish(
             abort.outcome,

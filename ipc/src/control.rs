@@ -104,7 +104,12 @@ pub enum Request {
     /// Send [`Reply::Event`] from now on, until one side hangs up. A client that does not read is hung up on.
     Subscribe,
     /// As [`Request::Upgrade`] of the configured worker, answered as soon as it has begun; events tell the rest.
-    BeginUpgrade,
+    BeginUpgrade {
+        /// Before the pause, wait for [`Request::Continue`].
+        hold: bool,
+    },
+    /// Go on with the upgrade that waits for this.
+    Continue,
 }
 
 /// A reply.
@@ -185,6 +190,8 @@ pub enum Happening {
         /// It is a dry run.
         dry_run: bool,
     },
+    /// An upgrade waits, before its pause, to be told to go on. The guest runs.
+    UpgradeHeld,
     /// An upgrade has reached a step that the guest can feel.
     UpgradeStep(Step),
     /// An upgrade is being cancelled.
@@ -291,6 +298,8 @@ pub struct VmStatus {
     pub cpus: u8,
     /// The guest stands still at the operator's wish, also while its worker is being replaced.
     pub paused: bool,
+    /// Its disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskStatus>,
     /// The threads that run the vCPUs, in the broker's pid namespace and in the vCPUs' order, by the names that the worker
     /// gives them: for people, and evidence of nothing.
     pub vcpu_threads: Vec<u32>,
@@ -300,6 +309,19 @@ pub struct VmStatus {
     pub console_dropped: u64,
     /// The last upgrade.
     pub last_upgrade: Option<UpgradeOutcome>,
+}
+
+/// A disk, as its description says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Its name.
+    pub id: String,
+    /// The file or block device behind it.
+    pub path: String,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// It is opened with O_DIRECT.
+    pub direct: bool,
 }
 
 /// The steps of an upgrade.

@@ -237,6 +237,8 @@ pub enum Order {
     Ceded,
     /// The guest is yours: say [`Report::Running`] and run it.
     Commit,
+    /// The guest is yours, and stands still at the operator's wish: say [`Report::Running`], and hold it.
+    CommitPaused,
     /// A deterministic fault, for tests; a release build does not contain it.
     #[cfg(feature = "fail-points")]
     Fail(crate::FailPoint),
@@ -291,7 +293,8 @@ pub enum Report {
         /// When the last of them did, in CLOCK_MONOTONIC nanoseconds.
         last_run_ns: u64,
     },
-    /// The guest runs again: after a rollback or an operator's [`Order::Resume`].
+    /// The guest runs again, at an operator's [`Order::Resume`]; or, after a rollback, it is as it was before: it runs, or
+    /// stands still if it stood.
     Resumed,
     /// The guest stands still at the operator's wish.
     Paused,

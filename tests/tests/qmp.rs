@@ -178,6 +178,233 @@ fn migrate_is_refused_in_qemus_words() {
 }
 
 #[test]
+fn a_paused_guest_is_upgraded_and_stays_paused() {
+    let vm = Builder::release().cpus(2).start();
+    let mut qmp = Qmp::connect(&vm);
+    qmp.done("stop", json!({}));
+    let guest = vm.witness();
+    for generation in 2..=4 {
+        qmp.migrate();
+        let info = qmp.migrated();
+        assert_eq!(info["status"], "completed", "{info}");
+        assert_eq!(info["downtime"], 0, "it lost nothing: {info}");
+        assert_eq!(vm.generation(), generation);
+        assert_eq!(qmp.status(), "paused");
+        assert_eq!(vm.state(), "paused");
+        vm.assert_only_runner(vm.worker());
+        vm.assert_stands_still();
+    }
+    // Also when nothing comes of it.
+    let switch =
+        json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]});
+    qmp.done("migrate-set-capabilities", switch);
+    qmp.migrate();
+    until("it waits", || {
+        let info = qmp.returns("query-migrate", json!({}));
+        (info["status"] == "pre-switchover").then_some(())
+    });
+    assert_eq!(qmp.status(), "paused");
+    qmp.done("migrate_cancel", json!({}));
+    assert_eq!(qmp.migrated()["status"], "cancelled");
+    assert_eq!(qmp.status(), "paused");
+    vm.assert_stands_still();
+    qmp.done("cont", json!({}));
+    vm.assert_goes_on(&guest);
+    let power = |name: &&String| *name == "STOP" || *name == "RESUME";
+    let names = qmp.event_names();
+    let power: Vec<&String> = names.iter().filter(power).collect();
+    assert_eq!(power, ["STOP", "RESUME"], "the guest was told of no other");
+    vm.assert_upgrades();
+}
+
+#[test]
+fn an_upgrade_waits_before_its_pause_is_continued_or_cancelled_and_retried() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    let guest = vm.witness();
+    let switch =
+        json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]});
+    qmp.done("migrate-set-capabilities", switch.clone());
+    let before = qmp.refused("migrate-continue", json!({"state": "pre-switchover"}));
+    assert_eq!(before, "Migration not in expected state: none");
+    let held = |qmp: &mut Qmp| {
+        qmp.migrate();
+        until("it waits", || {
+            let info = qmp.returns("query-migrate", json!({}));
+            (info["status"] == "pre-switchover").then_some(())
+        });
+    };
+    held(&mut qmp);
+    assert_eq!(qmp.status(), "running");
+    let in_progress = "There's a migration process in progress";
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    assert_eq!(qmp.refused("migrate", json!({})), in_progress);
+    assert_eq!(qmp.refused("migrate-set-capabilities", switch), in_progress);
+    let migration = json!([{"type": "migration"}]);
+    assert_eq!(qmp.returns("query-yank", json!({})), migration);
+    // What is set meanwhile is for the next one.
+    qmp.done("migrate-set-parameters", json!({"mode": "normal"}));
+    let guest = vm.assert_goes_on(&guest);
+    qmp.done("migrate_cancel", json!({}));
+    let info = qmp.migrated();
+    assert_eq!(info["status"], "cancelled", "{info}");
+    qmp.done("migrate_cancel", json!({}));
+    assert_eq!(qmp.returns("query-yank", json!({})), json!([]));
+    let guest = vm.assert_goes_on(&guest);
+    assert_eq!(vm.generation(), 1);
+    held(&mut qmp);
+    let yank = json!({"exec-oob": "yank", "arguments": {"instances": migration}});
+    qmp.send(format!("{yank}\n"));
+    assert_eq!(qmp.answer(), json!({"return": {}}));
+    assert_eq!(qmp.migrated()["status"], "cancelled");
+    let guest = vm.assert_goes_on(&guest);
+    held(&mut qmp);
+    qmp.done("migrate-set-parameters", json!({"mode": "normal"}));
+    qmp.done("migrate-continue", json!({"state": "pre-switchover"}));
+    assert_eq!(qmp.migrated()["status"], "completed");
+    let late = qmp.ask("yank", json!({"instances": migration}));
+    assert_eq!(late["error"]["class"], "DeviceNotFound", "{late}");
+    vm.assert_goes_on(&guest);
+    let cancelled = [
+        "MIGRATION setup",
+        "MIGRATION active",
+        "MIGRATION pre-switchover",
+        "MIGRATION cancelling",
+        "MIGRATION cancelled",
+    ];
+    let completed = [
+        "MIGRATION setup",
+        "MIGRATION active",
+        "MIGRATION pre-switchover",
+        "STOP",
+        "MIGRATION device",
+        "RESUME",
+        "MIGRATION completed",
+        "__org.baton_WORKER_REPLACED",
+    ];
+    let all = [&cancelled[..], &cancelled, &completed].concat();
+    assert_eq!(qmp.event_names(), all);
+}
+
+#[test]
+fn a_worker_that_cannot_take_over_says_why() {
+    // The new worker refuses the state that it is sent.
+    let vm = Builder::faulty("new@load:error").start();
+    let mut qmp = Qmp::connect(&vm);
+    let guest = vm.witness();
+    qmp.migrate();
+    let info = qmp.migrated();
+    assert_eq!(info["status"], "failed", "{info}");
+    let reason = info["error-desc"].as_str().unwrap();
+    assert!(reason.contains("new worker cannot"), "{reason}");
+    assert_eq!(qmp.status(), "running", "before `failed` is said");
+    let names = qmp.event_names();
+    assert_eq!(names.last().map(String::as_str), Some("MIGRATION failed"));
+    assert!(
+        names.iter().rposition(|name| name == "RESUME")
+            > names.iter().rposition(|name| name == "STOP")
+    );
+    let guest = vm.assert_goes_on(&guest);
+    qmp.migrate();
+    assert_eq!(qmp.migrated()["status"], "completed");
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
+fn a_paused_guest_whose_new_worker_fails_in_the_pause_stays_paused() {
+    let vm = Builder::faulty("new@load:error").start();
+    let mut qmp = Qmp::connect(&vm);
+    qmp.done("stop", json!({}));
+    let guest = vm.witness();
+    qmp.migrate();
+    assert_eq!(qmp.migrated()["status"], "failed");
+    assert_eq!(qmp.status(), "paused");
+    vm.assert_stands_still();
+    qmp.migrate();
+    assert_eq!(qmp.migrated()["status"], "completed");
+    assert_eq!(qmp.status(), "paused");
+    vm.assert_stands_still();
+    qmp.done("cont", json!({}));
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
+fn modes_that_are_known_and_not_offered_are_refused_by_name() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    for mode in ["cpr-exec", "cpr-reboot"] {
+        let text = qmp.refused("migrate-set-parameters", json!({"mode": mode}));
+        assert!(
+            text.contains(mode) && text.contains("not supported"),
+            "{text}"
+        );
+    }
+    qmp.done("migrate-set-parameters", json!({"mode": "normal"}));
+    let text = qmp.refused("migrate", json!({"uri": "unix:x"}));
+    assert!(
+        text.contains("'normal'") && text.contains("not supported"),
+        "{text}"
+    );
+}
+
+#[test]
+fn fifty_generations_follow_each_other() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    let guest = vm.witness();
+    while vm.generation() <= 50 {
+        qmp.migrate();
+        let info = qmp.migrated();
+        let overloaded = info["error-desc"]
+            .as_str()
+            .is_some_and(|why| why.contains("did not answer within"));
+        assert!(info["status"] == "completed" || overloaded, "{info}");
+    }
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
+fn disks_are_listed() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    assert_eq!(qmp.returns("query-block", json!({})), json!([]));
+}
+
+#[test]
+fn the_human_monitors_verbs_work() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    let mut hmp = |line: &str| {
+        let text = qmp.returns("human-monitor-command", json!({"command-line": line}));
+        text.as_str().unwrap().to_owned()
+    };
+    assert_eq!(hmp("info status"), "VM status: running\r\n");
+    assert_eq!(hmp("stop"), "");
+    assert_eq!(hmp("info status"), "VM status: paused\r\n");
+    assert_eq!(hmp("cont"), "");
+    assert_eq!(
+        hmp("migrate -d unix:x"),
+        "Error: mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer'\r\n"
+    );
+    assert_eq!(hmp("migrate_set_parameter mode cpr-transfer"), "");
+    // As in QEMU, its `migrate` cannot name a cpr channel.
+    assert_eq!(
+        hmp("migrate unix:x"),
+        "Error: missing 'cpr' migration channel\r\n"
+    );
+    assert_eq!(hmp("migrate"), "");
+    until("the worker is replaced", || {
+        (vm.generation() == 2).then_some(())
+    });
+    until("it says so", || {
+        hmp("info migrate")
+            .starts_with("Status: completed\r\n")
+            .then_some(())
+    });
+    assert!(hmp("fly").starts_with("unknown command"));
+}
+
+#[test]
 fn a_front_that_dies_takes_its_connections_and_nothing_else() {
     let vm = Builder::release().start();
     let mut first = Qmp::connect(&vm);

@@ -5,10 +5,10 @@
 //!
 //! ```text
 //! cold start:  Built ── start ──► Running ⇄ Paused (operator)
-//!                                   │  ▲
+//!                                   │  ▲      (a paused guest parks and comes back likewise, as paused)
 //! old worker:                 park  ▼  │ rollback, or the broker's death
 //!                                 Parked ── ceded ──► Ceded (only rollback leads back)
-//! new worker:  Receiving ── whole stream ──► Loaded ── commit ──► Running
+//! new worker:  Receiving ── whole stream ──► Loaded ── commit ──► Running, or Paused
 //! anywhere:    the guest powers off or gets stuck ──► Off
 //! ```
 
@@ -101,6 +101,8 @@ pub(crate) struct Worker {
     wake: Arc<Wake>,
     pub(crate) phase: Phase,
     pub(crate) outgoing: Outgoing,
+    /// The guest stood still at the operator's wish when it was parked, and does again should it not go.
+    pub(crate) stood: bool,
     /// The vCPUs were released for the first time, and have not all begun.
     pub(crate) first_run_due: bool,
 }
@@ -141,6 +143,7 @@ impl Worker {
             wake,
             phase,
             outgoing: Outgoing::Idle,
+            stood: false,
             first_run_due: false,
         }
     }

@@ -73,11 +73,11 @@ impl Worker {
         }
     }
 
-    /// Runs the guest that was loaded.
+    /// Runs the guest that was loaded, or holds it `paused`.
     ///
     /// Nothing that can fail comes between "running" and the vCPUs: the devices, which keep until then what the guest
     /// does to them, go on after.
-    pub(crate) fn commit(&mut self) -> Result<(), Exit> {
+    pub(crate) fn commit(&mut self, paused: bool) -> Result<(), Exit> {
         let lie = match fail_point!(Commit) {
             Ok(lie) => lie,
             Err(error) => return self.give_up("commit", &error),
@@ -93,15 +93,20 @@ impl Worker {
             self.phase = Phase::Off;
             return Ok(());
         }
-        self.machinery.vcpus.release(true);
-        self.phase = Phase::Running;
-        self.first_run_due = true;
-        if let Err(error) = self
-            .machinery
-            .platform
-            .devices
-            .resume(StartMode::CprTransfer)
-        {
+        if paused {
+            self.phase = Phase::Paused;
+        } else {
+            self.machinery.vcpus.release(true);
+            self.phase = Phase::Running;
+            self.first_run_due = true;
+        }
+        let devices = &mut self.machinery.platform.devices;
+        let mut begun = devices.resume(StartMode::CprTransfer);
+        if paused && begun.is_ok() {
+            // As after an operator's pause; what was in flight when the state was saved is finished by that.
+            begun = devices.park(StartMode::None);
+        }
+        if let Err(error) = begun {
             self.fail("run", error.to_string());
         }
         Ok(())

@@ -27,6 +27,7 @@ impl Worker {
     /// Stops the guest, saves it, and sends its state to the other worker. Whatever fails is reported; the guest then
     /// stands still until the broker rolls back or dies.
     pub(crate) fn park(&mut self, mut main: MainChannel) {
+        self.stood = matches!(self.phase, Phase::Paused);
         let outcome = self.park_and_save(&mut main);
         self.phase = Phase::Parked(main);
         if let Err((step, reason)) = outcome {
@@ -45,11 +46,11 @@ impl Worker {
             return Err(("park", reason));
         }
         // The devices before the vCPUs are saved: what a device finishes may interrupt one.
-        self.machinery
-            .platform
-            .devices
-            .park(MODE)
-            .map_err(failure("park"))?;
+        let devices = &mut self.machinery.platform.devices;
+        // Those of a guest that stands still are parked already.
+        if devices.phase() != lifecycle::Phase::Parked {
+            devices.park(MODE).map_err(failure("park"))?;
+        }
         let parked_ns = clock::monotonic_ns();
         self.machinery.vcpus.begin_save();
         self.report(Report::Parked {
@@ -93,10 +94,15 @@ impl Worker {
         Ok(())
     }
 
-    /// Lets the guest run again where it stopped: the upgrade did not happen.
+    /// Lets the guest run again where it stopped, unless it stood still before: the upgrade did not happen.
     pub(crate) fn unpark(&mut self) {
         // After a park that failed, some vCPUs may still be on their way out.
         match self.machinery.vcpus.stop(STOP_TIMEOUT) {
+            Ok(_) if self.stood => {
+                self.machinery.platform.devices.failed(MODE);
+                self.phase = Phase::Paused;
+                self.report(Report::Resumed);
+            }
             Ok(stopped) => {
                 self.run_on();
                 self.phase = Phase::Running;

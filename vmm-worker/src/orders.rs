@@ -44,19 +44,20 @@ impl Worker {
             #[cfg(feature = "fail-points")]
             (Order::Fail(fault), _) => crate::fail_point::arm(fault),
             (Order::Start, Phase::Built) => return self.start(),
-            (Order::Commit, Phase::Loaded) => return self.commit(),
+            (Order::Commit, Phase::Loaded) => return self.commit(false),
+            (Order::CommitPaused, Phase::Loaded) => return self.commit(true),
             (Order::Pause, Phase::Running) => self.pause(),
             (Order::Resume, Phase::Paused) => self.resume(),
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
             (Order::PowerButton, Phase::Running) => self.press_power_button(),
-            (Order::Transfer, Phase::Running) => match main {
+            (Order::Transfer, Phase::Running | Phase::Paused) => match main {
                 Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
                     self.fail("transfer", "an upgrade is under way already".to_owned());
                 }
                 Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
                 None => self.fail("transfer", "no main channel came with the order".to_owned()),
             },
-            (Order::Park, Phase::Running) => {
+            (Order::Park, Phase::Running | Phase::Paused) => {
                 match std::mem::replace(&mut self.outgoing, Outgoing::Idle) {
                     Outgoing::Agreed(main) => self.park(main),
                     other => {
@@ -65,12 +66,12 @@ impl Worker {
                     }
                 }
             }
-            (Order::Rollback, Phase::Running) => {
+            (Order::Rollback, Phase::Running | Phase::Paused) => {
                 self.outgoing = Outgoing::Idle;
                 self.report(Report::Resumed);
             }
             (Order::Rollback, Phase::Parked(_) | Phase::Ceded) => self.unpark(),
-            (Order::Rollback, Phase::Paused | Phase::Off) => {
+            (Order::Rollback, Phase::Off) => {
                 self.outgoing = Outgoing::Idle;
                 let reason = format!("there is no guest to let run: it is {}", self.phase.name());
                 self.fail("rollback", reason);

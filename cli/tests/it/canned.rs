@@ -140,6 +140,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         ram_bytes: 256 << 20,
         cpus: 1,
         paused: false,
+        disks: Vec::new(),
         vcpu_threads: vec![103],
         tsc_khz: 2_000_000,
         console_dropped: 0,

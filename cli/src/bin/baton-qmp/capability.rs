@@ -13,6 +13,11 @@ pub(crate) const CAPABILITIES: &[Capability] = &[
         None,
     ),
     (
+        "pause-before-switchover",
+        "`migrate` waits in `pre-switchover`, the guest still running, for `migrate-continue`.",
+        None,
+    ),
+    (
         "multifd",
         "Accepted, and of no effect: device state is some kilobytes.",
         None,

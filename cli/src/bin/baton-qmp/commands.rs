@@ -15,6 +15,7 @@ use crate::introspect;
 use crate::machine;
 use crate::migration::IN_PROGRESS;
 use crate::migration::Mode;
+use crate::migration::Status;
 use crate::schema::Object;
 use crate::shared::Answer;
 use crate::shared::Shared;
@@ -169,10 +170,16 @@ pub(crate) fn migrate_set_capabilities(shared: &mut Shared, arguments: &Object) 
 
 pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
     match plan(shared, arguments) {
-        Ok(()) => Answer::ask(Request::BeginUpgrade, |shared, reply| match reply {
-            Ok(_) => Answer::done(),
-            Err(refusal) => Answer::failed(busy_or(shared, refusal)),
-        }),
+        Ok(()) => {
+            let hold = shared.migration.is_enabled("pause-before-switchover");
+            Answer::ask(
+                Request::BeginUpgrade { hold },
+                |shared, reply| match reply {
+                    Ok(_) => Answer::done(),
+                    Err(refusal) => Answer::failed(busy_or(shared, refusal)),
+                },
+            )
+        }
         Err(failure) => Answer::failed(failure),
     }
 }
@@ -240,6 +247,21 @@ pub(crate) fn migrate_cancel(shared: &mut Shared, _: &Object) -> Answer {
         Err(refusal) if shared.migration.in_progress() => Answer::failed(refusal.into()),
         _ => Answer::done(),
     })
+}
+
+pub(crate) fn migrate_continue(shared: &mut Shared, arguments: &Object) -> Answer {
+    let expected = arguments.get("state").and_then(Value::as_str);
+    let state = shared.migration.status().map_or("none", Status::name);
+    if expected != Some(state) || state != "pre-switchover" {
+        return Answer::failed(Failure::generic(format_args!(
+            "Migration not in expected state: {state}"
+        )));
+    }
+    Answer::order(Request::Continue)
+}
+
+pub(crate) fn query_block(_: &mut Shared, _: &Object) -> Answer {
+    view(machine::block)
 }
 
 pub(crate) fn migrate_incoming(_: &mut Shared, _: &Object) -> Answer {

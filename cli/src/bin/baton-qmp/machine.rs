@@ -39,6 +39,28 @@ pub(crate) fn cpus(status: &VmStatus) -> Value {
     threads.map(|(index, thread)| cpu(index, thread)).collect()
 }
 
+/// `query-block`.
+pub(crate) fn block(status: &VmStatus) -> Value {
+    let disks = status.disks.iter().map(|disk| {
+        json!({
+            "device": disk.id,
+            "type": "unknown",
+            "removable": false,
+            "locked": false,
+            "inserted": {
+                "file": disk.path,
+                "drv": "raw",
+                "ro": disk.readonly,
+                "encrypted": false,
+                "backing_file_depth": 0,
+                "detect_zeroes": "off",
+                "cache": {"writeback": true, "direct": disk.direct, "no-flush": false},
+            },
+        })
+    });
+    disks.collect()
+}
+
 /// `query-memory-size-summary`.
 pub(crate) fn memory(status: &VmStatus) -> Value {
     json!({"base-memory": status.ram_bytes, "plugged-memory": 0})

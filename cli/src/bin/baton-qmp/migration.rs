@@ -1,7 +1,7 @@
 //! The state of migration, as QMP's clients see an upgrade.
 //!
 //! ```text
-//! none ─► setup ─► active ─► device ─► completed
+//! none ─► setup ─► active ─► (pre-switchover ─►) device ─► completed
 //!           │        │          │
 //!           ├────────┴──────────┴──► failed
 //!           └─► cancelling ─► cancelled
@@ -29,6 +29,7 @@ pub(crate) const IN_PROGRESS: &str = "There's a migration process in progress";
 pub(crate) enum Status {
     Setup,
     Active,
+    PreSwitchover,
     Device,
     Cancelling,
     Completed,
@@ -41,6 +42,7 @@ impl Status {
         match self {
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::Cancelling => "cancelling",
             Self::Completed => "completed",
@@ -175,6 +177,12 @@ pub(crate) fn happened(shared: &mut Shared, at_us: u64, what: &Happening) {
             migration.outcome = None;
             enter(shared, at_us, Status::Setup);
         }
+        Happening::UpgradeHeld => {
+            enter(shared, at_us, Status::Active);
+            enter(shared, at_us, Status::PreSwitchover);
+        }
+        // Said already by one that was held.
+        Happening::UpgradeStep(Step::Park) if migration.status == Some(Status::PreSwitchover) => {}
         Happening::UpgradeStep(Step::Park) => enter(shared, at_us, Status::Active),
         Happening::UpgradeStep(Step::Save) => enter(shared, at_us, Status::Device),
         Happening::UpgradeCancelled if migration.in_progress() => {

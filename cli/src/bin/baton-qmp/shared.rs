@@ -126,6 +126,7 @@ impl Shared {
                 self.emit(at_us, "__org.baton_VM_LOST", &json!({"reason": reason}));
             }
             Happening::UpgradeBegan { .. }
+            | Happening::UpgradeHeld
             | Happening::UpgradeStep(_)
             | Happening::UpgradeCancelled
             | Happening::UpgradeEnded(_) => crate::migration::happened(self, at_us, what),

@@ -166,6 +166,56 @@ object!(
         optional("plugged-memory", Int, "Bytes plugged since; always 0."),
     ]
 );
+choice!(
+    DETECT_ZEROES,
+    "BlockdevDetectZeroesOptions",
+    "What becomes of zeroes that the guest writes.",
+    [("off", "They are written."),]
+);
+object!(
+    CACHE_INFO,
+    "BlockdevCacheInfo",
+    "How a disk is cached by the host.",
+    [
+        member(
+            "writeback",
+            Bool,
+            "Always: a flush of the guest's is one of the host's."
+        ),
+        member("direct", Bool, "The VM file's `direct`."),
+        member("no-flush", Bool, "Never."),
+    ]
+);
+object!(
+    BLOCK_DEVICE,
+    "BlockDeviceInfo",
+    "What is behind a disk.",
+    [
+        member("file", Str, "The file or block device."),
+        member("drv", Str, "Its format: `raw`."),
+        member("ro", Bool, "The guest may not write."),
+        member("encrypted", Bool, "Never."),
+        member("backing_file_depth", Int, "0: a raw image has none."),
+        member(
+            "detect_zeroes",
+            OneOf(&DETECT_ZEROES),
+            "What becomes of zeroes."
+        ),
+        member("cache", Of(&CACHE_INFO), "How it is cached."),
+    ]
+);
+object!(
+    BLOCK_INFO,
+    "BlockInfo",
+    "A disk.",
+    [
+        member("device", Str, "Its `id` in the VM file."),
+        member("type", Str, "`unknown`, as in QEMU."),
+        member("removable", Bool, "Never."),
+        member("locked", Bool, "Never: it has no tray."),
+        optional("inserted", Of(&BLOCK_DEVICE), "What is behind it."),
+    ]
+);
 object!(
     NAME_INFO,
     "NameInfo",
@@ -196,7 +246,14 @@ choice!(
             "setup",
             "The new worker is built and rehearsed; the guest runs."
         ),
-        ("active", "The guest stands still."),
+        (
+            "active",
+            "The guest stands still; or, before `pre-switchover`, is about to."
+        ),
+        (
+            "pre-switchover",
+            "Everything is ready, the guest runs, and `migrate-continue` is awaited (with capability `pause-before-switchover`), for at most ten minutes."
+        ),
         ("device", "Its device state goes over."),
         ("completed", "The new worker runs the guest."),
         ("failed", "The old worker runs the guest, as before."),
@@ -304,6 +361,10 @@ choice!(
         (
             "return-path",
             "Accepted, and always so: an upgrade is completed only when the new worker has said that it runs."
+        ),
+        (
+            "pause-before-switchover",
+            "`migrate` waits in `pre-switchover`, the guest still running, for `migrate-continue`."
         ),
         (
             "multifd",
@@ -450,6 +511,16 @@ object!(
             "`true` is refused: there is no paused migration to resume."
         ),
     ]
+);
+object!(
+    CONTINUE,
+    "q_obj_migrate-continue-arg",
+    "Arguments of `migrate-continue`.",
+    [member(
+        "state",
+        OneOf(&MIGRATION_STATUS),
+        "The state that it is expected to wait in: `pre-switchover`."
+    ),]
 );
 object!(
     INCOMING,
@@ -657,6 +728,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     command!("query-status", &EMPTY, Of(&STATUS_INFO), commands::query_status, "Whether the guest runs."),
     command!("query-cpus-fast", &EMPTY, List(&Of(&CPU_INFO)), commands::query_cpus_fast, "The vCPUs. The guest is not disturbed."),
     command!("query-memory-size-summary", &EMPTY, Of(&MEMORY), commands::query_memory_size_summary, "The guest's memory."),
+    command!("query-block", &EMPTY, List(&Of(&BLOCK_INFO)), commands::query_block, "The disks, in the order in which the guest finds them."),
     command!("stop", &EMPTY, Of(&EMPTY), commands::stop,
         "Stop the guest, until `cont`. Of no effect when it stands still; refused while its worker is being replaced."),
     command!("cont", &EMPTY, Of(&EMPTY), commands::cont, "Let the guest run again. Of no effect when it runs."),
@@ -668,6 +740,8 @@ pub(crate) static COMMANDS: &[Command] = &[
         "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays."),
     command!("migrate_cancel", &EMPTY, Of(&EMPTY), commands::migrate_cancel,
         "Cancel the upgrade that is under way. Of no effect when there is none, or when it is too late."),
+    command!("migrate-continue", &CONTINUE, Of(&EMPTY), commands::migrate_continue,
+        "Go on with an upgrade that waits in `pre-switchover`."),
     command!("migrate-incoming", &INCOMING, Of(&EMPTY), commands::migrate_incoming,
         "Refused: this VM was not started to wait for a guest."),
     command!("query-migrate", &EMPTY, Of(&MIGRATION_INFO), commands::query_migrate,

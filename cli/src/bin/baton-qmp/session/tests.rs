@@ -3,6 +3,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use baton_ipc::FdSocket;
+use baton_ipc::control::DiskStatus;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
 
@@ -99,6 +100,12 @@ fn status() -> VmStatus {
         ram_bytes: 64 << 20,
         cpus: 1,
         paused: false,
+        disks: vec![DiskStatus {
+            id: "root".into(),
+            path: "/root.img".into(),
+            readonly: true,
+            direct: false,
+        }],
         vcpu_threads: vec![3],
         tsc_khz: 1,
         console_dropped: 0,

@@ -1,0 +1,75 @@
+//! Clients that know nothing of Baton drive an upgrade: PyPI's `qemu.qmp`, and its `qmp-shell`.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use std::io::Write;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Stdio;
+
+use baton_tests::Builder;
+use baton_tests::Vm;
+use baton_tests::until;
+
+/// A program of the Python environment that `tests/run` makes.
+fn client(program: &str) -> PathBuf {
+    let named = std::env::var_os("BATON_QMP_CLIENTS").map(PathBuf::from);
+    let me = std::env::current_exe().unwrap();
+    // TARGET_DIR/TRIPLE/PROFILE/deps/this
+    let directory = named.unwrap_or_else(|| me.ancestors().nth(4).unwrap().join("qmp-clients/bin"));
+    let path = directory.join(program);
+    assert!(
+        path.exists(),
+        "there is no {}; make it with\n  python3 -m venv {0} && {0}/bin/pip install qemu.qmp==0.0.6\nor name its bin in BATON_QMP_CLIENTS",
+        directory.parent().unwrap().display(),
+    );
+    path
+}
+
+fn socket(vm: &Vm) -> PathBuf {
+    vm.site.run_dir().join(&vm.site.name).join("qmp.sock")
+}
+
+#[test]
+fn qemus_python_library_drives_an_upgrade() {
+    let python = client("python");
+    let vm = Builder::release().start();
+    let guest = vm.witness();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/upgrade.py");
+    let output = Command::new(python)
+        .arg(script)
+        .arg(socket(&vm))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(vm.generation(), 2);
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
+fn qmp_shell_drives_an_upgrade() {
+    let shell = client("qmp-shell");
+    let vm = Builder::release().start();
+    let guest = vm.witness();
+    let mut shell = Command::new(shell)
+        .arg(socket(&vm))
+        .env("HOME", vm.site.run_dir())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = shell.stdin.take().unwrap();
+    input
+        .write_all(b"query-status\nmigrate-set-parameters mode=cpr-transfer\nmigrate\n")
+        .unwrap();
+    until("the worker is replaced", || {
+        (vm.generation() == 2).then_some(())
+    });
+    drop(input);
+    let output = shell.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("\"status\": \"running\""), "{text}");
+    assert!(!text.contains("\"error\""), "{text}");
+    let _ = std::fs::remove_file(vm.site.run_dir().join(".qmp-shell_history"));
+    vm.assert_goes_on(&guest);
+}
