@@ -364,13 +364,6 @@ fn fifty_generations_follow_each_other() {
 }
 
 #[test]
-fn disks_are_listed() {
-    let vm = Builder::release().start();
-    let mut qmp = Qmp::connect(&vm);
-    assert_eq!(qmp.returns("query-block", json!({})), json!([]));
-}
-
-#[test]
 fn the_human_monitors_verbs_work() {
     let vm = Builder::release().start();
     let mut qmp = Qmp::connect(&vm);

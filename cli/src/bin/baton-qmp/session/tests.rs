@@ -233,6 +233,22 @@ fn every_answer_is_as_the_schema_says() {
 }
 
 #[test]
+fn disks_are_listed_as_the_vm_file_says() {
+    let mut pair = Pair::negotiated();
+    pair.say(r#"{"execute": "query-block"}"#);
+    assert_eq!(pair.asked(0), Some(Request::Status));
+    pair.broker[0]
+        .send(&Reply::Status(Box::new(status())))
+        .unwrap();
+    pair.turn();
+    let disk = &pair.heard()[0]["return"][0];
+    assert_eq!(disk["device"], "root");
+    assert_eq!(disk["inserted"]["file"], "/root.img");
+    assert_eq!(disk["inserted"]["ro"], true);
+    assert_eq!(disk["inserted"]["cache"]["direct"], false);
+}
+
+#[test]
 fn a_client_that_floods_or_never_reads_holds_a_bounded_amount() {
     let mut pair = Pair::negotiated();
     let flood = r#"{"execute": "query-qmp-schema"}"#.repeat(64);
