@@ -133,6 +133,7 @@ pub(crate) struct Machinery {
     pub(crate) pool: IoPool,
     cmdline: String,
     cpus: u8,
+    generation_id: [u8; 16],
 }
 
 /// The last filters, parsed.
@@ -372,6 +373,7 @@ pub(crate) fn build(
         pool,
         cmdline: config.cmdline.clone(),
         cpus: config.cpus,
+        generation_id: config.vm.0,
     };
     Ok((machinery, times))
 }
@@ -384,6 +386,7 @@ impl Machinery {
     /// [`BootError`].
     pub(crate) fn load_kernel(&self, ram: RamContent) -> Result<boot::Loaded, BootError> {
         let bridge = boot::pci_host_bridge();
+        let generation_id = boot::generation_id_device();
         let mcfg = boot::mcfg();
         let params = BootParams {
             kernel: &self.kernel,
@@ -392,10 +395,12 @@ impl Machinery {
             cpus: self.cpus,
             ram,
             acpi: AcpiExtras {
-                dsdt: &[&*bridge],
+                dsdt: &[&*bridge, &*generation_id],
                 tables: &[&mcfg],
             },
         };
-        boot::load(self.memory, &params)
+        let loaded = boot::load(self.memory, &params)?;
+        boot::write_generation_id(self.memory, self.generation_id)?;
+        Ok(loaded)
     }
 }

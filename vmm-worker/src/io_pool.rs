@@ -7,7 +7,6 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Condvar;
 use std::sync::Mutex;
@@ -218,13 +217,13 @@ impl Link {
     /// Waits for something to do, and does it.
     fn turn(&self) {
         let seats = lock(&self.seats).clone();
-        let (mut kicks, mut owners) = (Vec::new(), Vec::new());
+        let (mut waits, mut owners) = (Vec::new(), Vec::new());
         let (mut due, mut wait) = (Vec::new(), Duration::MAX);
         for (number, seat) in seats.iter().enumerate() {
-            let Some(left) = seat.awaited(&mut kicks) else {
+            let Some(left) = seat.awaited(&mut waits) else {
                 continue;
             };
-            owners.resize(kicks.len(), number);
+            owners.resize(waits.len(), number);
             wait = wait.min(left);
             if left.is_zero() {
                 due.push(number);
@@ -234,13 +233,9 @@ impl Link {
             tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: wait.subsec_nanos().into(),
         });
-        let mut sources = Vec::with_capacity(kicks.len() + 1);
+        let mut sources = Vec::with_capacity(waits.len() + 1);
         sources.push(PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN));
-        sources.extend(
-            kicks
-                .iter()
-                .map(|kick: &Arc<OwnedFd>| PollFd::new(kick, PollFlags::IN)),
-        );
+        sources.extend(waits.iter().map(|(fd, events)| PollFd::new(fd, *events)));
         match rustix::event::poll(&mut sources, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {

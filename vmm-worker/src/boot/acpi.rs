@@ -108,6 +108,9 @@ fn build(cpus: u8, extras: AcpiExtras<'_>) -> Result<Vec<u8>, BootError> {
 
 #[expect(clippy::cast_possible_truncation, reason = "a constant, 128 KiB")]
 const AREA_LEN: usize = (layout::ACPI_END - layout::ACPI_START) as usize;
+/// The part of the area that is for tables.
+#[expect(clippy::cast_possible_truncation, reason = "a constant, 124 KiB")]
+const TABLES_LEN: usize = (layout::GENERATION_ID - layout::ACPI_START) as usize;
 
 /// The area while it is being filled.
 struct Area {
@@ -120,7 +123,7 @@ impl Area {
         let start = self.bytes.len().next_multiple_of(64);
         self.bytes.resize(start, 0);
         table.to_aml_bytes(&mut self.bytes);
-        if self.bytes.len() > AREA_LEN {
+        if self.bytes.len() > TABLES_LEN {
             return Err(BootError::AcpiSize(self.bytes.len()));
         }
         u32::try_from(layout::ACPI_START + start as u64).map_err(|_| BootError::AcpiSize(start))

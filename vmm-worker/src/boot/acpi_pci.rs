@@ -13,7 +13,7 @@ use super::acpi::OEM_TABLE;
 use super::layout;
 
 /// AML that was put together already.
-struct Bytes(Vec<u8>);
+pub(super) struct Bytes(pub(super) Vec<u8>);
 
 impl Aml for Bytes {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {

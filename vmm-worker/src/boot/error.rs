@@ -154,7 +154,7 @@ pub enum BootError {
     #[error("the command line has a NUL byte at {0}")]
     CmdlineNul(usize),
     /// The ACPI tables are too large.
-    #[error("the ACPI tables take {0} bytes; {max} are there", max = layout::ACPI_END - layout::ACPI_START)]
+    #[error("the ACPI tables take {0} bytes; {max} are there", max = layout::GENERATION_ID - layout::ACPI_START)]
     AcpiSize(usize),
     /// The boot parameters could not be written.
     #[error("writing the boot parameters: {source}")]

@@ -52,7 +52,9 @@ pub const EBDA: u64 = 0x9_FC00;
 pub const CONVENTIONAL_END: u64 = 0xA_0000;
 /// The ACPI tables. The RSDP stands at the start, in the range that the guest scans for it (ACPI 6.5, 5.2.5.1).
 pub const ACPI_START: u64 = 0xE_0000;
-/// The end of the ACPI tables (exclusive).
+/// The VM generation id, 16 bytes, behind the ACPI tables.
+pub const GENERATION_ID: u64 = ACPI_END - 0x1000;
+/// The end of the ACPI tables, the generation id included (exclusive).
 pub const ACPI_END: u64 = 0x10_0000;
 /// The lowest address of a kernel: 1 MiB, where `LOADED_HIGH` kernels live (Linux, `Documentation/arch/x86/boot.rst`).
 pub const KERNEL_MIN: u64 = 0x10_0000;

@@ -26,10 +26,13 @@ pub mod rate;
 pub mod seat;
 pub mod transport;
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use queue::Broken;
 use queue::Virtqueue;
+use rustix::event::PollFlags;
 use seat::Stop;
 
 use super::DeviceKind;
@@ -79,7 +82,16 @@ pub trait Backend: Send {
     ///
     /// [`Broken`]: the driver broke a rule after which the queue cannot be used.
     fn serve(&mut self, queues: &mut [Virtqueue], stop: &Stop) -> Result<Next, Broken>;
+
+    /// What it waits for beside the notifications of its queues. Asked each time before its thread waits, and never while
+    /// the device is parked or not yet committed.
+    fn waits(&self) -> Vec<Wait> {
+        Vec::new()
+    }
 }
+
+/// A descriptor, and the events of it (poll(2)) after which a backend is to serve.
+pub type Wait = (Arc<OwnedFd>, PollFlags);
 
 /// When a backend is to serve again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,6 @@
 //!    [`Seat::stop`], and once the occupant is back, no request is under way and none begins.
 //! 3. Nothing here waits but [`Seat::wait_until`], which only the control thread calls.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Condvar;
 use std::sync::Mutex;
@@ -19,8 +18,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use rustix::event::PollFlags;
+
 use super::Backend;
 use super::Next;
+use super::Wait;
 use super::interrupts::Interrupts;
 use super::queue::Virtqueue;
 use crate::devices::Trigger;
@@ -136,10 +138,12 @@ impl Seat {
     }
 
     /// The I/O thread's side: what to wait for. `None` while there is nothing.
-    pub fn awaited(&self, kicks: &mut Vec<Arc<OwnedFd>>) -> Option<Duration> {
+    pub fn awaited(&self, waits: &mut Vec<Wait>) -> Option<Duration> {
         let state = self.state();
         let occupant = state.occupant.as_ref().filter(|_| state.running)?;
-        kicks.extend(occupant.queues.iter().map(|queue| Arc::clone(queue.kick())));
+        let kicks = occupant.queues.iter().map(|queue| Arc::clone(queue.kick()));
+        waits.extend(kicks.map(|kick| (kick, PollFlags::IN)));
+        waits.extend(occupant.backend.waits());
         Some(state.due.map_or(Duration::MAX, |due| {
             due.saturating_duration_since(Instant::now())
         }))

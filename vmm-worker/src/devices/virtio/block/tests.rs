@@ -94,6 +94,26 @@ fn reads_writes_and_flushes_reach_the_file() {
 }
 
 #[test]
+fn direct_io_takes_buffers_as_they_come() {
+    let mut config = config();
+    config.direct = true;
+    let (mut rig, file) = rig(&config);
+    let bytes: Vec<u8> = (0..8192_u32).map(|i| (i % 249) as u8).collect();
+    // On a page's boundary, and across two of them.
+    for start in [DATA, DATA + 0x201] {
+        rig.put(start, &bytes);
+        assert_eq!(request(&mut rig, 1, 1, &[(start, 8192, 0)]), (0, 1));
+        let mut found = vec![0; 8192];
+        file.read_exact_at(&mut found, 512).unwrap();
+        assert_eq!(found, bytes);
+        let back = start + 0x8000;
+        assert_eq!(request(&mut rig, 0, 1, &[(back, 8192, WRITE)]), (0, 8193));
+        assert_eq!(rig.get(back, 8192), bytes);
+        file.write_all_at(&[0; 8192], 512).unwrap();
+    }
+}
+
+#[test]
 fn an_indirect_table_and_the_second_queue_work_as_well() {
     let (mut rig, file) = rig(&config());
     file.write_all_at(&[9; 512], 0).unwrap();
