@@ -11,6 +11,7 @@ use baton_ipc::control::Step;
 
 use crate::broker::Broker;
 use crate::pause::PauseEnd;
+use crate::pause::PauseFacts;
 use crate::phase_clock::PhaseClock;
 use crate::phase_clock::micros;
 
@@ -33,7 +34,12 @@ impl Broker {
     }
 
     /// A pause is over. Nobody is told anything within it, so that nothing lengthens it; the times are as they were.
-    pub(crate) fn paused_and_switched(&mut self, clock: &PhaseClock, end: &PauseEnd) {
+    pub(crate) fn paused_and_switched(
+        &mut self,
+        clock: &PhaseClock,
+        end: &PauseEnd,
+        facts: &PauseFacts,
+    ) {
         let stood_already = self.paused;
         for step in [Step::Park, Step::Save] {
             let Some(ago) = clock.since(step) else {
@@ -46,7 +52,10 @@ impl Broker {
         }
         let runs = !matches!(end, PauseEnd::Lost(_));
         if runs && !stood_already {
-            self.happened(Happening::Resumed);
+            // When its worker said so; what came after that is not the guest's pause.
+            let pause = Duration::from_micros(facts.pause_us);
+            let ago = clock.since(Step::Park).unwrap_or_default();
+            self.happened_before(ago.saturating_sub(pause), Happening::Resumed);
         }
     }
 }

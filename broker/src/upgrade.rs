@@ -431,7 +431,7 @@ impl Broker {
             },
         );
         let step = upgrade.clock.step();
-        self.paused_and_switched(&upgrade.clock, &end);
+        self.paused_and_switched(&upgrade.clock, &end, &facts);
         let (outcome, reason) = match end {
             PauseEnd::Committed => {
                 upgrade.clock.enter(Step::Retire);
