@@ -218,9 +218,11 @@ impl Drop for Process {
     }
 }
 
+/// Ends it, and waits a moment for it to be gone: one that takes longer is reaped as a stranger.
 fn kill(pidfd: &OwnedFd) {
     let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
-    while !reap(pidfd) {
+    let deadline = Instant::now() + FAREWELL;
+    while !reap(pidfd) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));
     }
 }
