@@ -45,18 +45,25 @@ const OWN: &[(&str, &str)] = &[
     ("anon_inode:[timerfd]", "made by the worker: a timer"),
 ];
 
-/// The kernel's number of an eventfd (`eventfd-id` in fdinfo, proc_pid_fdinfo(5)); none of anything else.
-fn eventfd_id(pid: i32, fd: u32) -> Option<String> {
+/// What tells two files of a kind apart that are one to stat(2), as the line of fdinfo that says it (proc_pid_fdinfo(5)):
+/// the kernel's number of an eventfd, the interface of a tap. None of any other kind.
+fn line_of(kind: DescriptorKind) -> Option<&'static str> {
+    match kind {
+        DescriptorKind::Eventfd => Some("eventfd-id:"),
+        DescriptorKind::Tap => Some("iff:"),
+        _ => None,
+    }
+}
+
+fn told_by(line: &str, pid: i32, fd: u32) -> Option<String> {
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
-    let line = info
-        .lines()
-        .find_map(|line| line.strip_prefix("eventfd-id:"))?;
+    let line = info.lines().find_map(|text| text.strip_prefix(line))?;
     Some(line.trim().to_owned())
 }
 
-fn eventfd_id_of_own(fd: BorrowedFd<'_>) -> Option<String> {
+fn told_by_own(line: &str, fd: BorrowedFd<'_>) -> Option<String> {
     let pid = rustix::process::getpid().as_raw_nonzero().get();
-    eventfd_id(pid, u32::try_from(fd.as_raw_fd()).ok()?)
+    told_by(line, pid, u32::try_from(fd.as_raw_fd()).ok()?)
 }
 
 impl Broker {
@@ -177,13 +184,13 @@ impl Broker {
             let identity = fs::metadata(entry.path())
                 .map(|file| (file.dev(), file.ino()))
                 .unwrap_or_default();
-            // All eventfds are one file to stat(2), as is much else that is anonymous; the kernel numbers them.
-            let counter = eventfd_id(pid, fd);
             let granted = self.registry.iter().find(|(_, description, own)| {
-                if description.kind == DescriptorKind::Eventfd {
-                    counter.is_some() && counter == eventfd_id_of_own(*own)
-                } else {
-                    identity == (description.device, description.inode)
+                match line_of(description.kind) {
+                    Some(line) => {
+                        let told = told_by(line, pid, fd);
+                        told.is_some() && told == told_by_own(line, *own)
+                    }
+                    None => identity == (description.device, description.inode),
                 }
             });
             let access = access_of(pid, fd);

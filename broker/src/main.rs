@@ -27,6 +27,7 @@ mod rules;
 mod run_dir;
 mod serve;
 mod signals;
+mod taps;
 mod upgrade;
 mod vm_file;
 mod worker;

@@ -36,9 +36,12 @@ use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
+use crate::taps;
+use crate::taps::OpenTap;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::disk::Disk;
+use crate::vm_file::net::Net;
 use crate::vm_file::page_size;
 
 /// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
@@ -104,10 +107,14 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
         )?;
     }
     // Slots in the order of the VM file, from the one after the host bridge.
-    let mut virtio = (1..)
-        .zip(&vm.disk.0)
-        .map(|(slot, disk)| opening.disk(slot, disk))
-        .collect::<Result<Vec<_>>>()?;
+    let mut slots = 1..;
+    let mut virtio = Vec::new();
+    for (disk, slot) in vm.disk.0.iter().zip(&mut slots) {
+        virtio.push(opening.disk(slot, disk)?);
+    }
+    for (net, slot) in vm.net.0.iter().zip(&mut slots) {
+        virtio.push(opening.net(slot, net)?);
+    }
     virtio.push(opening.plug(ENTROPY_SLOT, VirtioKind::Entropy)?);
     Ok(Resources {
         registry: opening.registry,
@@ -161,6 +168,30 @@ impl Opening<'_> {
         self.plug(slot, VirtioKind::Block(config))
     }
 
+    fn net(&mut self, slot: u8, net: &Net) -> Result<VirtioConfig> {
+        let origin = taps::origin(&net.tap);
+        let grant = self.policy.grant(descriptor::NET);
+        if !grant.is_some_and(|grant| grant.permits_path(&origin)) {
+            return Err(refused(
+                format_args!(
+                    "policy {} does not grant the network interface {} the tap {} from {}",
+                    self.policy.name,
+                    net.id.0,
+                    net.tap.0,
+                    origin.display()
+                ),
+                "",
+            ));
+        }
+        let OpenTap { queues, config } = taps::open(net)?;
+        let config = self.plug(slot, VirtioKind::Net(config))?;
+        for (queue, pair) in queues.into_iter().zip(0..) {
+            let id = config.tap(pair);
+            self.save(descriptor::NET, id, DescriptorKind::Tap, queue, &origin)?;
+        }
+        Ok(config)
+    }
+
     /// Makes what the guest notifies a device by.
     fn plug(&mut self, slot: u8, device: VirtioKind) -> Result<VirtioConfig> {
         let config = VirtioConfig { slot, device };
@@ -194,6 +225,8 @@ impl Opening<'_> {
                 std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
                     .doing(format_args!("cannot resolve {}", path.display()))?,
             ),
+            // Where it comes from was asked before it was opened: the kernel only says /dev/net/tun.
+            DescriptorKind::Tap => Some(path.to_owned()),
             DescriptorKind::GuestRam | DescriptorKind::Stream | DescriptorKind::Eventfd => None,
         };
         let found = Description::of(kind, fd.as_fd()).map_err(|e| {
@@ -234,6 +267,7 @@ pub(crate) fn check_grant(
         DescriptorKind::Image | DescriptorKind::Disk => baton_policy::Kind::File,
         DescriptorKind::BlockDevice => baton_policy::Kind::Block,
         DescriptorKind::Eventfd => baton_policy::Kind::Eventfd,
+        DescriptorKind::Tap => baton_policy::Kind::Tap,
         DescriptorKind::Stream => baton_policy::Kind::StreamSocket,
     };
     // A registry holds guest RAM with all of these seals only.

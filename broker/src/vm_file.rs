@@ -14,8 +14,10 @@ use baton_ipc::worker::RamRegion;
 use serde::Deserialize;
 
 pub(crate) mod disk;
+pub(crate) mod net;
 
 use self::disk::Disks;
+use self::net::Nets;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
@@ -58,6 +60,9 @@ pub(crate) struct VmFile {
     /// Its disks.
     #[serde(default)]
     pub(crate) disk: Disks,
+    /// Its network interfaces.
+    #[serde(default)]
+    pub(crate) net: Nets,
 }
 
 fn default_policy() -> PathBuf {
@@ -405,7 +410,7 @@ limit = { bytes = "10M", operations = 100, operations_burst = 500 }
         );
         assert_eq!(
             root.limit.limits(),
-            baton_ipc::worker::DiskLimits::default()
+            baton_ipc::worker::DeviceLimits::default()
         );
         assert_eq!(data.path, Path::new("/dev/vg/data"));
         let limits = data.limit.limits();

@@ -27,6 +27,8 @@ pub const CONSOLE: &str = "console";
 
 /// The name of a disk; the id is the device's slot.
 pub const DISK: &str = "disk";
+/// The name of a queue of a tap; the id is [`VirtioConfig::tap`](crate::worker::VirtioConfig::tap)'s.
+pub const NET: &str = "net";
 /// The name of the eventfd by which a guest notifies a virtqueue; the id is
 /// [`VirtioConfig::kick`](crate::worker::VirtioConfig::kick)'s.
 pub const KICK: &str = "kick";
@@ -42,6 +44,8 @@ const FILE_TYPE: u32 = 0o170_000;
 
 /// `/dev/kvm`'s device number (Documentation/admin-guide/devices.txt: misc major 10, minor 232).
 const KVM_DEVICE: (u32, u32) = (10, 232);
+/// `/dev/net/tun`'s device number (Documentation/networking/tuntap.rst: misc major 10, minor 200).
+const TUN_DEVICE: (u32, u32) = (10, 200);
 
 /// A descriptor's name and id, the key of the registry.
 ///
@@ -125,6 +129,8 @@ pub enum DescriptorKind {
     BlockDevice,
     /// An eventfd. All of them look alike to fstat(2): KVM_IOEVENTFD refuses what is none.
     Eventfd,
+    /// A queue of a tap. All of them look alike to fstat(2): which interface it belongs to is the broker's word.
+    Tap,
 }
 
 /// What a descriptor may be used for (O_ACCMODE, open(2)).
@@ -255,6 +261,9 @@ impl Description {
             DescriptorKind::BlockDevice => file_type == FileType::BlockDevice,
             // An anonymous inode has no type (Linux, `fs/anon_inodes.c`).
             DescriptorKind::Eventfd => stat.st_mode & FILE_TYPE == 0,
+            DescriptorKind::Tap => {
+                file_type == FileType::CharacterDevice && device_number == TUN_DEVICE
+            }
         };
         if !right {
             return Err(DescriptorError::Kind {
@@ -411,6 +420,7 @@ mod tests {
             DescriptorKind::Disk,
             DescriptorKind::BlockDevice,
             DescriptorKind::Eventfd,
+            DescriptorKind::Tap,
         ] {
             assert!(
                 matches!(

@@ -63,6 +63,9 @@ pub const MAX_SLOTS: u8 = 32;
 /// The most queues of a disk: one a vCPU.
 pub const MAX_DISK_QUEUES: u8 = MAX_CPUS;
 
+/// The most queue pairs of a network interface: one a vCPU.
+pub const MAX_NET_QUEUES: u8 = MAX_CPUS;
+
 /// Bytes of a disk's serial number (virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID).
 pub const MAX_SERIAL: usize = 20;
 
@@ -139,6 +142,8 @@ pub enum VirtioKind {
     Block(BlockConfig),
     /// A source of randomness, without a descriptor of its own.
     Entropy,
+    /// A network interface, on descriptors `net`.
+    Net(NetConfig),
 }
 
 impl VirtioKind {
@@ -148,6 +153,8 @@ impl VirtioKind {
         match self {
             Self::Block(block) => block.queues.into(),
             Self::Entropy => 1,
+            // Receive and transmit each, and with several pairs one for commands (virtio 1.2, 5.1.2).
+            Self::Net(net) => u32::from(net.queues) * 2 + u32::from(net.queues > 1),
         }
     }
 }
@@ -157,6 +164,12 @@ impl VirtioConfig {
     #[must_use]
     pub fn kick(&self, queue: u32) -> u32 {
         u32::from(self.slot) * MAX_QUEUES + queue
+    }
+
+    /// The id of the descriptor `net` of one of its queue pairs.
+    #[must_use]
+    pub fn tap(&self, pair: u8) -> u32 {
+        u32::from(self.slot) * u32::from(MAX_NET_QUEUES) + u32::from(pair)
     }
 }
 
@@ -178,16 +191,29 @@ pub struct BlockConfig {
     /// Its serial number, at most [`MAX_SERIAL`] bytes of printable ASCII.
     pub serial: String,
     /// Rate limits.
-    pub limits: DiskLimits,
+    pub limits: DeviceLimits,
 }
 
-/// Rate limits of a disk, over all of its queues.
+/// Rate limits of a device, over all of its queues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskLimits {
-    /// Of bytes read and written.
+pub struct DeviceLimits {
+    /// Of bytes.
     pub bytes: Option<RateLimit>,
-    /// Of requests of any kind.
+    /// Of requests or packets.
     pub operations: Option<RateLimit>,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// Its address, not a group's.
+    pub mac: [u8; 6],
+    /// The largest packet without its Ethernet header, in bytes: 68 (RFC 791) to 65535.
+    pub mtu: u16,
+    /// Queue pairs, 1 to [`MAX_NET_QUEUES`], each with a queue of the tap.
+    pub queues: u8,
+    /// Rate limits of each direction.
+    pub limits: DeviceLimits,
 }
 
 /// A token bucket.

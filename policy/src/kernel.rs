@@ -5,11 +5,11 @@
 //! through the call and is as long as the kernel is told.
 #![expect(
     unsafe_code,
-    reason = "seccomp(2), ptrace(2), TUNSETIFF, signal(2) and close_range(2) have no safe wrapper"
+    reason = "seccomp(2), ptrace(2), netdevice(7), TUNSETIFF, signal(2) and close_range(2) have no safe wrapper"
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::program::{Instruction, MAX_INSTRUCTIONS, Program};
 
@@ -17,6 +17,8 @@ use crate::program::{Instruction, MAX_INSTRUCTIONS, Program};
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 /// `TUNSETIFF` (`linux/if_tun.h`).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+/// `TUNSETVNETHDRSZ` (`linux/if_tun.h`).
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 /// A tap, with frames and without the four bytes of packet information (`linux/if_tun.h`).
 pub const IFF_TAP: u16 = 0x0002;
 /// No packet information before each frame.
@@ -129,20 +131,8 @@ pub fn seccomp_get_filter(tid: i32, index: u32) -> io::Result<Program> {
 /// EINVAL when `name` is empty, has a NUL or is longer than 15 bytes (`IFNAMSIZ` less its NUL), EPERM without
 /// CAP_NET_ADMIN over the network namespace (and without being the tap's owner), EBUSY when it is in use.
 pub fn tun_set_iff(tun: BorrowedFd<'_>, name: &str, flags: u16) -> io::Result<String> {
-    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-    // `struct ifreq` (`linux/if.h`) is 40 bytes: the name in 16, then a union that starts with the flags.
-    let mut request = [0_u8; 40];
-    let (field, rest) = request.split_at_mut(libc::IFNAMSIZ);
-    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|byte| byte == 0) {
-        return Err(invalid());
-    }
-    field
-        .get_mut(..name.len())
-        .ok_or_else(invalid)?
-        .copy_from_slice(name.as_bytes());
-    rest.get_mut(..2)
-        .ok_or_else(invalid)?
-        .copy_from_slice(&flags.to_ne_bytes());
+    let mut request = interface_request(name)?;
+    put_flags(&mut request, flags);
     // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which is what `request` has room for, and keeps no
     // pointer to it. On a descriptor of another kind the request is unknown (ENOTTY) and nothing is written.
     let outcome = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
@@ -156,6 +146,94 @@ pub fn tun_set_iff(tun: BorrowedFd<'_>, name: &str, flags: u16) -> io::Result<St
         .take_while(|byte| *byte != 0)
         .collect();
     String::from_utf8(given).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Says how long the header before each frame of a tap is, in bytes: 10, or 12 with a count of buffers (`virtio_net.h`).
+/// It holds for all queues of the interface.
+///
+/// # Errors
+///
+/// EINVAL for less than 10 bytes, EBADFD when `tun` is no interface's, ENOTTY when it is none of `/dev/net/tun`.
+pub fn tun_set_vnet_header(tun: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which lives through the call, and keeps no pointer to it.
+    let outcome = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// The largest packet that interface `name` of this network namespace takes, in bytes without its link header
+/// (SIOCGIFMTU, netdevice(7)).
+///
+/// # Errors
+///
+/// EINVAL for a name that no interface can have, ENODEV when there is none of that name.
+pub fn interface_mtu(name: &str) -> io::Result<i32> {
+    let mut request = interface_request(name)?;
+    interface_ioctl(libc::SIOCGIFMTU, &mut request)?;
+    Ok(i32::from_ne_bytes(head(&request)))
+}
+
+/// Brings interface `name` of this network namespace up (SIOCSIFFLAGS with IFF_UP, netdevice(7)).
+///
+/// # Errors
+///
+/// As [`interface_mtu`]; EPERM without CAP_NET_ADMIN over the namespace.
+pub fn interface_up(name: &str) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    interface_ioctl(libc::SIOCGIFFLAGS, &mut request)?;
+    let [a, b, _, _] = head(&request);
+    // IFF_UP is the lowest bit (`linux/if.h`).
+    put_flags(&mut request, u16::from_ne_bytes([a, b]) | 1);
+    interface_ioctl(libc::SIOCSIFFLAGS, &mut request)
+}
+
+/// `struct ifreq` (`linux/if.h`): the name in 16 bytes, then a union of 24.
+type InterfaceRequest = [u8; 40];
+
+fn interface_request(name: &str) -> io::Result<InterfaceRequest> {
+    let mut request = [0; 40];
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|byte| byte == 0) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    for (to, from) in request.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    Ok(request)
+}
+
+fn put_flags(request: &mut InterfaceRequest, flags: u16) {
+    let union = request.iter_mut().skip(libc::IFNAMSIZ);
+    for (to, from) in union.zip(flags.to_ne_bytes()) {
+        *to = from;
+    }
+}
+
+/// The first bytes of the union.
+fn head(request: &InterfaceRequest) -> [u8; 4] {
+    let mut head = [0; 4];
+    for (to, from) in head.iter_mut().zip(request.iter().skip(libc::IFNAMSIZ)) {
+        *to = *from;
+    }
+    head
+}
+
+fn interface_ioctl(number: libc::c_ulong, request: &mut InterfaceRequest) -> io::Result<()> {
+    // SAFETY: makes a descriptor, which is owned at once.
+    let socket = unsafe {
+        match libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) {
+            -1 => return Err(io::Error::last_os_error()),
+            socket => OwnedFd::from_raw_fd(socket),
+        }
+    };
+    // SAFETY: the requests of this file read and write one `struct ifreq`, for which `request` has room, and use no
+    // pointer in it; the kernel keeps none to it.
+    let outcome = unsafe { libc::ioctl(socket.as_raw_fd(), number, request.as_mut_ptr()) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Marks every descriptor from `first` on close-on-exec: what an exec inherits is then exactly what is below, and
@@ -199,6 +277,17 @@ mod tests {
         }
         let error = tun_set_iff(file.as_fd(), "tap0", IFF_TAP).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+        let error = tun_set_vnet_header(file.as_fd(), 12).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+    }
+
+    #[test]
+    fn an_interface_is_asked_for_by_name() {
+        assert!(interface_mtu("lo").unwrap() >= 68);
+        let error = interface_mtu("no-such-one").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+        let error = interface_up("sixteen-letters!").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     }
 
     #[test]

@@ -29,6 +29,7 @@ mod residue;
 mod site;
 mod verdict;
 mod vm;
+mod wire;
 mod witness;
 
 pub use answer::Answer;
@@ -50,4 +51,5 @@ pub use site::Site;
 pub use verdict::Faulted;
 pub use vm::Builder;
 pub use vm::Vm;
+pub use wire::Wire;
 pub use witness::Witness;

@@ -5,6 +5,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
 use baton_guest::DiskReport;
+use baton_guest::NetReport;
 use baton_guest::Report;
 use baton_guest::ReportError;
 use baton_guest::layout;
@@ -65,6 +66,20 @@ impl Ram {
             .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
             .expect("guest RAM can be read");
         DiskReport::parse(&bytes)
+    }
+
+    /// What the guest says of its network interface.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn net(&self) -> NetReport {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        self.0
+            .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
+            .expect("guest RAM can be read");
+        NetReport::parse(&bytes)
     }
 
     /// Puts a command (`layout::COMMAND_*`) into the guest's mailbox.

@@ -30,6 +30,7 @@ pub struct Builder {
     slowness: u32,
     allowed: Vec<PathBuf>,
     disks: Vec<(String, u64, String)>,
+    nets: Vec<(String, String)>,
 }
 
 impl Builder {
@@ -45,6 +46,7 @@ impl Builder {
             slowness: 10,
             allowed: Vec::new(),
             disks: Vec::new(),
+            nets: Vec::new(),
         }
     }
 
@@ -104,6 +106,13 @@ impl Builder {
         self
     }
 
+    /// With a network interface on this tap, and these further lines of its table.
+    #[must_use]
+    pub fn net(mut self, tap: &str, lines: &str) -> Self {
+        self.nets.push((tap.to_owned(), lines.to_owned()));
+        self
+    }
+
     /// Starts it, and waits until its guest counts.
     ///
     /// # Panics
@@ -151,6 +160,11 @@ impl Builder {
             image.set_len(mib << 20).unwrap();
             file.push_str(&format!(
                 "[[disk]]\nid = \"{id}\"\npath = \"{id}.img\"\n{lines}\n"
+            ));
+        }
+        for (index, (tap, lines)) in self.nets.iter().enumerate() {
+            file.push_str(&format!(
+                "[[net]]\nid = \"net{index}\"\ntap = \"{tap}\"\nmac = \"52:54:00:00:00:0{index}\"\n{lines}\n"
             ));
         }
         site.write("vm.toml", file);

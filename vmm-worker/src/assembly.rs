@@ -16,13 +16,16 @@ use baton_ipc::RegistryError;
 use baton_ipc::descriptor;
 use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::BuildTimes;
+use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::MAX_CMDLINE;
 use baton_ipc::worker::MAX_CPUS;
 use baton_ipc::worker::MAX_DISK_QUEUES;
 use baton_ipc::worker::MAX_IO_THREADS;
+use baton_ipc::worker::MAX_NET_QUEUES;
 use baton_ipc::worker::MAX_QUEUES;
 use baton_ipc::worker::MAX_SERIAL;
 use baton_ipc::worker::MAX_SLOTS;
+use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::WorkerConfig;
@@ -49,6 +52,7 @@ use crate::devices::lifecycle::LifecycleError;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
+use crate::devices::virtio::net::Net;
 use crate::fail_point::fail_point;
 use crate::io_pool::IoPool;
 use crate::io_pool::PoolError;
@@ -182,6 +186,7 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
         match device {
             VirtioKind::Block(block) => check_block(block)?,
             VirtioKind::Entropy => {}
+            VirtioKind::Net(net) => check_net(net)?,
         }
     }
     Ok(LastFilters {
@@ -215,9 +220,37 @@ fn check_block(block: &BlockConfig) -> Result<(), BuildError> {
     if serial.len() > MAX_SERIAL || !serial.bytes().all(|b| (b' '..=b'~').contains(&b)) {
         return wrong("disk.serial", format!("{serial:?}"));
     }
-    for limit in [limits.bytes, limits.operations].into_iter().flatten() {
+    check_limits("disk.limits", limits)
+}
+
+fn check_net(net: &NetConfig) -> Result<(), BuildError> {
+    let NetConfig {
+        mac,
+        mtu,
+        queues,
+        limits,
+    } = net;
+    let wrong = |field, value: String| Err(BuildError::Config { field, value });
+    let [first, ..] = mac;
+    if first & 1 != 0 {
+        return wrong("net.mac", format!("{mac:02x?}"));
+    }
+    // RFC 791, "Maximum Transmission Unit".
+    if *mtu < 68 {
+        return wrong("net.mtu", mtu.to_string());
+    }
+    if *queues > MAX_NET_QUEUES {
+        return wrong("net.queues", queues.to_string());
+    }
+    check_limits("net.limits", limits)
+}
+
+fn check_limits(field: &'static str, limits: &DeviceLimits) -> Result<(), BuildError> {
+    let DeviceLimits { bytes, operations } = limits;
+    for limit in [bytes, operations].into_iter().flatten() {
         if limit.per_second == 0 || limit.burst == 0 {
-            return wrong("disk.limits", format!("{limit:?}"));
+            let value = format!("{limit:?}");
+            return Err(BuildError::Config { field, value });
         }
     }
     Ok(())
@@ -289,6 +322,12 @@ pub(crate) fn build(
                 let file = claim(name, device.slot.into(), kind)?;
                 check_access(&file, block.readonly)?;
                 Box::new(Block::new(file, block))
+            }
+            VirtioKind::Net(net) => {
+                let taps = (0..net.queues)
+                    .map(|pair| claim(descriptor::NET, device.tap(pair), DescriptorKind::Tap))
+                    .collect::<Result<_, _>>()?;
+                Box::new(Net::new(taps, net))
             }
             VirtioKind::Entropy => Box::new(Entropy),
         };

@@ -149,6 +149,7 @@ pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
         let kind = match device.device {
             VirtioKind::Block(_) => DeviceKind::BLOCK,
             VirtioKind::Entropy => DeviceKind::ENTROPY,
+            VirtioKind::Net(_) => DeviceKind::NET,
         };
         DeviceId::new(kind, device.slot.into())
     });

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use baton_ipc::worker::DiskLimits;
+use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::MAX_DISK_QUEUES;
 use baton_ipc::worker::MAX_SERIAL;
 use baton_ipc::worker::RateLimit;
@@ -79,17 +79,17 @@ impl TryFrom<u32> for Queues {
     }
 }
 
-/// `limit` of a disk: what may go through it in a second, and at once after a rest.
+/// `limit` of a disk or a network interface: what may go through it in a second, and at once after a rest.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Limit {
-    /// Bytes a second, read and written.
+    /// Bytes a second.
     bytes: Option<Amount>,
     /// Bytes at once; without it, those of a second.
     bytes_burst: Option<Amount>,
-    /// Requests a second, of any kind.
+    /// Requests or packets a second.
     operations: Option<Operations>,
-    /// Requests at once; without it, those of a second.
+    /// Those at once; without it, those of a second.
     operations_burst: Option<Operations>,
 }
 
@@ -130,14 +130,14 @@ impl TryFrom<u64> for Operations {
 
 impl Limit {
     /// As the worker is told.
-    pub(crate) fn limits(self) -> DiskLimits {
+    pub(crate) fn limits(self) -> DeviceLimits {
         let limit = |rate: Option<u64>, burst: Option<u64>| {
             rate.map(|per_second| RateLimit {
                 per_second,
                 burst: burst.unwrap_or(per_second),
             })
         };
-        DiskLimits {
+        DeviceLimits {
             bytes: limit(
                 self.bytes.map(|amount| amount.0),
                 self.bytes_burst.map(|amount| amount.0),
@@ -150,7 +150,7 @@ impl Limit {
     }
 
     /// A burst of something that has no limit means nothing.
-    fn fits(self) -> bool {
+    pub(crate) fn fits(self) -> bool {
         let bytes = self.bytes.is_some() || self.bytes_burst.is_none();
         let operations = self.operations.is_some() || self.operations_burst.is_none();
         bytes && operations

@@ -7,51 +7,22 @@
 //!
 //! Touches the registers of PCI devices, and RAM between the report and the image.
 
-use core::ptr;
 use core::sync::atomic::{Ordering, fence};
 
 use crate::layout::*;
 use crate::options::Options;
 use crate::report;
+use crate::virtio::*;
 
-/// The machine's PCI Express configuration space, and bits of a BAR that are no address.
-const ECAM: u64 = 0xe000_0000;
-const SLOTS: u64 = 32;
-const BAR_FLAGS: u32 = 0xf;
 /// Vendor and device id of a modern virtio block device.
 const BLOCK_DEVICE: u32 = 0x1042_1af4;
-/// Offsets in configuration space; memory space and bus master in the command register.
-const COMMAND: u64 = 0x04;
-const BAR0: u64 = 0x10;
-const CAPABILITIES: u64 = 0x34;
-const ENABLE_DEVICE: u32 = 0b110;
-/// Capability ids, types of virtio's, and MSI-X's enable bit.
-const VENDOR_SPECIFIC: u8 = 0x09;
-const MSIX: u8 = 0x11;
-const COMMON: u8 = 1;
-const NOTIFY: u8 = 2;
-const DEVICE: u8 = 4;
+/// MSI-X's enable bit.
 const MSIX_ENABLE: u32 = 1 << 31;
 /// Vector of the disk's interrupt (`interrupts`), and where a message for the first vCPU goes (Intel SDM volume 3A, 11.11).
 const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
 
-/// Offsets in the common configuration.
-const DRIVER_FEATURE_SELECT: u64 = 0x08;
-const DRIVER_FEATURE: u64 = 0x0c;
-const STATUS: u64 = 0x14;
-const QUEUE_SELECT: u64 = 0x16;
-const QUEUE_SIZE: u64 = 0x18;
-const QUEUE_VECTOR: u64 = 0x1a;
-const QUEUE_ENABLE: u64 = 0x1c;
-const QUEUE_NOTIFY_OFF: u64 = 0x1e;
-const QUEUE_RINGS: [u64; 3] = [0x20, 0x28, 0x30];
 /// Features: indirect descriptors and flush; version 1 in the second word.
 const FEATURES: [u32; 2] = [1 << 28 | 1 << 9, 1];
-const ACKNOWLEDGE: u8 = 1;
-const DRIVER: u8 = 2;
-const DRIVER_OK: u8 = 4;
-const FEATURES_OK: u8 = 8;
-const NEEDS_RESET: u8 = 64;
 
 /// Rings and buffers, between the report and the image.
 const DESCRIPTORS: u64 = 0x11_0000;
@@ -67,11 +38,6 @@ const DATA_AT: u64 = 0x1000;
 /// Descriptors of the queue, and of a lane.
 const QUEUE: u16 = 256;
 const LANE_DESCRIPTORS: u16 = QUEUE / DISK_LANES as u16;
-/// Flags of a descriptor; of the used ring: the device looks by itself.
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-const NO_NOTIFY: u16 = 1;
 /// Request types, and a status that no device writes.
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -110,16 +76,6 @@ pub struct Disk {
     working: bool,
 }
 
-fn read<T: Copy>(address: u64) -> T {
-    // SAFETY: a register of a PCI device, or RAM that only the device and this file use; all below 4 GiB is mapped.
-    unsafe { ptr::read_volatile(address as *const T) }
-}
-
-fn write<T>(address: u64, value: T) {
-    // SAFETY: as in `read`.
-    unsafe { ptr::write_volatile(address as *mut T, value) }
-}
-
 fn lane_at(lane: usize) -> u64 {
     LANES_AT + lane as u64 * LANE_BYTES
 }
@@ -135,46 +91,19 @@ impl Disk {
         if !options.disk {
             return None;
         }
-        let Some(function) = (0..SLOTS)
-            .map(|slot| ECAM + (slot << 15))
-            .find(|function| read::<u32>(*function) == BLOCK_DEVICE)
-        else {
+        let Some(function) = Function::find(BLOCK_DEVICE) else {
             return fail(DISK_ABSENT);
         };
-        write(function + COMMAND, ENABLE_DEVICE);
-        let bar = u64::from(read::<u32>(function + BAR0) & !BAR_FLAGS);
-        let (mut common, mut notify, mut device) = (0, 0, 0);
-        let (mut notify_step, mut msix) = (0, 0);
-        let mut capability = u64::from(read::<u8>(function + CAPABILITIES));
-        while capability != 0 {
-            let at = function + capability;
-            let region = bar + u64::from(read::<u32>(at + 8));
-            match (read::<u8>(at), read::<u8>(at + 3)) {
-                (VENDOR_SPECIFIC, COMMON) => common = region,
-                (VENDOR_SPECIFIC, DEVICE) => device = region,
-                (VENDOR_SPECIFIC, NOTIFY) => {
-                    notify = region;
-                    notify_step = u64::from(read::<u32>(at + 16));
-                }
-                (MSIX, _) => msix = at,
-                _ => {}
-            }
-            capability = u64::from(read::<u8>(at + 1));
-        }
-        if common == 0 || notify == 0 || device == 0 || msix == 0 {
-            return fail(DISK_ABSENT);
-        }
-        write(common + STATUS, 0_u8);
-        while read::<u8>(common + STATUS) != 0 {}
-        write(common + STATUS, ACKNOWLEDGE | DRIVER);
-        for (select, features) in (0..).zip(FEATURES) {
-            write::<u32>(common + DRIVER_FEATURE_SELECT, select);
-            write::<u32>(common + DRIVER_FEATURE, features);
-        }
-        write(common + STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-        if read::<u8>(common + STATUS) & FEATURES_OK == 0 {
+        if !function.agree(FEATURES) {
             return fail(DISK_REFUSED);
         }
+        let Function {
+            bar,
+            common,
+            device,
+            msix,
+            ..
+        } = function;
         if options.disk_irq {
             let table = bar + u64::from(read::<u32>(msix + 4) & !7);
             for (at, value) in (0..).zip([MESSAGE_ADDRESS, 0, crate::interrupts::DISK_VECTOR, 0]) {
@@ -190,13 +119,8 @@ impl Disk {
         for at in (DESCRIPTORS..LANES_AT).step_by(8) {
             write(at, 0_u64);
         }
-        for (register, ring) in QUEUE_RINGS.into_iter().zip([DESCRIPTORS, AVAILABLE, USED]) {
-            write(common + register, ring as u32);
-            write(common + register + 4, 0_u32);
-        }
-        let notify_off = u64::from(read::<u16>(common + QUEUE_NOTIFY_OFF));
-        write(common + QUEUE_ENABLE, 1_u16);
-        write(common + STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        let notify = function.enable_queue([DESCRIPTORS, AVAILABLE, USED]);
+        function.go();
         let capacity = u64::from(read::<u32>(device)) | u64::from(read::<u32>(device + 4)) << 32;
         let blocks = (capacity / SECTORS / DISK_LANES as u64).min(DISK_LANE_BLOCKS);
         if blocks == 0 || read::<u16>(common + QUEUE_SIZE) != QUEUE {
@@ -206,7 +130,7 @@ impl Disk {
         report::write(DISK_STATE_OFFSET, DISK_WORKING);
         Some(Self {
             common,
-            notify: notify + notify_off * notify_step,
+            notify,
             nonce,
             lanes: [Lane {
                 doing: Doing::Nothing,
@@ -375,13 +299,6 @@ impl Disk {
             write(self.notify, 0_u16);
         }
     }
-}
-
-fn descriptor(at: u64, address: u64, length: u32, flags: u16, next: u16) {
-    write(at, address);
-    write(at + 8, length);
-    write(at + 12, flags);
-    write(at + 14, next);
 }
 
 /// Writes a chain of descriptors from `at` on, which is number `first` of its table.

@@ -113,6 +113,63 @@ pub const fn disk_word(lane: u64, number: u64, nonce: u64, word: u64) -> u64 {
     seal(lane << 32 | word, number, nonce)
 }
 
+/// Header: how far the guest is with its network interface ([`NET_WORKING`] and kin), with `net`.
+pub const NET_STATE_OFFSET: usize = 0x300;
+/// Header: frames sent.
+pub const NET_SENT_OFFSET: usize = 0x308;
+/// Header: number of the last frame received.
+pub const NET_RECEIVED_OFFSET: usize = 0x310;
+/// Header: numbers before it that never came.
+pub const NET_LOST_OFFSET: usize = 0x318;
+/// Header: frames that came again, or late.
+pub const NET_REPEATED_OFFSET: usize = 0x320;
+/// Header: frames with another content than was sent, or in another number of buffers than they say.
+pub const NET_CORRUPT_OFFSET: usize = 0x328;
+/// Header: frames of other protocols.
+pub const NET_OTHERS_OFFSET: usize = 0x330;
+
+/// [`NET_STATE_OFFSET`]: frames are sent.
+pub const NET_WORKING: u64 = 1;
+/// [`NET_STATE_OFFSET`]: all frames are acknowledged, and none is sent.
+pub const NET_RESTING: u64 = 2;
+/// [`NET_STATE_OFFSET`]: no network interface was found.
+pub const NET_ABSENT: u64 = 3;
+/// [`NET_STATE_OFFSET`]: the interface refuses what every driver needs.
+pub const NET_REFUSED: u64 = 4;
+/// [`NET_STATE_OFFSET`]: the interface says that it needs a reset.
+pub const NET_BROKEN: u64 = 5;
+
+/// Frames that are sent before one is acknowledged.
+pub const NET_WINDOW: u64 = 32;
+/// What a frame begins with: to everybody, from an address that nobody has, of a protocol for experiments (IEEE 802,
+/// 9.2.4: EtherType 0x88b5), and two bytes of nothing.
+pub const NET_FRAME_HEADER: [u8; 16] = [
+    0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0, 0, 0, 0, 0x42, 0x88, 0xb5, 0, 0,
+];
+/// Where in a frame its words begin.
+pub const NET_DATA: u64 = 16;
+/// Who a frame is from.
+pub const NET_FROM_GUEST: u64 = 1;
+/// Who a frame is from.
+pub const NET_FROM_HOST: u64 = 2;
+
+/// Words of the frame of that number: short ones, long ones, and all between.
+#[must_use]
+pub const fn net_words(number: u64) -> u64 {
+    6 + number.wrapping_mul(7) % 180
+}
+
+/// A word of the frame of that number, which acknowledges those of the other end up to another: both numbers, then what
+/// no other frame has.
+#[must_use]
+pub const fn net_word(from: u64, number: u64, acknowledged: u64, word: u64) -> u64 {
+    match word {
+        0 => number,
+        1 => acknowledged,
+        _ => seal(from << 32 | word, number, acknowledged),
+    }
+}
+
 /// Bytes from one slot to the next.
 pub const SLOT_SIZE: usize = 0x200;
 /// Offset of a vCPU's slot in the report, in bytes.
@@ -228,6 +285,11 @@ pub const COMMAND_CRASH: u64 = 5;
 pub const COMMAND_DISK_REST: u64 = 6;
 /// Mailbox: go on with the disk.
 pub const COMMAND_DISK_WORK: u64 = 7;
+
+/// Mailbox: send no further frame.
+pub const COMMAND_NET_REST: u64 = 8;
+/// Mailbox: go on with frames.
+pub const COMMAND_NET_WORK: u64 = 9;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

@@ -22,12 +22,14 @@ mod interrupts;
 #[expect(dead_code, reason = "some of it only the host side reads")]
 mod layout;
 mod memory;
+mod net;
 mod options;
 mod paging;
 mod power;
 mod processors;
 mod report;
 mod serial;
+mod virtio;
 mod walker;
 
 use boot::BootParameters;
@@ -108,6 +110,11 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut net = if vcpu == 0 {
+        net::Net::new(&machine.options)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
         walker.step(&turn);
@@ -119,6 +126,10 @@ fn run(vcpu: usize) -> ! {
             if let Some(disk) = &mut disk {
                 disk.obey(command);
                 disk.step();
+            }
+            if let Some(net) = &mut net {
+                net.obey(command);
+                net.step();
             }
         }
     }

@@ -17,6 +17,8 @@ pub struct Options {
     pub off_after_lines: Option<u64>,
     pub disk: bool,
     pub disk_irq: bool,
+    pub net: bool,
+    pub net_rest: bool,
 }
 
 impl Options {
@@ -34,6 +36,8 @@ impl Options {
             off_after_lines: None,
             disk: false,
             disk_irq: false,
+            net: false,
+            net_rest: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -43,6 +47,8 @@ impl Options {
                 (b"walk", None) => options.walk = u64::MAX,
                 (b"walk", Some(Some(bytes))) => options.walk = bytes,
                 (b"console", None) => options.console = true,
+                (b"net", None) => options.net = true,
+                (b"net_rest", None) => (options.net, options.net_rest) = (true, true),
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"cpus", Some(Some(count))) => {

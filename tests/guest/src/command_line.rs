@@ -89,6 +89,18 @@ impl CommandLine {
         self.word("disk_irq".into())
     }
 
+    /// Drives the first virtio network interface: sends frames, and checks those that come.
+    #[must_use]
+    pub fn net(self) -> Self {
+        self.word("net".into())
+    }
+
+    /// The same, but begins at rest: whoever is at the other end has to be there first.
+    #[must_use]
+    pub fn net_rest(self) -> Self {
+        self.word("net_rest".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

@@ -42,11 +42,13 @@ mod console;
 mod disk;
 #[path = "../program/layout.rs"]
 pub mod layout;
+mod net;
 mod report;
 
 pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
 pub use disk::{DiskReport, DiskState};
+pub use net::{NetPeer, NetReport, NetState};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
 };

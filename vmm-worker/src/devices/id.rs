@@ -24,6 +24,8 @@ impl DeviceKind {
     pub const BLOCK: DeviceKind = DeviceKind(7);
     /// [`super::virtio::entropy::Entropy`]; the instance is the PCI device number.
     pub const ENTROPY: DeviceKind = DeviceKind(8);
+    /// [`super::virtio::net::Net`]; the instance is the PCI device number.
+    pub const NET: DeviceKind = DeviceKind(9);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -37,6 +39,7 @@ impl DeviceKind {
             DeviceKind::PCI => "pci",
             DeviceKind::BLOCK => "virtio-blk",
             DeviceKind::ENTROPY => "virtio-rng",
+            DeviceKind::NET => "virtio-net",
             _ => "device",
         }
     }

@@ -13,6 +13,11 @@
 )]
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
+pub(crate) mod tap;
+#[path = "../../../tests/src/wire.rs"]
+#[expect(unreachable_pub, reason = "it is a library's module elsewhere")]
+pub(crate) mod wire;
+
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -48,8 +53,9 @@ use baton_ipc::cpr::CprHeader;
 use baton_ipc::descriptor;
 use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::BuildTimes;
-use baton_ipc::worker::DiskLimits;
+use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::Filters;
+use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::PROTOCOL;
 use baton_ipc::worker::Pages;
@@ -86,6 +92,7 @@ pub(crate) struct Vm {
     worker_console: UnixStream,
     high_ram: Option<OwnedFd>,
     disks: Vec<Disk>,
+    nets: Vec<Net>,
     _alone: File,
 }
 
@@ -94,6 +101,13 @@ pub(crate) struct Disk {
     pub(crate) file: OwnedFd,
     /// What the guest notifies its queues by.
     pub(crate) kicks: Vec<OwnedFd>,
+}
+
+/// A network interface, as a broker holds it.
+struct Net {
+    device: VirtioConfig,
+    tap: tap::Tap,
+    kicks: Vec<OwnedFd>,
 }
 
 /// One guest at a time, over all test processes: two busy ones on a small machine miss the deadlines of a pause.
@@ -163,6 +177,7 @@ impl Vm {
             worker_console,
             high_ram: None,
             disks: Vec::new(),
+            nets: Vec::new(),
             _alone: alone(),
         }
     }
@@ -187,7 +202,7 @@ impl Vm {
             block_size: 512,
             queues: 1,
             serial: "test".to_owned(),
-            limits: DiskLimits::default(),
+            limits: DeviceLimits::default(),
         };
         change(&mut block);
         let flags = rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC;
@@ -198,6 +213,63 @@ impl Vm {
         let slot = u8::try_from(self.disks.len()).unwrap();
         let device = VirtioKind::Block(block);
         self.config.virtio.push(VirtioConfig { slot, device });
+    }
+
+    /// Plugs a network interface in, with the configuration changed by `change`; what is at the other end of it. After
+    /// all disks.
+    pub(crate) fn add_net(
+        &mut self,
+        queues: u8,
+        change: impl FnOnce(&mut NetConfig),
+    ) -> wire::Wire {
+        let tap = tap::Tap::new(queues);
+        let wire = wire::Wire::new(&tap.name);
+        let mut net = NetConfig {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            queues,
+            limits: DeviceLimits::default(),
+        };
+        change(&mut net);
+        let device = VirtioConfig {
+            slot: u8::try_from(self.config.virtio.len() + 1).unwrap(),
+            device: VirtioKind::Net(net),
+        };
+        let flags = rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC;
+        let kicks = (0..device.device.queues())
+            .map(|_| rustix::event::eventfd(0, flags).unwrap())
+            .collect();
+        self.config.virtio.push(device.clone());
+        self.nets.push(Net { device, tap, kicks });
+        wire
+    }
+
+    /// What the guest says of its network interface.
+    pub(crate) fn net_report(&self) -> baton_guest::NetReport {
+        let mut bytes = vec![0; layout::REPORT_SIZE];
+        rustix::io::pread(&self.ram, &mut bytes, layout::REPORT_ADDRESS).unwrap();
+        baton_guest::NetReport::parse(&bytes)
+    }
+
+    /// Waits until what the guest says of its network interface is as wanted.
+    #[track_caller]
+    pub(crate) fn wait_for_net(
+        &self,
+        what: &str,
+        mut wanted: impl FnMut(&baton_guest::NetReport) -> bool,
+    ) -> baton_guest::NetReport {
+        let begun = Instant::now();
+        loop {
+            let report = self.net_report();
+            if wanted(&report) {
+                return report;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "the guest's network never came to: {what}; {report:?}"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// A disk, by its number from 0.
@@ -287,6 +359,18 @@ impl Vm {
                     DescriptorKind::Eventfd,
                     kick.try_clone().unwrap(),
                 );
+            }
+        }
+        for Net { device, tap, kicks } in &self.nets {
+            let taps = tap.queues.iter().zip((0..).map(|pair| device.tap(pair)));
+            let kicks = kicks.iter().zip((0..).map(|queue| device.kick(queue)));
+            for (tap, id) in taps {
+                let copy = tap.try_clone().unwrap();
+                save_as(descriptor::NET, id, DescriptorKind::Tap, copy);
+            }
+            for (kick, id) in kicks {
+                let copy = kick.try_clone().unwrap();
+                save_as(descriptor::KICK, id, DescriptorKind::Eventfd, copy);
             }
         }
         let mut save = |name, kind, fd| save_as(name, 0, kind, fd);

@@ -20,8 +20,8 @@ use serde::Serialize;
 
 use super::Backend;
 use super::VirtioDevice;
-use super::rate::Bucket;
-use super::rate::SavedBucket;
+use super::rate::Limits;
+use super::rate::SavedLimits;
 use crate::clock;
 use crate::devices::DeviceKind;
 use crate::devices::state::StateError;
@@ -66,13 +66,6 @@ pub(super) struct Disk {
     pub(super) limits: Mutex<Limits>,
 }
 
-/// The buckets of a disk.
-#[derive(Debug)]
-pub(super) struct Limits {
-    pub(super) bytes: Option<Bucket>,
-    pub(super) operations: Option<Bucket>,
-}
-
 impl Disk {
     pub(super) fn limits(&self) -> MutexGuard<'_, Limits> {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
@@ -90,16 +83,13 @@ pub struct Block {
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedBlock {
     sectors: u64,
-    bytes: Option<SavedBucket>,
-    operations: Option<SavedBucket>,
+    limits: SavedLimits,
 }
 
 impl Block {
     /// A disk on `file`, whose size is what `config` says.
     #[must_use]
     pub fn new(file: OwnedFd, config: &BlockConfig) -> Self {
-        let now = clock::monotonic_ns();
-        let bucket = |limit: Option<_>| limit.map(|limit| Bucket::new(limit, now));
         let mut serial = [0; 20];
         for (to, from) in serial.iter_mut().zip(config.serial.bytes()) {
             *to = from;
@@ -111,10 +101,7 @@ impl Block {
             direct: config.direct,
             serial,
             write_back: AtomicBool::new(false),
-            limits: Mutex::new(Limits {
-                bytes: bucket(config.limits.bytes),
-                operations: bucket(config.limits.operations),
-            }),
+            limits: Mutex::new(Limits::new(config.limits, clock::monotonic_ns())),
         };
         Self {
             disk: Arc::new(disk),
@@ -200,25 +187,19 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        let limits = self.disk.limits();
-        let Limits { bytes, operations } = &*limits;
         let saved = SavedBlock {
             sectors: self.disk.sectors,
-            bytes: bytes.as_ref().map(Bucket::save),
-            operations: operations.as_ref().map(Bucket::save),
+            limits: self.disk.limits().save(),
         };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
     fn load(&mut self, state: &[u8], features: Option<u64>) -> Result<(), StateError> {
-        let SavedBlock {
-            sectors,
-            bytes,
-            operations,
-        } = match postcard::take_from_bytes(state).map_err(StateError::Malformed)? {
-            (saved, []) => saved,
-            (_, rest) => return Err(StateError::Trailing(rest.len())),
-        };
+        let SavedBlock { sectors, limits } =
+            match postcard::take_from_bytes(state).map_err(StateError::Malformed)? {
+                (saved, []) => saved,
+                (_, rest) => return Err(StateError::Trailing(rest.len())),
+            };
         if sectors != self.disk.sectors {
             return Err(StateError::field(
                 "sectors",
@@ -226,19 +207,7 @@ impl VirtioDevice for Block {
                 "not the size of this disk",
             ));
         }
-        let now = clock::monotonic_ns();
-        let mut limits = self.disk.limits();
-        let Limits {
-            bytes: own_bytes,
-            operations: own_operations,
-        } = &mut *limits;
-        for (own, saved) in [(own_bytes, bytes), (own_operations, operations)] {
-            // A limit that only one of the two has begins full, or ends.
-            if let (Some(own), Some(saved)) = (own, saved) {
-                own.load(saved, now)?;
-            }
-        }
-        drop(limits);
+        self.disk.limits().load(limits, clock::monotonic_ns())?;
         if let Some(features) = features {
             self.activate(features);
         }

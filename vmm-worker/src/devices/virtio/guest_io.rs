@@ -1,7 +1,7 @@
-//! Reading a file into guest RAM, and writing guest RAM into a file, at a given place of the file.
+//! Reading into guest RAM and writing from it: files, at a given place, and taps, a packet a call.
 #![expect(
     unsafe_code,
-    reason = "preadv(2) and pwritev(2) on memory that the guest may change meanwhile, which no reference may be to"
+    reason = "preadv(2), readv(2) and their kin on memory that the guest may change meanwhile, which no reference may be to"
 )]
 
 use std::io;
@@ -9,7 +9,10 @@ use std::os::fd::AsRawFd as _;
 use std::os::fd::BorrowedFd;
 
 use super::buffers::Buffers;
+use super::buffers::Piece;
 
+/// TUNSETOFFLOAD (`linux/if_tun.h`).
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 /// Pieces of one call (UIO_MAXIOV, `include/uapi/linux/uio.h`).
 const MAX_PIECES: usize = 1024;
 
@@ -48,24 +51,95 @@ fn transfer(
         .pieces()
         .iter()
         .take(MAX_PIECES)
-        .map(|piece| libc::iovec {
-            iov_base: piece.ptr_guard_mut().as_ptr().cast(),
-            iov_len: piece.len(),
-        })
+        .map(vector)
         .collect();
     let count = libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX);
-    loop {
+    again(|| {
         // SAFETY: each piece is a part of guest RAM, which `Buffers` can only have taken from a mapping that lives as
         // long as the process, with its length inside that mapping. No reference to any of it exists here: the kernel
         // reads or writes it as it would any memory that another process has mapped. `pieces` lives over the call, which
         // keeps none of it.
-        let done = unsafe {
+        unsafe {
             match direction {
                 Direction::Read => libc::preadv(file.as_raw_fd(), pieces.as_ptr(), count, offset),
                 Direction::Write => libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), count, offset),
             }
-        };
-        match usize::try_from(done) {
+        }
+    })
+}
+
+/// Reads one packet into `room`, and what has no room there into `overflow`; its length, with what was cut off if even
+/// that was too short. Pieces of `room` beyond what one call takes are left out.
+///
+/// # Errors
+///
+/// readv(2)'s; EINTR is tried again.
+pub(super) fn receive<'a>(
+    tap: BorrowedFd<'_>,
+    room: impl Iterator<Item = &'a Piece>,
+    overflow: &mut [u8],
+) -> io::Result<usize> {
+    let mut pieces: Vec<libc::iovec> = room.take(MAX_PIECES - 1).map(vector).collect();
+    pieces.push(libc::iovec {
+        iov_base: overflow.as_mut_ptr().cast(),
+        iov_len: overflow.len(),
+    });
+    let count = libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX);
+    again(|| {
+        // SAFETY: each piece but the last is a part of guest RAM, as in `transfer`; the last is `overflow`, which is
+        // borrowed for this function alone, with its length. `pieces` lives over the call, which keeps none of it.
+        unsafe { libc::readv(tap.as_raw_fd(), pieces.as_ptr(), count) }
+    })
+}
+
+/// Writes `packet` as one packet.
+///
+/// # Errors
+///
+/// writev(2)'s; EINTR is tried again. InvalidInput for more pieces than one call takes.
+pub(super) fn send(tap: BorrowedFd<'_>, packet: &Buffers) -> io::Result<usize> {
+    if packet.pieces().len() > MAX_PIECES {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let pieces: Vec<libc::iovec> = packet.pieces().iter().map(vector).collect();
+    let count = libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX);
+    again(|| {
+        // SAFETY: each piece is a part of guest RAM, as in `transfer`, and the kernel only reads it. `pieces` lives over
+        // the call, which keeps none of it.
+        unsafe { libc::writev(tap.as_raw_fd(), pieces.as_ptr(), count) }
+    })
+}
+
+/// Tells a tap what the reader of its packets can take: TUN_F_ bits (TUNSETOFFLOAD, Documentation/networking/tuntap.rst).
+///
+/// # Errors
+///
+/// ioctl(2)'s: EINVAL for bits that the kernel does not know, ENOTTY for what is no tap.
+pub(crate) fn set_tap_offloads(tap: BorrowedFd<'_>, offloads: u32) -> io::Result<()> {
+    // SAFETY: the argument is the number itself, and nothing is written.
+    let outcome = unsafe {
+        libc::ioctl(
+            tap.as_raw_fd(),
+            TUNSETOFFLOAD,
+            libc::c_ulong::from(offloads),
+        )
+    };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn vector(piece: &Piece) -> libc::iovec {
+    libc::iovec {
+        iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+        iov_len: piece.len(),
+    }
+}
+
+fn again(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
             Ok(done) => return Ok(done),
             Err(_) => {
                 let error = io::Error::last_os_error();

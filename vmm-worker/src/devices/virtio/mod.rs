@@ -19,8 +19,9 @@
 pub mod block;
 pub mod buffers;
 pub mod entropy;
-mod guest_io;
+pub(crate) mod guest_io;
 pub mod interrupts;
+pub mod net;
 pub mod queue;
 pub mod rate;
 pub mod seat;
@@ -28,11 +29,13 @@ pub mod transport;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::Weak;
 use std::time::Instant;
 
 use queue::Broken;
 use queue::Virtqueue;
 use rustix::event::PollFlags;
+use seat::Seat;
 use seat::Stop;
 
 use super::DeviceKind;
@@ -52,6 +55,8 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> Vec<u16>;
     /// The halves that work, each with the indices of the virtqueues that it serves. Asked for once.
     fn backends(&mut self) -> Vec<(Vec<u16>, Box<dyn Backend>)>;
+    /// Where its backends sit, in their order. Said once.
+    fn seated(&mut self, _seats: Vec<Weak<Seat>>) {}
     /// The driver reads configuration space; `data` holds zeroes.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver writes configuration space.
@@ -96,12 +101,24 @@ pub type Wait = (Arc<OwnedFd>, PollFlags);
 /// When a backend is to serve again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// When the driver notifies.
+    /// When the driver notifies, or a source of the backend's is readable.
     Wait,
     /// Soon: there is more to do.
     Again,
     /// At this time, or when the driver notifies.
     At(Instant),
+}
+
+impl Next {
+    /// The sooner of two.
+    #[must_use]
+    pub fn sooner(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Again, _) | (_, Self::Again) => Self::Again,
+            (Self::Wait, next) | (next, Self::Wait) => next,
+            (Self::At(one), Self::At(another)) => Self::At(one.min(another)),
+        }
+    }
 }
 
 // Feature bits of all devices (chapter 6).

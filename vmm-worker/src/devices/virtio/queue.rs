@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::atomic::fence;
 
 use serde::Deserialize;
 use serde::Serialize;
@@ -10,6 +12,8 @@ use virtio_queue::Queue;
 use virtio_queue::QueueOwnedT as _;
 use virtio_queue::QueueState;
 use virtio_queue::QueueT as _;
+use vm_memory::Bytes as _;
+use vm_memory::GuestAddress;
 
 use super::buffers::Buffers;
 use super::buffers::Ram;
@@ -19,6 +23,13 @@ use crate::devices::state::StateError;
 /// The most descriptors of one request: those of a full indirect table of our largest queue. A driver has no reason for
 /// more, and more is work that it makes for nothing.
 const MAX_DESCRIPTORS: usize = 1024;
+
+/// Bytes of flags and index before the rings, and of an element of the used ring (2.7.6, 2.7.8).
+const AVAILABLE_HEADER: u64 = 4;
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// VIRTQ_AVAIL_F_NO_INTERRUPT.
+const NO_INTERRUPT: u16 = 1;
 
 /// What a driver did that no driver may do.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -78,6 +89,8 @@ pub struct Virtqueue {
     ram: Ram,
     kick: Arc<OwnedFd>,
     interrupts: Arc<Interrupts>,
+    /// Up to which entry of the used ring the driver was considered for an interrupt.
+    signalled: u16,
 }
 
 /// What a driver chose for a queue (4.1.4.3), and how far both sides are.
@@ -165,6 +178,7 @@ impl Virtqueue {
     ) -> Self {
         Self {
             index,
+            signalled: queue.next_used(),
             queue,
             ram,
             kick,
@@ -257,14 +271,67 @@ impl Virtqueue {
         self.queue.add_used(self.ram, head, written).map_err(error)
     }
 
-    /// Interrupts the driver, if it wants to be.
+    /// Gives several requests back at once: a driver that sees the first sees all. (What they hold is one packet, 5.1.6.4.)
+    ///
+    /// # Errors
+    ///
+    /// [`Broken`].
+    pub fn complete_all(&mut self, used: &[(u16, u32)]) -> Result<(), Broken> {
+        let error = self.ring();
+        let (ring, size) = (self.queue.used_ring(), self.queue.size().max(1));
+        let mut next = self.queue.next_used();
+        let Some(((last, written), before)) = used.split_last() else {
+            return Ok(());
+        };
+        for (head, written) in before {
+            let place = USED_HEADER + USED_ELEMENT * u64::from(next % size);
+            // struct virtq_used_elem: the chain's first descriptor, then bytes written.
+            let element = (u64::from(*written) << 32 | u64::from(*head)).to_le();
+            self.ram
+                .write_obj(element, GuestAddress(ring.saturating_add(place)))
+                .map_err(|_| self.broken("a used ring that is not RAM"))?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        // The index is written after the last of them, and covers all.
+        self.queue
+            .add_used(self.ram, *last, *written)
+            .map_err(error)
+    }
+
+    fn broken(&self, reason: &str) -> Broken {
+        Broken::Ring {
+            queue: self.index,
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// Interrupts the driver, if it wants to be (2.7.7).
     ///
     /// # Errors
     ///
     /// [`Broken`].
     pub fn interrupt(&mut self) -> Result<(), Broken> {
-        let error = self.ring();
-        if self.queue.needs_notification(self.ram).map_err(error)? {
+        let (old, new) = (self.signalled, self.queue.next_used());
+        self.signalled = new;
+        // What was completed is there before the driver's wish is looked at.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let word = |offset: u64| {
+            let address = GuestAddress(available.saturating_add(offset));
+            self.ram
+                .load::<u16>(address, Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(|_| self.broken("an available ring that is not RAM"))
+        };
+        let wanted = if self.queue.event_idx_enabled() {
+            // `used_event` follows the ring: at this entry, an interrupt.
+            let event = word(AVAILABLE_HEADER + 2 * u64::from(self.queue.size()))?;
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            word(0)? & NO_INTERRUPT == 0
+        };
+        if wanted {
             self.interrupts.queue(self.index);
         }
         Ok(())

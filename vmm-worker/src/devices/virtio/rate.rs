@@ -4,10 +4,12 @@
 //! requests are never stuck, and on average the rate holds. Times are CLOCK_MONOTONIC nanoseconds, which both workers of
 //! an upgrade read alike, so a bucket goes on filling through the pause.
 
+use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::RateLimit;
 use serde::Deserialize;
 use serde::Serialize;
 
+use crate::clock;
 use crate::devices::state::StateError;
 
 const NS: u128 = 1_000_000_000;
@@ -107,6 +109,82 @@ impl Bucket {
         }
         self.tokens = tokens.min(capacity(self.limit));
         self.at_ns = at_ns;
+        Ok(())
+    }
+}
+
+/// The buckets of a device, or of one direction.
+#[derive(Debug)]
+pub struct Limits {
+    bytes: Option<Bucket>,
+    operations: Option<Bucket>,
+}
+
+/// Version 1.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct SavedLimits {
+    bytes: Option<SavedBucket>,
+    operations: Option<SavedBucket>,
+}
+
+impl Limits {
+    /// Full buckets.
+    #[must_use]
+    pub fn new(limits: DeviceLimits, now_ns: u64) -> Self {
+        let DeviceLimits { bytes, operations } = limits;
+        let bucket = |limit: Option<_>| limit.map(|limit| Bucket::new(limit, now_ns));
+        Self {
+            bytes: bucket(bytes),
+            operations: bucket(operations),
+        }
+    }
+
+    /// When the next request may go, in nanoseconds from now; 0: now.
+    pub fn wait_ns(&mut self) -> u64 {
+        if self.bytes.is_none() && self.operations.is_none() {
+            return 0;
+        }
+        let now = clock::monotonic_ns();
+        let wait = |bucket: &mut Option<Bucket>| {
+            let bucket = bucket.as_mut();
+            bucket.map_or(0, |bucket| bucket.wait_ns(now))
+        };
+        wait(&mut self.bytes).max(wait(&mut self.operations))
+    }
+
+    /// Takes what one request of so many bytes costs.
+    pub fn take(&mut self, bytes: usize) {
+        if let Some(bucket) = &mut self.bytes {
+            bucket.take(bytes as u64);
+        }
+        if let Some(bucket) = &mut self.operations {
+            bucket.take(1);
+        }
+    }
+
+    /// Says how full they are.
+    #[must_use]
+    pub fn save(&self) -> SavedLimits {
+        let Self { bytes, operations } = self;
+        SavedLimits {
+            bytes: bytes.as_ref().map(Bucket::save),
+            operations: operations.as_ref().map(Bucket::save),
+        }
+    }
+
+    /// Takes over how full they were. A limit that only one of the two has begins full, or ends.
+    ///
+    /// # Errors
+    ///
+    /// As [`Bucket::load`].
+    pub fn load(&mut self, saved: SavedLimits, now_ns: u64) -> Result<(), StateError> {
+        let SavedLimits { bytes, operations } = saved;
+        let own = [&mut self.bytes, &mut self.operations];
+        for (own, saved) in own.into_iter().zip([bytes, operations]) {
+            if let (Some(own), Some(saved)) = (own, saved) {
+                own.load(saved, now_ns)?;
+            }
+        }
         Ok(())
     }
 }

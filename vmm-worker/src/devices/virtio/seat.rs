@@ -111,6 +111,16 @@ impl Seat {
         self.wake.trigger();
     }
 
+    /// Has it served soon, if it runs, and asked again for its sources.
+    pub fn nudge(&self) {
+        let mut state = self.state();
+        if state.running {
+            state.due = Some(Instant::now());
+            drop(state);
+            self.wake.trigger();
+        }
+    }
+
     /// Asks it to be served no further.
     pub fn stop(&self) {
         self.stop.0.store(true, Ordering::SeqCst);
@@ -170,10 +180,13 @@ impl Seat {
 
         let mut state = self.state();
         state.occupant = Some(occupant);
+        // It may have been nudged meanwhile.
+        let nudged = state.due;
+        let due = |due: Instant| Some(nudged.map_or(due, |nudged| nudged.min(due)));
         match outcome {
             Ok(Next::Wait) => {}
-            Ok(Next::Again) => state.due = Some(Instant::now()),
-            Ok(Next::At(due)) => state.due = Some(due),
+            Ok(Next::Again) => state.due = due(Instant::now()),
+            Ok(Next::At(at)) => state.due = due(at),
             Err(broken) => {
                 state.running = false;
                 if !self.complained.swap(true, Ordering::SeqCst) {

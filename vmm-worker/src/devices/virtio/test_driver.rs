@@ -212,6 +212,15 @@ impl Rig {
         self.put(available + 2, &index.to_le_bytes());
     }
 
+    /// The same driver with a device of another worker, which has to be loaded yet.
+    pub(super) fn succeeded_by(&self, device: Box<dyn VirtioDevice>) -> Self {
+        let mut new = Self::on(device, self.ram);
+        let mode = baton_ipc::StartMode::CprTransfer;
+        crate::devices::Device::setup(&mut new.transport, mode).unwrap();
+        new.next.clone_from(&self.next);
+        new
+    }
+
     /// Serves all backends, as I/O threads would.
     pub(super) fn serve(&self) {
         for seat in self.transport.seats() {

@@ -149,7 +149,7 @@ impl Transport {
             .unwrap_or(0)
             .saturating_add(1);
         let interrupts = Arc::new(Interrupts::new(Msix::new(vectors, sink), max_sizes.len()));
-        let seats = device
+        let seats: Vec<(Vec<u16>, Arc<Seat>)> = device
             .backends()
             .into_iter()
             .zip(wakers)
@@ -158,6 +158,7 @@ impl Transport {
                 (queues, Arc::new(seat))
             })
             .collect();
+        device.seated(seats.iter().map(|(_, seat)| Arc::downgrade(seat)).collect());
         let (config, msix_at, access_at) = config_space(&*device, bar, vectors);
         Self {
             slot,

@@ -14,7 +14,6 @@ use super::Disk;
 use super::MAX_DISCARD_SECTORS;
 use super::MAX_DISCARD_SEGMENTS;
 use super::SECTOR;
-use crate::clock;
 use crate::devices::virtio::Backend;
 use crate::devices::virtio::Next;
 use crate::devices::virtio::buffers::Buffers;
@@ -74,31 +73,6 @@ impl BlockQueue {
         }
     }
 
-    /// When the next request may go; 0: now.
-    fn wait_ns(&self) -> u64 {
-        let mut limits = self.disk.limits();
-        let limits = &mut *limits;
-        let (bytes, operations) = (limits.bytes.as_mut(), limits.operations.as_mut());
-        if bytes.is_none() && operations.is_none() {
-            return 0;
-        }
-        let now = clock::monotonic_ns();
-        let wait = |bucket: Option<&mut crate::devices::virtio::rate::Bucket>| {
-            bucket.map_or(0, |bucket| bucket.wait_ns(now))
-        };
-        wait(bytes).max(wait(operations))
-    }
-
-    fn pay(&self, bytes: usize) {
-        let mut limits = self.disk.limits();
-        if let Some(bucket) = &mut limits.bytes {
-            bucket.take(bytes as u64);
-        }
-        if let Some(bucket) = &mut limits.operations {
-            bucket.take(1);
-        }
-    }
-
     /// Serves a request.
     fn request(&mut self, queue: u16, chain: &Chain, stop: &Stop) -> Result<Outcome, Broken> {
         let missing = |what| Broken::Request { queue, what };
@@ -140,7 +114,8 @@ impl BlockQueue {
             }
             _ => (UNSUPP, 0),
         };
-        self.pay(if kind == OUT { sent } else { written });
+        let paid = if kind == OUT { sent } else { written };
+        self.disk.limits().take(paid);
         let place = chain.writable.range(room, 1);
         place.copy_in(&[status]);
         Ok(Outcome::Done(u32::try_from(written).unwrap_or(u32::MAX)))
@@ -321,7 +296,7 @@ impl Backend for BlockQueue {
             if stop.requested() {
                 return Ok(Next::Wait);
             }
-            let wait = self.wait_ns();
+            let wait = self.disk.limits().wait_ns();
             if wait > 0 {
                 // The driver need not notify meanwhile.
                 return Ok(Next::At(Instant::now() + Duration::from_nanos(wait)));

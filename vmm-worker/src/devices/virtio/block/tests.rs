@@ -2,7 +2,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
 use baton_ipc::StartMode;
-use baton_ipc::worker::DiskLimits;
+use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::RateLimit;
 use proptest::prelude::*;
 
@@ -29,7 +29,7 @@ fn config() -> BlockConfig {
         block_size: 512,
         queues: 2,
         serial: "serial-1".to_owned(),
-        limits: DiskLimits::default(),
+        limits: DeviceLimits::default(),
     }
 }
 

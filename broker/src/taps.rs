@@ -1,0 +1,122 @@
+//! Taps: opened once with their final flags, a descriptor a queue, and described to the worker.
+//!
+//! A tap that exists is used as it is: whoever made it has bridged, addressed and filtered it. One that does not is made
+//! if policy lets /dev/net/tun be a tap's origin, brought up, and gone with the last descriptor of it.
+
+use std::fs::OpenOptions;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_ipc::worker::NetConfig;
+use baton_policy::kernel;
+use nix::libc;
+use rustix::fs::OFlags;
+
+use crate::refusal::Result;
+use crate::refusal::unfit;
+use crate::vm_file::net::Interface;
+use crate::vm_file::net::Net;
+
+/// Where the kernel makes taps.
+pub(crate) const TUN: &str = "/dev/net/tun";
+/// Bytes of the header of each frame (`struct virtio_net_hdr_v1`, `linux/virtio_net.h`).
+const HEADER: i32 = 12;
+/// The least MTU that a guest can be told (virtio 1.2, 5.1.4.1: VIRTIO_NET_F_MTU).
+const MIN_MTU: u16 = 68;
+
+/// A tap that is open.
+#[derive(Debug)]
+pub(crate) struct OpenTap {
+    /// One a queue pair.
+    pub(crate) queues: Vec<OwnedFd>,
+    pub(crate) config: NetConfig,
+}
+
+/// Where a tap comes from, as policy is asked: its place in sysfs when it exists, else /dev/net/tun.
+pub(crate) fn origin(tap: &Interface) -> PathBuf {
+    let place = Path::new("/sys/class/net").join(&tap.0);
+    // The kernel answers for the broker's own network namespace, which sysfs may not.
+    if kernel::interface_mtu(&tap.0).is_ok() {
+        place
+    } else {
+        PathBuf::from(TUN)
+    }
+}
+
+/// Opens every queue of a tap.
+pub(crate) fn open(net: &Net) -> Result<OpenTap> {
+    let (id, tap) = (&net.id.0, net.tap.0.as_str());
+    let cannot = |what: &str, e: &dyn std::fmt::Display, remedy: &str| {
+        unfit(
+            format_args!("network interface {id}: cannot {what}: {e}"),
+            remedy,
+        )
+    };
+    let exists = kernel::interface_mtu(tap).is_ok();
+    let mut flags = kernel::IFF_TAP | kernel::IFF_NO_PI | kernel::IFF_VNET_HDR;
+    if net.queues.0 > 1 {
+        flags |= kernel::IFF_MULTI_QUEUE;
+    }
+    let mut queues = Vec::new();
+    for _ in 0..net.queues.0 {
+        // Non-blocking from the start: no holder changes it later, all share the open file.
+        let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+        let queue = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(nonblock)
+            .open(TUN)
+            .map_err(|e| {
+                cannot(
+                    "open /dev/net/tun",
+                    &e,
+                    "load the module tun, and let this user read and write /dev/net/tun",
+                )
+            })?;
+        kernel::tun_set_iff(queue.as_fd(), tap, flags).map_err(|e| {
+            let remedy = match e.raw_os_error() {
+                Some(libc::EPERM) if exists => "make it with this user as its owner: ip tuntap add user",
+                Some(libc::EPERM) => "make it beforehand (ip tuntap add mode tap user), or give the broker CAP_NET_ADMIN",
+                Some(libc::EBUSY) => "end what uses it; a tap belongs to one VM",
+                Some(libc::EINVAL) if exists && net.queues.0 > 1 => {
+                    "it has to be a tap that was made with multi_queue"
+                }
+                Some(libc::EINVAL) if exists => "it has to be a tap, and one without multi_queue",
+                _ => "",
+            };
+            cannot(&format!("attach to {tap}"), &e, remedy)
+        })?;
+        queues.push(OwnedFd::from(queue));
+    }
+    if let Some(first) = queues.first() {
+        kernel::tun_set_vnet_header(first.as_fd(), HEADER)
+            .map_err(|e| cannot("set the length of headers", &e, ""))?;
+    }
+    if !exists {
+        kernel::interface_up(tap).map_err(|e| cannot(&format!("bring {tap} up"), &e, ""))?;
+    }
+    let mtu = kernel::interface_mtu(tap)
+        .map_err(|e| cannot(&format!("ask for the MTU of {tap}"), &e, ""))?;
+    let mtu = u16::try_from(mtu)
+        .ok()
+        .filter(|mtu| *mtu >= MIN_MTU)
+        .ok_or_else(|| {
+            cannot(
+                "use it",
+                &format_args!("its MTU is {mtu}"),
+                "ip link set mtu, 68 to 65535",
+            )
+        })?;
+    Ok(OpenTap {
+        queues,
+        config: NetConfig {
+            mac: net.mac.0,
+            mtu,
+            queues: net.queues.0,
+            limits: net.limit.limits(),
+        },
+    })
+}
