@@ -184,6 +184,10 @@ impl Broker {
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose an identity for the VM")?;
         let deadlines = Deadlines::new(vm.memory.size.0, options.slowness);
+        let clients = Clients::listen(&directory.socket(), &rules.policy)?;
+        if rules.policy.access.is_open() {
+            directory.let_through()?;
+        }
         let mut broker = Self {
             deadlines,
             id: VmId(id),
@@ -197,7 +201,7 @@ impl Broker {
             ids,
             cgroup,
             prover: Prover::new(deadlines.reading()),
-            clients: Clients::listen(&directory.socket())?,
+            clients,
             front: Front::listen(&directory.qmp_socket())?,
             last_upgrade: None,
             console,
@@ -323,10 +327,15 @@ impl Broker {
         self.first_worker()?;
         self.running_worker()?;
         self.advance_upgrade()?;
-        self.clients.accept();
+        self.clients.accept(&self.rules.policy);
         self.advance_front();
-        while let Some(asked) = self.clients.hear(self.state) {
+        while let Some(asked) = self.clients.hear(self.state, &self.rules.policy) {
             self.serve(asked)?;
+        }
+        for (who, name) in std::mem::take(&mut self.clients.denied) {
+            let record =
+                json!({"request": name, "reason": "policy does not let this user ask for it"});
+            self.log.note_by("request-refused", Some(&who), &record);
         }
         for id in self.clients.overdue(self.deadlines.order()) {
             let reply = Reply::Refused(unfit(

@@ -18,9 +18,13 @@ use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use baton_ipc::control::VmState;
+use baton_policy::Policy;
+use baton_policy::access::Right;
+use baton_policy::procfs::TaskStatus;
 use nix::sys::socket::sockopt::PeerPidfd;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::AddressFamily;
 use rustix::net::SocketAddrUnix;
@@ -41,17 +45,6 @@ const QMP_CONNECTIONS: usize = 2;
 
 /// How long nobody is let in after accept(2) has failed for want of descriptors or memory.
 const REST: Duration = Duration::from_millis(100);
-
-/// What a client has to be allowed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Right {
-    /// To see.
-    View,
-    /// To pause, reset and end the guest, and to type into it.
-    Power,
-    /// To replace its worker.
-    Upgrade,
-}
 
 use Right::Power;
 use Right::Upgrade;
@@ -114,6 +107,8 @@ pub(crate) struct Client {
     pub(crate) id: u64,
     /// Who it is, as the kernel says.
     pub(crate) actor: Actor,
+    /// The groups that it was in when it connected.
+    groups: Vec<u32>,
     pub(crate) awaiting: Awaiting,
     pub(crate) since: Instant,
     /// It is told of events.
@@ -140,11 +135,14 @@ pub(crate) struct Clients {
     next: u64,
     /// Nobody can be let in before this: descriptors had run out.
     rest_until: Option<Instant>,
+    /// Who asked for what policy does not let them ask for, for the log.
+    pub(crate) denied: Vec<(Actor, &'static str)>,
 }
 
 impl Clients {
-    /// Listens in the VM's directory, which nobody else may enter.
-    pub(crate) fn listen(path: &Path) -> Result<Self> {
+    /// Listens in the VM's directory. When policy lets others ask for something, everybody may connect; who it is, is what
+    /// the kernel says.
+    pub(crate) fn listen(path: &Path, policy: &Policy) -> Result<Self> {
         let listener = rustix::net::socket_with(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -158,8 +156,13 @@ impl Clients {
                 "choose a shorter --run-dir or name",
             )
         })?;
+        let mode = if policy.access.is_open() {
+            0o666
+        } else {
+            0o600
+        };
         rustix::net::bind(&listener, &address)
-            .and_then(|()| rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR))
+            .and_then(|()| rustix::fs::chmod(path, Mode::from_raw_mode(mode)))
             .and_then(|()| rustix::net::listen(&listener, 16))
             .doing(format_args!("cannot listen on {}", path.display()))?;
         Ok(Self {
@@ -167,6 +170,7 @@ impl Clients {
             clients: Vec::new(),
             next: 0,
             rest_until: None,
+            denied: Vec::new(),
         })
     }
 
@@ -184,7 +188,7 @@ impl Clients {
     }
 
     /// Takes everybody who waits at the door.
-    pub(crate) fn accept(&mut self) {
+    pub(crate) fn accept(&mut self, policy: &Policy) {
         if self.rest_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
@@ -204,25 +208,28 @@ impl Clients {
             let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
                 continue;
             };
-            let me = rustix::process::geteuid();
-            let known = peer.uid.is_root() || peer.uid == me;
+            let (user, groups) = (peer.uid.as_raw(), groups(&socket, &peer));
+            let rights = [View, Power, Upgrade];
+            let known = rights
+                .into_iter()
+                .any(|right| may(policy, right, user, &groups));
             let direct = self.clients.iter().filter(|client| !client.qmp).count();
             if !known || direct >= MAX_CLIENTS {
                 continue;
             }
             let actor = actor(&socket, &peer);
-            self.greet(FdSocket::from(socket), actor, false);
+            self.greet(FdSocket::from(socket), actor, groups, false);
         }
     }
 
     /// Takes the connections that the QMP front has for one of its clients.
     pub(crate) fn adopt(&mut self, sockets: [FdSocket; QMP_CONNECTIONS], actor: &Actor) {
         for socket in sockets {
-            self.greet(socket, actor.clone(), true);
+            self.greet(socket, actor.clone(), Vec::new(), true);
         }
     }
 
-    fn greet(&mut self, socket: FdSocket, actor: Actor, qmp: bool) {
+    fn greet(&mut self, socket: FdSocket, actor: Actor, groups: Vec<u32>, qmp: bool) {
         let channel = Channel::new(socket);
         let hello = Reply::Hello {
             protocol: PROTOCOL,
@@ -233,6 +240,7 @@ impl Clients {
             self.clients.push(Client {
                 id: self.next,
                 actor,
+                groups,
                 awaiting: Awaiting::Nothing,
                 since: Instant::now(),
                 subscribed: false,
@@ -263,7 +271,7 @@ impl Clients {
     }
 
     /// The next request that is permitted in this state, and all others answered or turned away.
-    pub(crate) fn hear(&mut self, state: VmState) -> Option<Asked> {
+    pub(crate) fn hear(&mut self, state: VmState, policy: &Policy) -> Option<Asked> {
         let mut index = 0;
         while let Some(client) = self.clients.get_mut(index) {
             match client.channel.receive() {
@@ -279,6 +287,13 @@ impl Clients {
                         self.clients.swap_remove(index);
                         continue;
                     };
+                    let (user, groups) = (client.actor.uid, &client.groups);
+                    if !may(policy, row.3, user, groups) {
+                        let id = client.id;
+                        self.denied.push((client.actor.clone(), row.0));
+                        self.reply(id, &Reply::Refused(denied(policy, row, user)));
+                        continue;
+                    }
                     match admit(row, &request, state, descriptors.len()) {
                         Ok(()) => {
                             return Some(Asked {
@@ -363,6 +378,41 @@ impl Clients {
     }
 }
 
+/// Whether somebody may ask for what takes this right. Root could anyway, and the broker's user is the broker.
+fn may(policy: &Policy, right: Right, user: u32, groups: &[u32]) -> bool {
+    user == 0
+        || user == rustix::process::geteuid().as_raw()
+        || policy.access.permits(right, user, groups)
+}
+
+fn denied(policy: &Policy, row: &Row, user: u32) -> Refusal {
+    let (name, _, _, right) = row;
+    crate::refusal::refused(
+        format_args!(
+            "policy {} does not let user {user} ask for `{name}`",
+            policy.name
+        ),
+        format_args!("it takes the right `{right}`: [[access]] in the policy gives it"),
+    )
+}
+
+/// The groups of who is at the other end; none but its first one if it is gone by now.
+fn groups(socket: &OwnedFd, peer: &UCred) -> Vec<u32> {
+    let mut groups = vec![peer.gid.as_raw()];
+    let pid = peer.pid.as_raw_nonzero().get();
+    if let Ok(held) = nix::sys::socket::getsockopt(socket, PeerPidfd) {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+            .ok()
+            .and_then(|text| TaskStatus::parse(&text).ok());
+        let mut fds = [PollFd::new(&held, PollFlags::IN)];
+        // Not readable: it has not ended, so what was read is its own record (pidfd_open(2)).
+        if rustix::event::poll(&mut fds, Some(&Timespec::default())) == Ok(0) {
+            groups.extend(status.into_iter().flat_map(|status| status.groups));
+        }
+    }
+    groups
+}
+
 /// Who is at the other end. The unit is that of the process that connected, or none when that is gone by now: its number
 /// may be another's.
 pub(crate) fn actor(socket: &OwnedFd, peer: &UCred) -> Actor {
@@ -389,7 +439,7 @@ fn admit(
     state: VmState,
     descriptors: usize,
 ) -> std::result::Result<(), Refusal> {
-    let (name, _, states, _right) = row;
+    let (name, _, states, _) = row;
     let most = usize::from(matches!(request, Request::Upgrade { .. }));
     if descriptors > most {
         return Err(refusal(

@@ -11,6 +11,7 @@ use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -179,6 +180,18 @@ impl VmDirectory {
         }
         for stale in ["state.json", "state.new", SOCKET, QMP_SOCKET, "console.pty"] {
             let _ = fs::remove_file(self.path.join(stale));
+        }
+        Ok(())
+    }
+
+    /// Lets others through to the control socket, and to nothing else: they can pass, not list, and every file here is the
+    /// broker's alone.
+    pub(crate) fn let_through(&self) -> Result<()> {
+        let run_dir = self.path.parent().unwrap_or(Path::new("/"));
+        for directory in [run_dir, &self.path] {
+            fs::set_permissions(directory, fs::Permissions::from_mode(0o711)).doing(
+                format_args!("cannot let others through {}", directory.display()),
+            )?;
         }
         Ok(())
     }

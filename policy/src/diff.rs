@@ -59,6 +59,7 @@ impl Difference {
         changes.workers(old, new);
         changes.process(old, new);
         changes.descriptors(old, new);
+        changes.access(old, new);
         changes.roles(old, new);
         Self { changes: changes.0 }
     }
@@ -237,6 +238,20 @@ impl Changes {
                 after < before,
                 "landlock",
                 format!("ABI {after} suffices instead of {before}"),
+            );
+        }
+    }
+
+    fn access(&mut self, old: &Policy, new: &Policy) {
+        let (before, after) = (old.access.sentences(), new.access.sentences());
+        for sentence in after.difference(&before) {
+            self.add(Direction::Widens, "access", sentence.clone());
+        }
+        for sentence in before.difference(&after) {
+            self.add(
+                Direction::Narrows,
+                "access",
+                format!("no longer: {sentence}"),
             );
         }
     }

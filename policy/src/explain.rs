@@ -214,7 +214,7 @@ impl Policy {
         } else {
             "is refused"
         };
-        vec![
+        let mut sentences = vec![
             format!(
                 "A worker runs under a host user and group of its own, {} to {last}; a broker without privilege {unprivileged}.",
                 self.ids.first
@@ -230,7 +230,22 @@ impl Policy {
                 "Landlock denies everything that it can; the kernel must know ABI {} at least.",
                 self.landlock.floor_abi
             ),
-        ]
+        ];
+        for rule in &self.access.0 {
+            let list = |ids: &BTreeSet<u32>| {
+                let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+                ids.join(", ")
+            };
+            let rights: Vec<String> = rule.rights.iter().map(ToString::to_string).collect();
+            sentences.push(format!(
+                "Besides root and the broker's user, users [{}] and groups [{}] may {}: {}.",
+                list(&rule.users),
+                list(&rule.groups),
+                rights.join(", "),
+                rule.why
+            ));
+        }
+        sentences
     }
 
     fn descriptor_sentences(&self) -> Vec<String> {

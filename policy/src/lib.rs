@@ -10,6 +10,7 @@
 //! crate of this workspace. Its only unsafe code is in [`kernel`].
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+pub mod access;
 mod bounds;
 pub mod bpf;
 pub mod capabilities;

@@ -43,6 +43,8 @@ pub struct Policy {
     pub workers: Workers,
     /// The host ids that workers run under.
     pub ids: Ids,
+    /// Who may ask the broker for what, besides root and the broker's user.
+    pub access: crate::access::Access,
     /// Namespaces that are the worker's own.
     pub namespaces: BTreeSet<Namespace>,
     /// Threads beyond the vCPUs.

@@ -31,6 +31,7 @@ pub struct Builder {
     allowed: Vec<PathBuf>,
     disks: Vec<(String, u64, String)>,
     nets: Vec<(String, String)>,
+    policy: Option<String>,
 }
 
 impl Builder {
@@ -47,6 +48,7 @@ impl Builder {
             allowed: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
+            policy: None,
         }
     }
 
@@ -89,6 +91,13 @@ impl Builder {
     #[must_use]
     pub fn slowness(mut self, times: u32) -> Self {
         self.slowness = times;
+        self
+    }
+
+    /// Under a policy of this text.
+    #[must_use]
+    pub fn policy(mut self, text: &str) -> Self {
+        self.policy = Some(text.to_owned());
         self
     }
 
@@ -135,7 +144,9 @@ impl Builder {
         if let Some(faults) = &self.faults {
             site.environment("BATON_FAIL", faults);
         }
-        let policy = if self.allowed.is_empty() {
+        let policy = if let Some(text) = &self.policy {
+            site.write("policy.toml", text).display().to_string()
+        } else if self.allowed.is_empty() {
             "default".to_owned()
         } else {
             let allowed: Vec<_> = self.allowed.iter().map(PathBuf::as_path).collect();

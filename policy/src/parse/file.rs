@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::access::Right;
 use crate::descriptors::{Access, Kind, Seal};
 use crate::policy::{Namespace, Role, Violation};
 use crate::rlimits::Resource;
@@ -19,6 +20,8 @@ pub(super) struct File {
     pub(super) name: Spanned<String>,
     pub(super) workers: FileWorkers,
     pub(super) ids: Spanned<FileIds>,
+    #[serde(default)]
+    pub(super) access: Vec<FileAccess>,
     pub(super) namespaces: FileNamespaces,
     pub(super) threads: FileThreads,
     pub(super) rlimits: BTreeMap<Resource, Spanned<FileLimit>>,
@@ -45,6 +48,17 @@ pub(super) struct FileIds {
     pub(super) first: u32,
     pub(super) count: u32,
     pub(super) unprivileged_broker: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileAccess {
+    pub(super) to: Spanned<BTreeSet<Right>>,
+    #[serde(default)]
+    pub(super) users: BTreeSet<u32>,
+    #[serde(default)]
+    pub(super) groups: BTreeSet<u32>,
+    pub(super) why: Spanned<String>,
 }
 
 #[derive(Deserialize)]

@@ -17,9 +17,10 @@ use serde::Deserialize;
 use toml::Spanned;
 
 pub use error::{Place, PolicyError, Problem};
-use file::{File, FileGrant, FileIds, FileLimit, FileRole, FileWorkers};
+use file::{File, FileAccess, FileGrant, FileIds, FileLimit, FileRole, FileWorkers};
 use source::{Source, one_line};
 
+use crate::access::{Access, AccessRule};
 use crate::capabilities::Capabilities;
 use crate::descriptors::{Grant, Kind, PathPattern};
 use crate::digest::Digest;
@@ -78,6 +79,7 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
         digest: Digest::of(text.as_bytes()),
         workers: workers(&source, file.workers)?,
         ids: ids(&source, &file.ids)?,
+        access: access(&source, file.access)?,
         namespaces: file.namespaces.required.into_iter().collect(),
         threads: Threads {
             headroom: file.threads.headroom,
@@ -139,6 +141,26 @@ fn ids(source: &Source<'_>, file: &Spanned<FileIds>) -> Result<Ids, PolicyError>
         })
     };
     range().ok_or_else(|| source.error(file.span(), Problem::IdRange { first, count }))
+}
+
+fn access(source: &Source<'_>, file: Vec<FileAccess>) -> Result<Access, PolicyError> {
+    let rules = file.into_iter().map(|rule| {
+        let span = rule.to.span();
+        if rule.to.get_ref().is_empty() {
+            return Err(source.error(span, Problem::Empty("to")));
+        }
+        if rule.users.is_empty() && rule.groups.is_empty() {
+            return Err(source.error(span, Problem::Empty("users")));
+        }
+        Ok(AccessRule {
+            line: source.line(&span),
+            rights: rule.to.into_inner(),
+            users: rule.users,
+            groups: rule.groups,
+            why: source.reason(rule.why)?,
+        })
+    });
+    rules.collect::<Result<_, _>>().map(Access)
 }
 
 fn rlimits(

@@ -1,0 +1,119 @@
+//! Who may ask a broker for what: root and its own user for everything, others for what policy gives them, and whoever is
+//! refused is in the log.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+
+use baton_tests::Answer;
+use baton_tests::Builder;
+use baton_tests::Vm;
+
+/// A user and a group that nobody else in these tests is.
+const OPERATOR: u32 = 65_001;
+const STRANGER: u32 = 65_002;
+const GROUP: u32 = 65_010;
+
+const RULES: &str = "
+[[access]]
+to = [\"view\"]
+groups = [65010]
+why = \"monitoring\"
+[[access]]
+to = [\"power\"]
+users = [65001]
+why = \"operators\"
+";
+
+fn vm(rules: &str) -> Vm {
+    let text = format!(
+        "{}\n{rules}",
+        fs::read_to_string(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../policy/default.toml"
+        ))
+        .unwrap()
+    );
+    Builder::release().policy(&text).start_in(|site| {
+        // The test's own directory is closed to others, which is not what this is about.
+        fs::set_permissions(site.path(""), fs::Permissions::from_mode(0o711)).unwrap();
+    })
+}
+
+fn ask_as(vm: &Vm, user: u32, group: u32, words: &[&str]) -> Answer {
+    // A copy that everybody may execute, wherever the build lies.
+    let program = vm.site.path("baton-for-all");
+    fs::copy(vm.site.binaries().baton(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = std::process::Command::new(program)
+        .arg("--run-dir")
+        .arg(vm.site.run_dir())
+        .arg("--json")
+        .args(words)
+        .uid(user)
+        .gid(group)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Answer::of(&output)
+}
+
+#[test]
+fn policy_says_who_may_see_and_who_may_pause() {
+    let vm = vm(RULES);
+    let name = vm.site.name.as_str();
+    let viewer = |words: &[&str]| ask_as(&vm, STRANGER, GROUP, words);
+    let operator = |words: &[&str]| ask_as(&vm, OPERATOR, OPERATOR, words);
+    viewer(&["status", name]).expect(0);
+    viewer(&["audit", name]).expect(0);
+    let refused = viewer(&["pause", name]).expect(30);
+    assert!(
+        refused.stderr.contains("does not let user 65002"),
+        "{refused:?}"
+    );
+    viewer(&["stop", "--force", name]).expect(30);
+    operator(&["pause", name]).expect(0);
+    operator(&["resume", name]).expect(0);
+    operator(&["status", name]).expect(30);
+    operator(&["upgrade", name]).expect(30);
+    // Who has no right at all is not even greeted.
+    assert_ne!(
+        ask_as(&vm, STRANGER, STRANGER, &["status", name]).code,
+        Some(0)
+    );
+    // Nobody sees more of the directory than the socket.
+    for file in ["state.json", "lock"] {
+        let path = vm.site.run_dir().join(name).join(file);
+        let mode = fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{file}");
+    }
+    vm.assert_upgrades();
+    let log = vm.audit_log();
+    let refused: Vec<String> = log
+        .of("request-refused")
+        .map(|record| {
+            let text = |pointer| record.record.pointer(pointer).unwrap().as_str().unwrap();
+            format!("{} {}", text("/actor/user/uid"), text("/unmapped/request"))
+        })
+        .collect();
+    assert_eq!(
+        refused,
+        ["65002 pause", "65002 stop", "65001 status", "65001 upgrade"]
+    );
+}
+
+#[test]
+fn without_rules_nobody_else_gets_in() {
+    let vm = vm("");
+    let name = vm.site.name.as_str();
+    assert_ne!(
+        ask_as(&vm, OPERATOR, GROUP, &["status", name]).code,
+        Some(0)
+    );
+    let mode = fs::metadata(vm.site.run_dir().join(name))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o077, 0);
+}
