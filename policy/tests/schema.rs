@@ -89,11 +89,10 @@ fn by_parser(value: &Value) -> bool {
 }
 
 fn builtin() -> Value {
-    let table: toml::Table = toml::from_str(BUILTIN).unwrap();
-    let mut value = serde_json::to_value(table).unwrap();
-    // What the built-in policy has none of.
-    value["access"] = json!([{"to": ["view"], "users": [7], "groups": [40], "why": "operators"}]);
-    value
+    // What the built-in policy has none of comes with it.
+    let access = "[[access]]\nto = [\"view\"]\nusers = [7]\ngroups = [40]\nwhy = \"operators\"\n";
+    let table: toml::Table = toml::from_str(&format!("{BUILTIN}\n{access}")).unwrap();
+    serde_json::to_value(table).unwrap()
 }
 
 /// Every object in the document, by its place.
