@@ -351,7 +351,7 @@ fn every_table_is_compared() {
             "seals = [\"shrink\", \"grow\"]".into(),
             "descriptors",
         ),
-        ("count = 256", "count = 257".into(), "descriptors"),
+        ("count = 1024", "count = 1025".into(), "descriptors"),
         (
             "paths = [\"/dev/kvm\"]",
             "paths = [\"/dev/kvm\", \"/dev/mem\"]".into(),

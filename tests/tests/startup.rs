@@ -93,6 +93,13 @@ fn ticks(pid: i32) -> u64 {
 #[test]
 fn a_broker_without_a_free_descriptor_waits_for_one_and_does_not_spin() {
     let vm = Builder::release().start();
+    let spent_in_a_second = || {
+        let before = ticks(vm.broker);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        ticks(vm.broker) - before
+    };
+    // Its guest's console keeps it busy a little.
+    let ordinary = spent_in_a_second();
     let is_free = |fd: &usize| !Path::new(&format!("/proc/{}/fd/{fd}", vm.broker)).exists();
     let lowest_free = (0..).find(is_free).unwrap();
     let limit = |most: &str| {
@@ -113,11 +120,12 @@ fn a_broker_without_a_free_descriptor_waits_for_one_and_does_not_spin() {
         .spawn()
         .unwrap();
     std::thread::sleep(std::time::Duration::from_millis(300));
-    let before = ticks(vm.broker);
-    std::thread::sleep(std::time::Duration::from_secs(1));
-    let spent = ticks(vm.broker) - before;
+    let spent = spent_in_a_second();
     limit("1024");
-    assert!(spent < 8, "{spent} of 100 ticks were spent waiting");
+    assert!(
+        spent < ordinary + 15,
+        "{spent} of 100 ticks were spent waiting, {ordinary} otherwise"
+    );
     assert!(waiting.wait().unwrap().success(), "it is served later");
     vm.assert_upgrades();
 }
