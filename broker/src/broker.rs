@@ -221,9 +221,22 @@ impl Broker {
             vm,
             log,
         };
-        let binary =
-            crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)?;
-        let config = broker.config(1, StartMode::None, &broker.rules.compiled)?;
+        let prepared =
+            crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)
+                .and_then(|binary| {
+                    Ok((
+                        binary,
+                        broker.config(1, StartMode::None, &broker.rules.compiled)?,
+                    ))
+                });
+        let (binary, config) = match prepared {
+            Ok(prepared) => prepared,
+            Err(refusal) => {
+                // Before the broker goes, and its cgroup with it: one that somebody is in stays.
+                drop(begun);
+                return Err(refusal);
+            }
+        };
         broker.first = Some(broker.launch(begun, binary, config, &broker.rules)?);
         Ok(broker)
     }

@@ -67,7 +67,7 @@ mod its_first_word {
         claims_an_impossible_length: "raw.length" in "spawn" says "malformed";
         is_empty: "raw.empty" in "spawn" says "closed its control socket";
         is_its_hang_up: "raw.hang-up" in "spawn" says "closed its control socket";
-        is_another_protocol: "first.protocol" in "spawn" says "protocol 2";
+        is_another_protocol: "first.protocol" in "spawn" says "from the future) speaks protocol";
         comes_with_a_descriptor_planted: "first.one-more" in "spawn" says "it holds descriptors 0, 1, 2, 3";
         brings_descriptors: "first.descriptors" in "spawn" says "1 descriptors";
         is_ready: "first.ready" in "spawn" says "`ready` in phase Spawned";
