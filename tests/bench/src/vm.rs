@@ -125,7 +125,7 @@ impl Vm {
         text.lines()
             .rev()
             .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .find_map(|record| record.get("start_us").and_then(Value::as_u64))
+            .find_map(|record| record.pointer("/unmapped/start_us").and_then(Value::as_u64))
             .context("the audit log tells of no start")
     }
 
