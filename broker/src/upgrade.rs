@@ -9,51 +9,40 @@
 //! S2 to S5 are driven by the loop while the guest runs; the pause is one call. Exactly one terminal record is written, and
 //! synced, after the guest runs again and before anybody is told.
 
+mod confirm;
+mod ending;
+mod steps;
+
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 use std::time::Instant;
 
 use baton_audit::Actor;
-use baton_audit::quoted;
 use baton_ipc::StartMode;
-use baton_ipc::control::Exit;
 use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
-use baton_ipc::control::Reply;
 use baton_ipc::control::Step;
-use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::control::VmState;
-use baton_ipc::worker::Order;
 use baton_ipc::worker::WorkerConfig;
 use baton_policy::Confinement;
-use baton_policy::proof::Finding;
-use baton_policy::proof::Moment;
 use serde_json::json;
 
 use crate::binary::WorkerBinary;
 use crate::broker::Broker;
 use crate::broker::Rules;
-use crate::clients::Awaiting;
 use crate::launch::Begun;
 use crate::launch::Program;
 use crate::nascent::Advance;
 use crate::nascent::Nascent;
-use crate::pause;
-use crate::pause::PauseEnd;
 use crate::pause::PauseFacts;
 use crate::phase_clock::PhaseClock;
 use crate::process::is_stopped;
-use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
-use crate::refusal::complain;
-use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::worker::Phase;
-use crate::worker::Worker;
 
 /// An upgrade under way.
 #[derive(Debug)]
@@ -294,398 +283,5 @@ impl Broker {
             Ok(()) => Ok(()),
             Err(refusal) => self.abort(&refusal.reason),
         }
-    }
-
-    /// S3: the new worker is confirmed; both are told of each other.
-    fn agree(&mut self) -> Result<()> {
-        let Some(mut upgrade) = self.upgrade.take() else {
-            return Ok(());
-        };
-        let agreed = self.agree_in(&mut upgrade);
-        self.upgrade = Some(upgrade);
-        agreed
-    }
-
-    fn agree_in(&mut self, upgrade: &mut Upgrade) -> Result<()> {
-        let Some(nascent) = &mut upgrade.nascent else {
-            return Ok(());
-        };
-        self.confirm_fresh(nascent, &upgrade.rules)?;
-        upgrade.clock.enter(Step::Agree);
-        self.progress(Step::Agree);
-        #[cfg(feature = "fail-points")]
-        {
-            crate::fail_point::act_at(Step::Agree, self.worker.as_ref(), nascent.worker());
-            nascent.arm(crate::fail_point::for_new());
-            for point in crate::fail_point::for_old() {
-                self.worker
-                    .iter()
-                    .for_each(|old| drop(old.order(&Order::Fail(point))));
-            }
-        }
-        let (old_end, new_end) = UnixStream::pair().doing("cannot make the main channel")?;
-        for end in [&old_end, &new_end] {
-            end.set_nonblocking(true)
-                .doing("cannot make the main channel")?;
-        }
-        nascent
-            .configure(Some(new_end.into()))
-            .doing("cannot configure the new worker")?;
-        let old = self
-            .worker
-            .as_mut()
-            .ok_or_else(|| unfit("there is no worker", ""))?;
-        old.phase = Phase::Transferring;
-        old.order_with(&Order::Transfer, &[old_end.as_fd()])
-            .doing("cannot tell the old worker")?;
-        nascent.deadline = Instant::now() + self.deadlines.of(Step::Agree);
-        // Both ends close here: each worker sees the other's end, and the broker can read neither.
-        Ok(())
-    }
-
-    /// S4: versions and machine agree; the descriptors go over.
-    pub(crate) fn upgrade_agreed(&mut self) -> Result<()> {
-        self.or_abort(|broker| {
-            let Some(mut upgrade) = broker.upgrade.take() else {
-                return Ok(());
-            };
-            let handed = broker.hand_over_in(&mut upgrade);
-            broker.upgrade = Some(upgrade);
-            handed
-        })
-    }
-
-    fn hand_over_in(&mut self, upgrade: &mut Upgrade) -> Result<()> {
-        let (Some(nascent), None) = (&mut upgrade.nascent, &upgrade.aborting) else {
-            return Ok(());
-        };
-        if upgrade.clock.step() != Step::Agree {
-            return Err(unfit("the old worker has agreed twice", ""));
-        }
-        upgrade.clock.enter(Step::HandOver);
-        self.progress(Step::HandOver);
-        #[cfg(feature = "fail-points")]
-        crate::fail_point::act_at(Step::HandOver, self.worker.as_ref(), nascent.worker());
-        self.record_grants(self.generation() + 1, StartMode::CprTransfer)?;
-        let bound = self.deadlines.of(Step::Build);
-        nascent
-            .hand_over(&self.registry, bound)
-            .doing("cannot hand the descriptors over")?;
-        upgrade.clock.enter(Step::Build);
-        self.progress(Step::Build);
-        #[cfg(feature = "fail-points")]
-        crate::fail_point::act_at(Step::Build, self.worker.as_ref(), nascent.worker());
-        Ok(())
-    }
-
-    /// S6 to S10.
-    fn take_over(&mut self) -> Result<()> {
-        let Some(mut upgrade) = self.upgrade.take() else {
-            return Ok(());
-        };
-        let Some(nascent) = upgrade.nascent.take() else {
-            return Ok(());
-        };
-        let new = nascent.into_worker()?;
-        let confirmed = self.confirm_settled(&new, &upgrade.rules);
-        let stopped = self
-            .worker
-            .as_ref()
-            .is_some_and(|old| is_stopped(old.process.pid));
-        self.upgrade = Some(upgrade);
-        if confirmed.is_err() || stopped {
-            self.retire(new);
-            confirmed?;
-            return Err(unfit("the old worker is stopped", ""));
-        }
-        if self.upgrade.as_ref().is_some_and(|upgrade| upgrade.dry_run) {
-            self.retire(new);
-            return self.roll_back_transfer(Outcome::Rehearsed, String::new());
-        }
-        // Should this process die after the commit, this is how the guest's worker is found.
-        if let Err(refusal) = self.publish_with(Some(new.process)) {
-            self.retire(new);
-            return Err(refusal);
-        }
-        self.pause_and_switch(new)
-    }
-
-    fn pause_and_switch(&mut self, mut new: Worker) -> Result<()> {
-        let (Some(mut upgrade), Some(mut old)) = (self.upgrade.take(), self.worker.take()) else {
-            return Ok(());
-        };
-        let log = &mut self.log;
-        let generation = new.generation;
-        let (end, facts) = pause::run(
-            &mut old,
-            &mut new,
-            self.deadlines,
-            &mut upgrade.clock,
-            self.paused,
-            |digest| {
-                log.write(
-                    "commit-intent",
-                    &json!({"generation": generation, "state_digest": digest.to_string()}),
-                )
-                .recorded()
-            },
-        );
-        let step = upgrade.clock.step();
-        self.paused_and_switched(&upgrade.clock, &end, &facts);
-        let (outcome, reason) = match end {
-            PauseEnd::Committed => {
-                upgrade.clock.enter(Step::Retire);
-                self.worker = Some(new);
-                self.retire(old);
-                self.rules = upgrade.rules;
-                self.state = self.at_rest();
-                (Outcome::Committed, String::new())
-            }
-            PauseEnd::RolledBack(reason) => {
-                self.worker = Some(old);
-                self.retire(new);
-                self.state = self.at_rest();
-                (Outcome::Aborted, reason)
-            }
-            PauseEnd::Lost(reason) => {
-                self.retire(old);
-                self.retire(new);
-                (Outcome::Lost, reason)
-            }
-        };
-        // Each of these whatever becomes of the others: the guest's fate is decided.
-        let published = self.publish();
-        let finished = self.finish(outcome, step, &reason, upgrade.clock, &facts);
-        let handled = facts
-            .events
-            .iter()
-            .try_for_each(|event| self.guest_event(event));
-        let lost = match outcome {
-            Outcome::Lost => self.lose(&reason),
-            _ => Ok(()),
-        };
-        for failed in [published, finished, handled, lost] {
-            if let Err(refusal) = failed {
-                complain(&refusal);
-            }
-        }
-        // A worker that was parked had no time for questions.
-        let status = Reply::Status(Box::new(self.vm_status()));
-        self.clients.answer(Awaiting::Status, &status);
-        Ok(())
-    }
-
-    /// The state between upgrades.
-    fn at_rest(&self) -> VmState {
-        if self.paused {
-            VmState::Paused
-        } else {
-            VmState::Running
-        }
-    }
-
-    /// Kills a worker that does not hold the guest, and forgets it when it is gone.
-    fn retire(&mut self, worker: Worker) {
-        worker.kill();
-        self.retired.push(worker);
-    }
-
-    /// The old worker has refused or failed before the pause.
-    pub(crate) fn upgrade_refused(&mut self, reason: &str) -> Result<()> {
-        match &self.upgrade {
-            Some(upgrade) if upgrade.aborting.is_none() => self.abort(reason),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether it has neither failed nor paused the guest.
-    pub(crate) fn upgrade_can_be_cancelled(&self) -> bool {
-        self.upgrade
-            .as_ref()
-            .is_some_and(|upgrade| upgrade.aborting.is_none())
-    }
-
-    /// Ends an upgrade whose guest was never paused.
-    pub(crate) fn abort(&mut self, reason: &str) -> Result<()> {
-        self.roll_back_transfer(Outcome::Aborted, reason.to_owned())
-    }
-
-    fn roll_back_transfer(&mut self, outcome: Outcome, reason: String) -> Result<()> {
-        let Some(upgrade) = &mut self.upgrade else {
-            return Ok(());
-        };
-        if self.worker.as_ref().is_some_and(Worker::is_dead) {
-            // Nobody is left to run on; its death may be what the new one failed of.
-            return self.lose(&format!("{reason}; and the old worker is dead"));
-        }
-        upgrade.aborting = Some(Abort {
-            outcome,
-            step: upgrade.clock.step(),
-            reason,
-            by: Instant::now() + self.deadlines.order(),
-        });
-        let dead = upgrade.nascent.take().and_then(Nascent::into_dead);
-        self.retired.extend(dead);
-        match &mut self.worker {
-            // It knows of the transfer, and says when it has forgotten it.
-            Some(old)
-                if old.phase == Phase::Transferring && old.order(&Order::Rollback).is_ok() =>
-            {
-                old.phase = Phase::RollingBack;
-                Ok(())
-            }
-            _ => self.upgrade_rolled_back(),
-        }
-    }
-
-    /// The old worker is as before: the abort is complete.
-    pub(crate) fn upgrade_rolled_back(&mut self) -> Result<()> {
-        if self
-            .upgrade
-            .as_ref()
-            .is_none_or(|upgrade| upgrade.aborting.is_none())
-        {
-            return Ok(());
-        }
-        let Some(Upgrade {
-            clock,
-            aborting: Some(abort),
-            ..
-        }) = self.upgrade.take()
-        else {
-            return Ok(());
-        };
-        if self.state == VmState::Upgrading {
-            self.state = self.at_rest();
-        }
-        self.finish(
-            abort.outcome,
-            abort.step,
-            &abort.reason,
-            clock,
-            &PauseFacts::default(),
-        )
-    }
-
-    /// The guest is lost while an upgrade is under way.
-    pub(crate) fn upgrade_lost(&mut self, reason: &str) -> Result<()> {
-        let Some(mut upgrade) = self.upgrade.take() else {
-            return Ok(());
-        };
-        self.retired
-            .extend(upgrade.nascent.take().and_then(Nascent::into_dead));
-        let step = upgrade.clock.step();
-        let reason = match upgrade.aborting {
-            Some(abort) => format!("{reason}, while the upgrade was aborted: {}", abort.reason),
-            None => reason.to_owned(),
-        };
-        self.finish(
-            Outcome::Lost,
-            step,
-            &reason,
-            upgrade.clock,
-            &PauseFacts::default(),
-        )
-    }
-
-    /// The terminal record, and then the answer.
-    fn finish(
-        &mut self,
-        outcome: Outcome,
-        step: Step,
-        reason: &str,
-        clock: PhaseClock,
-        facts: &PauseFacts,
-    ) -> Result<()> {
-        let failed = matches!(outcome, Outcome::Aborted | Outcome::Lost);
-        let outcome = UpgradeOutcome {
-            outcome,
-            generation: self.generation(),
-            worker_pid: self
-                .worker
-                .as_ref()
-                .map_or(0, |worker| worker.process.pid.unsigned_abs()),
-            worker_digest: self
-                .worker
-                .as_ref()
-                .map(|worker| worker.digest.to_string())
-                .unwrap_or_default(),
-            blackout_us: facts.blackout_us,
-            pause_us: facts.pause_us,
-            total_ms: u64::try_from(clock.total().as_millis()).unwrap_or(u64::MAX),
-            state_bytes: facts.state_bytes,
-            state_digest: facts
-                .digest
-                .map(|digest| digest.to_string())
-                .unwrap_or_default(),
-            phases: clock.finish(),
-            failed_step: failed.then_some(step),
-            reason: quoted(reason),
-        };
-        let written = self.log.write_synced("upgrade", &outcome);
-        self.log.release();
-        self.last_upgrade = Some(outcome.clone());
-        self.happened(Happening::UpgradeEnded(Box::new(outcome.clone())));
-        self.clients
-            .answer(Awaiting::Upgrade, &Reply::Upgrade(Box::new(outcome)));
-        // A log that cannot be written is the operator's to mend; the guest does not pay for it.
-        if let Err(refusal) = written {
-            complain(&refusal);
-        }
-        Ok(())
-    }
-
-    fn progress(&mut self, step: Step) {
-        self.clients
-            .answer(Awaiting::Upgrade, &Reply::Progress(step));
-    }
-
-    /// Confirms a worker from the kernel's records before it is given anything.
-    pub(crate) fn confirm_fresh(&mut self, nascent: &Nascent, rules: &Rules) -> Result<()> {
-        let Some(worker) = nascent.worker() else {
-            return Err(unfit("the worker is not there", ""));
-        };
-        let mut findings = nascent.confirm_process(self.cgroup.as_ref());
-        findings.extend(
-            self.prover
-                .threads(rules, worker.process.pid, worker.ids, Moment::Fresh)
-                .findings,
-        );
-        self.judge("confirmed-fresh", worker.generation, &findings)
-    }
-
-    /// Confirms the last filters of all its threads before the guest runs in it.
-    pub(crate) fn confirm_settled(&mut self, worker: &Worker, rules: &Rules) -> Result<()> {
-        let verdict = self
-            .prover
-            .threads(rules, worker.process.pid, worker.ids, self.settled());
-        self.judge("confirmed-settled", worker.generation, &verdict.findings)
-    }
-
-    /// What a worker looks like when its guest runs.
-    pub(crate) fn settled(&self) -> Moment {
-        Moment::Settled {
-            vcpus: u32::from(self.vm.cpus.count.0),
-            io: self.io_threads().into(),
-        }
-    }
-
-    fn judge(&mut self, event: &str, generation: u32, findings: &[Finding]) -> Result<()> {
-        let findings: Vec<_> = findings.iter().map(ToString::to_string).collect();
-        self.log.write(event, &json!({
-            "generation": generation, "findings": findings, "filters_unreadable": self.prover.unreadable,
-        }))
-        .recorded()?;
-        if findings.is_empty() {
-            return Ok(());
-        }
-        Err(refusal(
-            Exit::Unfit,
-            format_args!(
-                "the worker is not confined as policy says: {}",
-                findings.join("; ")
-            ),
-            "`baton doctor` says what this host lacks",
-        ))
     }
 }

@@ -1,0 +1,327 @@
+//! A start: everything that the VM file names is opened, and the first worker is brought to run its guest.
+
+use super::Broker;
+use super::Options;
+use crate::cgroup::Cgroup;
+use crate::clients::Clients;
+use crate::console::Console;
+use crate::deadlines::Deadlines;
+use crate::front::Front;
+use crate::ids::VmIds;
+use crate::launch::Begun;
+use crate::launch::Program;
+use crate::nascent::Advance;
+use crate::proof::Prover;
+use crate::refusal::Doing;
+use crate::refusal::Recorded;
+use crate::refusal::Result;
+use crate::refusal::complain;
+use crate::refusal::refusal;
+use crate::refusal::unfit;
+use crate::resources;
+use crate::resources::Resources;
+use crate::run_dir::VmDirectory;
+use crate::signals::Signals;
+use crate::vm_file::VmFile;
+use crate::worker::Phase;
+use baton_audit::AuditLog;
+use baton_audit::Limits;
+use baton_audit::shape::Subject;
+use baton_ipc::Channel;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::StartMode;
+use baton_ipc::VmId;
+use baton_ipc::control::Exit;
+use baton_ipc::control::Refusal;
+use baton_ipc::control::StartReport;
+use baton_ipc::control::Started;
+use baton_ipc::control::Step;
+use baton_ipc::control::VmState;
+use baton_ipc::descriptor;
+use baton_ipc::worker::Filters;
+use baton_ipc::worker::MAX_IO_THREADS;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::WorkerConfig;
+use baton_ipc::worker::WorkerStatus;
+use baton_policy::Compiled;
+use baton_policy::Policy;
+use baton_policy::Role;
+use serde_json::json;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Instant;
+
+impl Broker {
+    /// Opens everything that the VM file names, and launches the first worker.
+    pub(crate) fn start(options: Options, began: Instant) -> Result<Self> {
+        let vm = VmFile::load(&options.vm_file)?;
+        if options.detach && matches!(vm.console, crate::vm_file::Console::Stdio) {
+            return Err(refusal(
+                Exit::Usage,
+                "a detached VM cannot have its console on standard input and output",
+                "choose another console.kind, or run it without --detach",
+            ));
+        }
+        let signals = Signals::new()?;
+        nix::sys::prctl::set_child_subreaper(true).doing("cannot adopt workers")?;
+        let directory = VmDirectory::claim(&options.run_dir, &vm.name)?;
+        let mut log = open_log(&directory, &vm, options.log)?;
+        let rules = crate::rules::load(&vm)?;
+        let ids = VmIds::claim(&rules.policy)?;
+        let cgroup = make_cgroup(&vm, &rules.policy)?;
+        log.write("vm-start", &json!({
+            "vm_file": options.vm_file, "policy": rules.policy.name, "policy_digest": rules.policy.digest.to_string(),
+            "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
+        }))
+        .recorded()?;
+        // First, because it takes its time by itself: a refusal of what follows ends it again.
+        let begun = Begun::start(Program::Worker, ids.ids, cgroup.as_ref())?;
+        let Resources {
+            mut registry,
+            virtio,
+        } = resources::open(&vm, &rules.policy, &mut log)?;
+        resources::check_console(&vm.console, &rules.policy, &mut log)?;
+        let (console, end) = Console::open(&vm.console, directory.path())?;
+        let key = DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
+        registry
+            .save(key, DescriptorKind::Stream, end)
+            .doing("cannot hold the console")?;
+        let mut id = [0; 16];
+        rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+            .doing("cannot choose an identity for the VM")?;
+        let deadlines = Deadlines::new(vm.memory.size.0, options.slowness);
+        let clients = Clients::listen(&directory.socket(), &rules.policy)?;
+        if rules.policy.access.is_open() {
+            directory.let_through()?;
+        }
+        let mut broker = Self {
+            deadlines,
+            id: VmId(id),
+            state: VmState::Starting,
+            worker: None,
+            rules: Rc::new(rules),
+            upgrade: None,
+            retired: Vec::new(),
+            registry,
+            virtio,
+            ids,
+            cgroup,
+            prover: Prover::new(deadlines.reading()),
+            clients,
+            front: Front::listen(&directory.qmp_socket())?,
+            last_upgrade: None,
+            console,
+            signals,
+            directory,
+            first: None,
+            starter: None,
+            began,
+            status: WorkerStatus::default(),
+            power_off_by: None,
+            start_by: None,
+            pausing: false,
+            paused: false,
+            resets_asked: 0,
+            end: None,
+            options,
+            vm,
+            log,
+        };
+        let prepared =
+            crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)
+                .and_then(|binary| {
+                    Ok((
+                        binary,
+                        broker.config(1, StartMode::None, &broker.rules.compiled)?,
+                    ))
+                });
+        let (binary, config) = match prepared {
+            Ok(prepared) => prepared,
+            Err(refusal) => {
+                // Before the broker goes, and its cgroup with it: one that somebody is in stays.
+                drop(begun);
+                return Err(refusal);
+            }
+        };
+        broker.first = Some(broker.launch(begun, binary, config, &broker.rules)?);
+        Ok(broker)
+    }
+
+    pub(super) fn first_worker(&mut self) -> Result<()> {
+        let Some(mut nascent) = self.first.take() else {
+            return Ok(());
+        };
+        let late = Instant::now() > nascent.deadline;
+        let advance = nascent.advance();
+        // After the advance: a worker that has failed has said its last by then.
+        let text = nascent.read_diagnostics();
+        self.log_diagnostics(&text);
+        let failed = |fault: &dyn std::fmt::Display| {
+            unfit(fault, "the worker's diagnostics are in the audit log")
+        };
+        match advance.map_err(|fault| match fault {
+            crate::nascent::NascentFault::Launch(refusal) => refusal,
+            fault => failed(&fault),
+        })? {
+            Advance::Waiting if late => return Err(failed(&"the first worker took too long")),
+            Advance::Waiting => {}
+            Advance::Greeted => {
+                self.confirm_fresh(&nascent, &Rc::clone(&self.rules))?;
+                nascent.configure(None).map_err(|fault| failed(&fault))?;
+                self.record_grants(1, StartMode::None)?;
+                let bound = self.deadlines.of(Step::Build);
+                nascent
+                    .hand_over(&self.registry, bound)
+                    .map_err(|fault| failed(&fault))?;
+            }
+            Advance::Listening(times) => {
+                self.log
+                    .write(
+                        "ready",
+                        &json!({"generation": 1, "mode": StartMode::None, "times": times}),
+                    )
+                    .recorded()?;
+                let mut worker = nascent.into_worker()?;
+                self.confirm_settled(&worker, &Rc::clone(&self.rules))?;
+                worker.phase = Phase::Released;
+                // Should this process die right after the order, this is how the guest's worker is found.
+                self.worker = Some(worker);
+                self.publish()?;
+                let worker = self.worker.as_ref().ok_or_else(|| failed(&"it is gone"))?;
+                let told = worker.order(&Order::Start).map_err(|fault| failed(&fault));
+                self.start_by = Some(Instant::now() + self.deadlines.of(Step::Build));
+                return told;
+            }
+        }
+        self.first = Some(nascent);
+        Ok(())
+    }
+
+    /// The first worker runs the guest.
+    pub(super) fn started(&mut self) -> Result<()> {
+        let Some(worker) = &mut self.worker else {
+            return Ok(());
+        };
+        worker.phase = Phase::Running;
+        let started = Started {
+            name: self.vm.name.as_str().to_owned(),
+            broker_pid: rustix::process::getpid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs(),
+            worker_pid: worker.process.pid.unsigned_abs(),
+            generation: worker.generation,
+            directory: self.directory.path().display().to_string(),
+            start_us: crate::phase_clock::micros(self.began.elapsed()),
+            notes: self.directory.notes.clone(),
+        };
+        self.state = VmState::Running;
+        self.start_by = None;
+        self.log.note(
+            "running",
+            &json!({"generation": 1, "mode": StartMode::None, "start_us": started.start_us}),
+        );
+        if self.options.detach && !self.options.log {
+            // Until now a failure could be said there. Whoever reads it to its end need not wait for the VM's.
+            if let Err(refusal) = crate::leave_standard_error() {
+                complain(&refusal);
+            }
+        }
+        if let Some(starter) = &self.starter {
+            // Whoever started it may be gone already; the VM runs.
+            let _ = starter.send(&StartReport::Started(started));
+        }
+        Ok(())
+    }
+
+    pub(super) fn fail_start(&mut self, refusal: &Refusal) {
+        let _ = self
+            .log
+            .write_synced("failed", &json!({"reason": refusal.reason}));
+        if self.state == VmState::Starting {
+            report_failure(self.starter.as_ref(), refusal);
+        }
+    }
+
+    pub(crate) fn config(
+        &self,
+        generation: u32,
+        mode: StartMode,
+        compiled: &Compiled,
+    ) -> Result<WorkerConfig> {
+        let filter = |role: Role| {
+            let program = compiled.roles.get(&role);
+            program
+                .map(|program| program.as_bytes().to_vec())
+                .ok_or_else(|| unfit(format_args!("the policy has no role {role}"), ""))
+        };
+        Ok(WorkerConfig {
+            vm: self.id,
+            generation,
+            mode,
+            cpus: self.vm.cpus.count.0,
+            hide: self.vm.cpus.hide.clone(),
+            ram: self.vm.ram(),
+            pages: self.vm.memory.pages,
+            cmdline: self.vm.boot.cmdline.0.clone(),
+            initrd: self.vm.boot.initrd.is_some(),
+            filters: Filters {
+                control: filter(Role::Control)?,
+                vcpu: filter(Role::Vcpu)?,
+                io: filter(Role::Io)?,
+            },
+            virtio: self.virtio.clone(),
+            io_threads: self.io_threads(),
+            drain_ms: u32::try_from(self.deadlines.drain().as_millis()).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// How many I/O threads a worker has: one a queue, within bounds, and one for devices that come later.
+    pub(crate) fn io_threads(&self) -> u8 {
+        let queues: u32 = self.virtio.iter().map(|one| one.device.queues()).sum();
+        u8::try_from(queues)
+            .unwrap_or(MAX_IO_THREADS)
+            .clamp(1, MAX_IO_THREADS)
+    }
+}
+
+/// The VM's audit log, with its copies: standard error where that is asked for, the journal where there is one.
+pub(super) fn open_log(directory: &VmDirectory, vm: &VmFile, repeat: bool) -> Result<AuditLog> {
+    let subject = Subject {
+        vm: vm.name.as_str().to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
+        pid: std::process::id(),
+    };
+    let mut log = AuditLog::open(directory.audit_log(), subject, Limits::default()).recorded()?;
+    if repeat {
+        log.show_spans();
+    }
+    log.copy_to_journal(Path::new(baton_audit::journal::SOCKET));
+    Ok(log)
+}
+
+/// One cgroup for two workers during an upgrade. An ordinary user's broker has none to make.
+pub(super) fn make_cgroup(vm: &VmFile, policy: &Policy) -> Result<Option<Cgroup>> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    let tasks = policy
+        .task_limit(u32::from(vm.cpus.count.0))
+        .saturating_mul(2);
+    let process = rustix::process::getpid().as_raw_nonzero().get();
+    Cgroup::create(vm.name.as_str(), process, tasks).map(Some)
+}
+
+/// Tells whoever started the broker why there is no VM.
+pub(crate) fn report_failure(starter: Option<&Channel<StartReport, ()>>, refusal: &Refusal) {
+    let told =
+        starter.is_some_and(|starter| starter.send(&StartReport::Failed(refusal.clone())).is_ok());
+    if !told {
+        eprintln!("baton-broker: {refusal}");
+    }
+}

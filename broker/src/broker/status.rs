@@ -1,0 +1,90 @@
+//! How the VM is, for those who ask, and for those who find no broker.
+
+use super::Broker;
+use crate::process::ProcessId;
+use crate::refusal::Recorded;
+use crate::refusal::Result;
+use crate::refusal::unfit;
+use crate::run_dir::BrokerProcess;
+use crate::run_dir::StateFile;
+use crate::run_dir::Successor;
+use baton_ipc::StartMode;
+use baton_ipc::control::VmStatus;
+use serde_json::json;
+
+impl Broker {
+    pub(crate) fn generation(&self) -> u32 {
+        self.worker.as_ref().map_or(0, |worker| worker.generation)
+    }
+
+    /// Writes down who runs what, for those who find no broker.
+    pub(crate) fn publish(&mut self) -> Result<()> {
+        self.publish_with(None)
+    }
+
+    /// The same, with the worker that may run the guest from a commit on.
+    pub(crate) fn publish_with(&mut self, successor: Option<ProcessId>) -> Result<()> {
+        let Some(worker) = &self.worker else {
+            return Ok(());
+        };
+        let me = ProcessId::of_self()
+            .ok_or_else(|| unfit("/proc has no record of this process", "mount /proc"))?;
+        let runners: Vec<_> = std::iter::once(worker.process).chain(successor).collect();
+        self.ids.record(&runners)?;
+        self.directory.publish(&StateFile {
+            name: self.vm.name.as_str().to_owned(),
+            broker: BrokerProcess {
+                broker_pid: me.pid,
+                broker_start: me.start,
+            },
+            worker_pid: worker.process.pid,
+            worker_start: worker.process.start,
+            successor: successor.map(|ProcessId { pid, start }| Successor { pid, start }),
+            generation: worker.generation,
+            ram_bytes: self.vm.memory.size.0,
+            cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
+        })
+    }
+
+    pub(crate) fn vm_status(&self) -> VmStatus {
+        let worker = self.worker.as_ref();
+        VmStatus {
+            name: self.vm.name.as_str().to_owned(),
+            id: self.id.to_string(),
+            state: self.state,
+            broker_pid: rustix::process::getpid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs(),
+            worker_pid: worker.map_or(0, |worker| worker.process.pid.unsigned_abs()),
+            generation: self.generation(),
+            worker_digest: worker
+                .map(|worker| worker.digest.to_string())
+                .unwrap_or_default(),
+            worker_build: worker
+                .map(|worker| worker.build.clone())
+                .unwrap_or_default(),
+            uptime_s: self.began.elapsed().as_secs(),
+            ram_bytes: self.vm.memory.size.0,
+            cpus: self.vm.cpus.count.0,
+            paused: self.paused,
+            disks: self.vm.disks(),
+            vcpu_threads: worker.map_or_else(Vec::new, |worker| {
+                crate::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
+            }),
+            tsc_khz: self.status.tsc_khz,
+            console_dropped: self.status.console_dropped,
+            last_upgrade: self.last_upgrade.clone(),
+        }
+    }
+
+    pub(crate) fn record_grants(&mut self, generation: u32, mode: StartMode) -> Result<()> {
+        for (key, description, _) in self.registry.iter() {
+            self.log.write("grant", &json!({
+                "generation": generation, "mode": mode, "descriptor": key.name(), "id": key.id(), "uid": self.ids.ids.uid, "what": description,
+            }))
+            .recorded()?;
+        }
+        Ok(())
+    }
+}

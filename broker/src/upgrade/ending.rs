@@ -1,0 +1,176 @@
+//! How an upgrade ends: refused, cancelled, rolled back, committed or lost; with one terminal record.
+
+use super::Abort;
+use super::Upgrade;
+use crate::broker::Broker;
+use crate::clients::Awaiting;
+use crate::nascent::Nascent;
+use crate::pause::PauseFacts;
+use crate::phase_clock::PhaseClock;
+use crate::refusal::Result;
+use crate::refusal::complain;
+use baton_audit::quoted;
+use baton_ipc::control::Happening;
+use baton_ipc::control::Outcome;
+use baton_ipc::control::Reply;
+use baton_ipc::control::Step;
+use baton_ipc::control::UpgradeOutcome;
+use baton_ipc::control::VmState;
+use baton_ipc::worker::Order;
+use std::time::Instant;
+
+use crate::worker::Phase;
+use crate::worker::Worker;
+
+impl Broker {
+    /// Kills a worker that does not hold the guest, and forgets it when it is gone.
+    pub(super) fn retire(&mut self, worker: Worker) {
+        worker.kill();
+        self.retired.push(worker);
+    }
+
+    /// The old worker has refused or failed before the pause.
+    pub(crate) fn upgrade_refused(&mut self, reason: &str) -> Result<()> {
+        match &self.upgrade {
+            Some(upgrade) if upgrade.aborting.is_none() => self.abort(reason),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it has neither failed nor paused the guest.
+    pub(crate) fn upgrade_can_be_cancelled(&self) -> bool {
+        self.upgrade
+            .as_ref()
+            .is_some_and(|upgrade| upgrade.aborting.is_none())
+    }
+
+    /// Ends an upgrade whose guest was never paused.
+    pub(crate) fn abort(&mut self, reason: &str) -> Result<()> {
+        self.roll_back_transfer(Outcome::Aborted, reason.to_owned())
+    }
+
+    pub(super) fn roll_back_transfer(&mut self, outcome: Outcome, reason: String) -> Result<()> {
+        let Some(upgrade) = &mut self.upgrade else {
+            return Ok(());
+        };
+        if self.worker.as_ref().is_some_and(Worker::is_dead) {
+            // Nobody is left to run on; its death may be what the new one failed of.
+            return self.lose(&format!("{reason}; and the old worker is dead"));
+        }
+        upgrade.aborting = Some(Abort {
+            outcome,
+            step: upgrade.clock.step(),
+            reason,
+            by: Instant::now() + self.deadlines.order(),
+        });
+        let dead = upgrade.nascent.take().and_then(Nascent::into_dead);
+        self.retired.extend(dead);
+        match &mut self.worker {
+            // It knows of the transfer, and says when it has forgotten it.
+            Some(old)
+                if old.phase == Phase::Transferring && old.order(&Order::Rollback).is_ok() =>
+            {
+                old.phase = Phase::RollingBack;
+                Ok(())
+            }
+            _ => self.upgrade_rolled_back(),
+        }
+    }
+
+    /// The old worker is as before: the abort is complete.
+    pub(crate) fn upgrade_rolled_back(&mut self) -> Result<()> {
+        if self
+            .upgrade
+            .as_ref()
+            .is_none_or(|upgrade| upgrade.aborting.is_none())
+        {
+            return Ok(());
+        }
+        let Some(Upgrade {
+            clock,
+            aborting: Some(abort),
+            ..
+        }) = self.upgrade.take()
+        else {
+            return Ok(());
+        };
+        if self.state == VmState::Upgrading {
+            self.state = self.at_rest();
+        }
+        self.finish(
+            abort.outcome,
+            abort.step,
+            &abort.reason,
+            clock,
+            &PauseFacts::default(),
+        )
+    }
+
+    /// The guest is lost while an upgrade is under way.
+    pub(crate) fn upgrade_lost(&mut self, reason: &str) -> Result<()> {
+        let Some(mut upgrade) = self.upgrade.take() else {
+            return Ok(());
+        };
+        self.retired
+            .extend(upgrade.nascent.take().and_then(Nascent::into_dead));
+        let step = upgrade.clock.step();
+        let reason = match upgrade.aborting {
+            Some(abort) => format!("{reason}, while the upgrade was aborted: {}", abort.reason),
+            None => reason.to_owned(),
+        };
+        self.finish(
+            Outcome::Lost,
+            step,
+            &reason,
+            upgrade.clock,
+            &PauseFacts::default(),
+        )
+    }
+
+    /// The terminal record, and then the answer.
+    pub(super) fn finish(
+        &mut self,
+        outcome: Outcome,
+        step: Step,
+        reason: &str,
+        clock: PhaseClock,
+        facts: &PauseFacts,
+    ) -> Result<()> {
+        let failed = matches!(outcome, Outcome::Aborted | Outcome::Lost);
+        let outcome = UpgradeOutcome {
+            outcome,
+            generation: self.generation(),
+            worker_pid: self
+                .worker
+                .as_ref()
+                .map_or(0, |worker| worker.process.pid.unsigned_abs()),
+            worker_digest: self
+                .worker
+                .as_ref()
+                .map(|worker| worker.digest.to_string())
+                .unwrap_or_default(),
+            blackout_us: facts.blackout_us,
+            pause_us: facts.pause_us,
+            total_ms: u64::try_from(clock.total().as_millis()).unwrap_or(u64::MAX),
+            state_bytes: facts.state_bytes,
+            state_digest: facts
+                .digest
+                .map(|digest| digest.to_string())
+                .unwrap_or_default(),
+            phases: clock.finish(),
+            failed_step: failed.then_some(step),
+            reason: quoted(reason),
+        };
+        let written = self.log.write_synced("upgrade", &outcome);
+        self.log.release();
+        self.last_upgrade = Some(outcome.clone());
+        self.happened(Happening::UpgradeEnded(Box::new(outcome.clone())));
+        self.clients
+            .answer(Awaiting::Upgrade, &Reply::Upgrade(Box::new(outcome)));
+        // A log that cannot be written is the operator's to mend; the guest does not pay for it.
+        if let Err(refusal) = written {
+            complain(&refusal);
+        }
+        Ok(())
+    }
+}
