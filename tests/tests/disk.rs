@@ -3,7 +3,7 @@
 
 use baton_guest::CommandLine;
 use baton_guest::DiskReport;
-use baton_guest::DiskState;
+use baton_guest::DriverState;
 use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Vm;
@@ -25,7 +25,7 @@ fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) ->
 /// The guest comes to rest, and its file is what it says that it wrote.
 fn assert_whole(vm: &Vm) -> DiskReport {
     vm.ram.mail(layout::COMMAND_DISK_REST);
-    let report = wait_for(vm, "rest", |disk| disk.state == DiskState::Resting);
+    let report = wait_for(vm, "rest", |disk| disk.state == DriverState::Resting);
     assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
     let image = std::fs::read(vm.site.path("data.img")).unwrap();
     let nonce = vm.ram.report().unwrap().nonce;

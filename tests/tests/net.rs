@@ -1,8 +1,8 @@
 //! A network interface keeps its wire, its tap and its grant, whatever happens to the workers.
 
 use baton_guest::CommandLine;
+use baton_guest::DriverState;
 use baton_guest::NetReport;
-use baton_guest::NetState;
 use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Vm;
@@ -34,7 +34,7 @@ fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&NetReport) -> bool) -> 
 
 fn assert_whole(vm: &Vm, wire: &Wire) {
     vm.ram.mail(layout::COMMAND_NET_REST);
-    wait_for(vm, "rest", |net| net.state == NetState::Resting);
+    wait_for(vm, "rest", |net| net.state == DriverState::Resting);
     let report = wait_for(vm, "the last answer", |net| {
         net.received == wire.peer().sent
     });

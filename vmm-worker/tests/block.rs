@@ -6,7 +6,7 @@ mod harness;
 
 use baton_guest::CommandLine;
 use baton_guest::DiskReport;
-use baton_guest::DiskState;
+use baton_guest::DriverState;
 use baton_guest::layout;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::RateLimit;
@@ -23,10 +23,10 @@ fn vm(line: CommandLine) -> Vm {
 #[track_caller]
 fn assert_whole(vm: &Vm) -> DiskReport {
     vm.command(layout::COMMAND_DISK_REST);
-    let report = vm.wait_for_disk("rest", |disk| disk.state == DiskState::Resting);
+    let report = vm.wait_for_disk("rest", |disk| disk.state == DriverState::Resting);
     assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
     let mut disk = vec![0; 4 << 20];
-    rustix::io::pread(&vm.disk(0).file, &mut disk, 0).unwrap();
+    rustix::io::pread(vm.disk(), &mut disk, 0).unwrap();
     let nonce = vm.report().unwrap().nonce;
     let checked = report.check(nonce, &disk).unwrap();
     assert!(checked > 32, "{report:?}");
@@ -83,13 +83,13 @@ fn a_worker_that_is_not_committed_leaves_notifications_and_disk_alone() {
     upgrade.build(&vm);
     let saved = Upgrade::park(&mut old);
     // A notification that nobody may take yet.
-    rustix::io::write(&vm.disk(0).kicks[0], &1_u64.to_ne_bytes()).unwrap();
+    rustix::io::write(vm.first_kick(), &1_u64.to_ne_bytes()).unwrap();
     let done = vm.disk_report().done;
     let disk = contents(&vm);
     assert_eq!(upgrade.expect_loaded(), saved.digest);
     std::thread::sleep(std::time::Duration::from_millis(50));
     let mut count = [0; 8];
-    rustix::io::read(&vm.disk(0).kicks[0], &mut count).unwrap();
+    rustix::io::read(vm.first_kick(), &mut count).unwrap();
     assert!(u64::from_ne_bytes(count) >= 1);
     assert!(contents(&vm) == disk);
     // Taken here, it is not missed: a worker looks at every queue when it begins.
@@ -101,7 +101,7 @@ fn a_worker_that_is_not_committed_leaves_notifications_and_disk_alone() {
 
 fn contents(vm: &Vm) -> Vec<u8> {
     let mut disk = vec![0; 4 << 20];
-    rustix::io::pread(&vm.disk(0).file, &mut disk, 0).unwrap();
+    rustix::io::pread(vm.disk(), &mut disk, 0).unwrap();
     disk
 }
 
@@ -114,13 +114,7 @@ fn a_rollback_goes_on_with_what_was_under_way() {
         done = vm
             .wait_for_disk("requests", |disk| disk.done > done + 500)
             .done;
-        let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
-        upgrade.build(&vm);
-        Upgrade::park(&mut old);
-        upgrade.expect_loaded();
-        upgrade.new.kill();
-        old.order(&Order::Rollback);
-        old.expect_resumed();
+        Upgrade::roll_back(&vm, &mut old, 2);
     }
     vm.wait_for_disk("requests", |disk| disk.done > done + 500);
     assert_whole(&vm);
@@ -154,7 +148,7 @@ fn a_limit_holds_over_upgrades() {
         });
     });
     let mut worker = vm.start();
-    vm.wait_for_disk("work", |disk| disk.state == DiskState::Working);
+    vm.wait_for_disk("work", |disk| disk.state == DriverState::Working);
     let begun = std::time::Instant::now();
     let first = vm.disk_report().done;
     let mut generation = 2;

@@ -3,8 +3,8 @@
 mod harness;
 
 use baton_guest::CommandLine;
+use baton_guest::DriverState;
 use baton_guest::NetReport;
-use baton_guest::NetState;
 use baton_guest::layout;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::RateLimit;
@@ -23,7 +23,7 @@ fn vm(queues: u8) -> (Vm, Wire) {
 #[track_caller]
 fn assert_whole(vm: &Vm, wire: &Wire) -> NetReport {
     vm.command(layout::COMMAND_NET_REST);
-    let mut report = vm.wait_for_net("rest", |net| net.state == NetState::Resting);
+    let mut report = vm.wait_for_net("rest", |net| net.state == DriverState::Resting);
     let peer = wire.peer();
     // The answer to the guest's last frame may have acknowledged earlier than others arrived.
     if report.received != peer.sent {
@@ -101,13 +101,7 @@ fn a_rollback_goes_on_with_every_frame() {
         received = vm
             .wait_for_net("frames", |net| net.received > received + 300)
             .received;
-        let mut upgrade = Upgrade::agree(&vm, &mut old, 2);
-        upgrade.build(&vm);
-        Upgrade::park(&mut old);
-        upgrade.expect_loaded();
-        upgrade.new.kill();
-        old.order(&Order::Rollback);
-        old.expect_resumed();
+        Upgrade::roll_back(&vm, &mut old, 2);
     }
     vm.wait_for_net("frames", |net| net.received > received + 300);
     assert_whole(&vm, &wire);
@@ -123,7 +117,7 @@ fn a_limit_holds_over_upgrades() {
         });
     });
     let mut worker = vm.start();
-    vm.wait_for_net("work", |net| net.state == NetState::Working);
+    vm.wait_for_net("work", |net| net.state == DriverState::Working);
     let begun = std::time::Instant::now();
     let first = wire.peer().received;
     let mut generation = 2;

@@ -92,10 +92,10 @@ impl Disk {
             return None;
         }
         let Some(function) = Function::find(BLOCK_DEVICE) else {
-            return fail(DISK_ABSENT);
+            return fail(DRIVER_ABSENT);
         };
         if !function.agree(FEATURES) {
-            return fail(DISK_REFUSED);
+            return fail(DRIVER_REFUSED);
         }
         let Function {
             bar,
@@ -124,10 +124,10 @@ impl Disk {
         let capacity = u64::from(read::<u32>(device)) | u64::from(read::<u32>(device + 4)) << 32;
         let blocks = (capacity / SECTORS / DISK_LANES as u64).min(DISK_LANE_BLOCKS);
         if blocks == 0 || read::<u16>(common + QUEUE_SIZE) != QUEUE {
-            return fail(DISK_REFUSED);
+            return fail(DRIVER_REFUSED);
         }
         report::write(DISK_LANE_BLOCKS_OFFSET, blocks);
-        report::write(DISK_STATE_OFFSET, DISK_WORKING);
+        report::write(DISK_STATE_OFFSET, DRIVER_WORKING);
         Some(Self {
             common,
             notify,
@@ -150,7 +150,7 @@ impl Disk {
             COMMAND_DISK_REST => self.working = false,
             COMMAND_DISK_WORK => {
                 self.working = true;
-                report::write(DISK_STATE_OFFSET, DISK_WORKING);
+                report::write(DISK_STATE_OFFSET, DRIVER_WORKING);
             }
             _ => {}
         }
@@ -189,9 +189,9 @@ impl Disk {
             }
         }
         if !self.working && flying == 0 {
-            report::write(DISK_STATE_OFFSET, DISK_RESTING);
+            report::write(DISK_STATE_OFFSET, DRIVER_RESTING);
         } else if self.requests % 4096 == 0 && read::<u8>(self.common + STATUS) & NEEDS_RESET != 0 {
-            report::write(DISK_STATE_OFFSET, DISK_BROKEN);
+            report::write(DISK_STATE_OFFSET, DRIVER_BROKEN);
         }
     }
 

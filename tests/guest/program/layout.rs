@@ -68,7 +68,18 @@ pub const TSC_FROM_CRYSTAL: u64 = 3;
 /// Frequency counted with when nobody says, in kHz.
 pub const TSC_ASSUMED_KHZ: u64 = 2_000_000;
 
-/// Header: how far the guest is with its disk ([`DISK_WORKING`] and kin), with `disk`.
+/// State of a device: it is driven.
+pub const DRIVER_WORKING: u64 = 1;
+/// State of a device: nothing is under way, and nothing is begun.
+pub const DRIVER_RESTING: u64 = 2;
+/// State of a device: none was found.
+pub const DRIVER_ABSENT: u64 = 3;
+/// State of a device: it refuses what every driver needs.
+pub const DRIVER_REFUSED: u64 = 4;
+/// State of a device: it says that it needs a reset.
+pub const DRIVER_BROKEN: u64 = 5;
+
+/// Header: how far the guest is with its disk ([`DRIVER_WORKING`] and kin), with `disk`.
 pub const DISK_STATE_OFFSET: usize = 0x100;
 /// Header: requests that the disk has completed.
 pub const DISK_DONE_OFFSET: usize = 0x108;
@@ -96,24 +107,13 @@ pub const DISK_LANE_BLOCKS: u64 = 64;
 /// Bytes of a block.
 pub const DISK_BLOCK: u64 = 4096;
 
-/// [`DISK_STATE_OFFSET`]: requests are made.
-pub const DISK_WORKING: u64 = 1;
-/// [`DISK_STATE_OFFSET`]: none is under way, and none is made.
-pub const DISK_RESTING: u64 = 2;
-/// [`DISK_STATE_OFFSET`]: no disk was found.
-pub const DISK_ABSENT: u64 = 3;
-/// [`DISK_STATE_OFFSET`]: the disk refuses what every driver needs.
-pub const DISK_REFUSED: u64 = 4;
-/// [`DISK_STATE_OFFSET`]: the disk says that it needs a reset.
-pub const DISK_BROKEN: u64 = 5;
-
 /// A word of the block of that number of a lane: no two blocks have one in common.
 #[must_use]
 pub const fn disk_word(lane: u64, number: u64, nonce: u64, word: u64) -> u64 {
     seal(lane << 32 | word, number, nonce)
 }
 
-/// Header: how far the guest is with its network interface ([`NET_WORKING`] and kin), with `net`.
+/// Header: how far the guest is with its network interface ([`DRIVER_WORKING`] and kin), with `net`.
 pub const NET_STATE_OFFSET: usize = 0x300;
 /// Header: frames sent.
 pub const NET_SENT_OFFSET: usize = 0x308;
@@ -127,17 +127,6 @@ pub const NET_REPEATED_OFFSET: usize = 0x320;
 pub const NET_CORRUPT_OFFSET: usize = 0x328;
 /// Header: frames of other protocols.
 pub const NET_OTHERS_OFFSET: usize = 0x330;
-
-/// [`NET_STATE_OFFSET`]: frames are sent.
-pub const NET_WORKING: u64 = 1;
-/// [`NET_STATE_OFFSET`]: all frames are acknowledged, and none is sent.
-pub const NET_RESTING: u64 = 2;
-/// [`NET_STATE_OFFSET`]: no network interface was found.
-pub const NET_ABSENT: u64 = 3;
-/// [`NET_STATE_OFFSET`]: the interface refuses what every driver needs.
-pub const NET_REFUSED: u64 = 4;
-/// [`NET_STATE_OFFSET`]: the interface says that it needs a reset.
-pub const NET_BROKEN: u64 = 5;
 
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;

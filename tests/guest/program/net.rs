@@ -64,10 +64,10 @@ impl Net {
             return None;
         }
         let Some(function) = Function::find(NET_DEVICE) else {
-            return fail(NET_ABSENT);
+            return fail(DRIVER_ABSENT);
         };
         if !function.agree(FEATURES) {
-            return fail(NET_REFUSED);
+            return fail(DRIVER_REFUSED);
         }
         for at in (RINGS..RECEIVE_BUFFERS).step_by(8) {
             write(at, 0_u64);
@@ -76,7 +76,7 @@ impl Net {
         for (queue, notify) in notify.iter_mut().enumerate() {
             write(function.common + QUEUE_SELECT, queue as u16);
             if read::<u16>(function.common + QUEUE_SIZE) != QUEUE {
-                return fail(NET_REFUSED);
+                return fail(DRIVER_REFUSED);
             }
             let rings = [ring(queue, 0), ring(queue, AVAILABLE), ring(queue, USED)];
             *notify = function.enable_queue(rings);
@@ -100,7 +100,7 @@ impl Net {
             net.offer(RECEIVE, buffer);
         }
         net.publish(RECEIVE);
-        report::write(NET_STATE_OFFSET, NET_WORKING);
+        report::write(NET_STATE_OFFSET, DRIVER_WORKING);
         Some(net)
     }
 
@@ -110,7 +110,7 @@ impl Net {
             COMMAND_NET_REST => self.working = false,
             COMMAND_NET_WORK => {
                 self.working = true;
-                report::write(NET_STATE_OFFSET, NET_WORKING);
+                report::write(NET_STATE_OFFSET, DRIVER_WORKING);
             }
             _ => {}
         }
@@ -126,9 +126,9 @@ impl Net {
             self.send();
         }
         if !self.working && self.acknowledged == self.sent {
-            report::write(NET_STATE_OFFSET, NET_RESTING);
+            report::write(NET_STATE_OFFSET, DRIVER_RESTING);
         } else if self.turns % 4096 == 0 && read::<u8>(self.common + STATUS) & NEEDS_RESET != 0 {
-            report::write(NET_STATE_OFFSET, NET_BROKEN);
+            report::write(NET_STATE_OFFSET, DRIVER_BROKEN);
         }
     }
 

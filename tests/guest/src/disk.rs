@@ -1,12 +1,14 @@
 //! What the guest says of its disk, and what has to be on it then.
 
+use crate::driver_state::DriverState;
+use crate::driver_state::word;
 use crate::layout::*;
 
 /// The disk's part of the report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskReport {
     /// How far the guest is with it.
-    pub state: DiskState,
+    pub state: DriverState,
     /// Requests that the device has completed.
     pub done: u64,
     /// Those of them that it said had failed.
@@ -25,48 +27,13 @@ pub struct DiskReport {
     pub written: Vec<u64>,
 }
 
-/// How far the guest is with its disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskState {
-    /// It was not asked to drive one, or has not come to it.
-    Idle,
-    /// It writes and reads.
-    Working,
-    /// It was told to rest, and nothing is under way.
-    Resting,
-    /// There is none, or none with what a modern one has.
-    Absent,
-    /// The device refuses its features or its queue.
-    Refused,
-    /// The device says that it needs a reset.
-    Broken,
-    /// Something that no guest says.
-    Impossible(u64),
-}
-
 impl DiskReport {
     /// Reads it from the bytes of a report.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Self {
-        let word = |offset: usize| {
-            let bytes = bytes.get(offset..offset + 8);
-            bytes.map_or(0, |bytes| {
-                bytes
-                    .iter()
-                    .rev()
-                    .fold(0, |value, byte| value << 8 | u64::from(*byte))
-            })
-        };
+        let word = |offset| word(bytes, offset);
         Self {
-            state: match word(DISK_STATE_OFFSET) {
-                0 => DiskState::Idle,
-                DISK_WORKING => DiskState::Working,
-                DISK_RESTING => DiskState::Resting,
-                DISK_ABSENT => DiskState::Absent,
-                DISK_REFUSED => DiskState::Refused,
-                DISK_BROKEN => DiskState::Broken,
-                other => DiskState::Impossible(other),
-            },
+            state: DriverState::parse(word(DISK_STATE_OFFSET)),
             done: word(DISK_DONE_OFFSET),
             errors: word(DISK_ERRORS_OFFSET),
             wrong: word(DISK_WRONG_OFFSET),

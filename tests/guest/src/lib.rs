@@ -40,6 +40,7 @@
 mod command_line;
 mod console;
 mod disk;
+mod driver_state;
 #[path = "../program/layout.rs"]
 pub mod layout;
 mod net;
@@ -47,8 +48,9 @@ mod report;
 
 pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
-pub use disk::{DiskReport, DiskState};
-pub use net::{NetPeer, NetReport, NetState};
+pub use disk::DiskReport;
+pub use driver_state::DriverState;
+pub use net::{NetPeer, NetReport};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
 };

@@ -1,12 +1,14 @@
 //! What the guest says of its network interface, and the other end of its wire.
 
+use crate::driver_state::DriverState;
+use crate::driver_state::word;
 use crate::layout::*;
 
 /// The network's part of the report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetReport {
     /// How far the guest is with it.
-    pub state: NetState,
+    pub state: DriverState,
     /// Frames that the guest has sent.
     pub sent: u64,
     /// The number of the last frame that it has received.
@@ -21,45 +23,13 @@ pub struct NetReport {
     pub others: u64,
 }
 
-/// How far the guest is with its network interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NetState {
-    /// It was not asked to drive one, or has not come to it.
-    Idle,
-    /// It sends.
-    Working,
-    /// It was told to rest, and all that it sent is acknowledged.
-    Resting,
-    /// There is none, or none with what a modern one has.
-    Absent,
-    /// The device refuses its features or its queues.
-    Refused,
-    /// The device says that it needs a reset.
-    Broken,
-    /// Something that no guest says.
-    Impossible(u64),
-}
-
 impl NetReport {
     /// Reads it from the bytes of a report.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Self {
-        let word = |offset: usize| {
-            let bytes = bytes.get(offset..offset + 8);
-            bytes
-                .and_then(|bytes| bytes.try_into().ok())
-                .map_or(0, u64::from_le_bytes)
-        };
+        let word = |offset| word(bytes, offset);
         Self {
-            state: match word(NET_STATE_OFFSET) {
-                0 => NetState::Idle,
-                NET_WORKING => NetState::Working,
-                NET_RESTING => NetState::Resting,
-                NET_ABSENT => NetState::Absent,
-                NET_REFUSED => NetState::Refused,
-                NET_BROKEN => NetState::Broken,
-                other => NetState::Impossible(other),
-            },
+            state: DriverState::parse(word(NET_STATE_OFFSET)),
             sent: word(NET_SENT_OFFSET),
             received: word(NET_RECEIVED_OFFSET),
             lost: word(NET_LOST_OFFSET),

@@ -86,7 +86,16 @@ pub fn decode<T: DeserializeOwned>(
             supported,
         });
     }
-    match postcard::take_from_bytes(&section.bytes).map_err(StateError::Malformed)? {
+    parse(&section.bytes)
+}
+
+/// Reads a value that takes all of these bytes.
+///
+/// # Errors
+///
+/// [`StateError`] for bytes that are no `T`, and bytes left over.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StateError> {
+    match postcard::take_from_bytes(bytes).map_err(StateError::Malformed)? {
         (state, []) => Ok(state),
         (_, rest) => Err(StateError::Trailing(rest.len())),
     }

@@ -19,11 +19,13 @@ use serde::Deserialize;
 use serde::Serialize;
 
 use super::Backend;
+use super::Identity;
 use super::VirtioDevice;
 use super::rate::Limits;
 use super::rate::SavedLimits;
 use crate::clock;
 use crate::devices::DeviceKind;
+use crate::devices::state;
 use crate::devices::state::StateError;
 use request::BlockQueue;
 
@@ -47,8 +49,12 @@ const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// PCI class: mass storage, other.
-const CLASS: u32 = 0x01_8000;
+/// Of PCI's class mass storage, other.
+const IDENTITY: Identity = Identity {
+    kind: DeviceKind::BLOCK,
+    virtio_type: 2,
+    pci_class: 0x01_8000,
+};
 /// Bytes of `struct virtio_blk_config` up to the fields of write-zeroes.
 const CONFIG_LENGTH: usize = 60;
 
@@ -110,7 +116,7 @@ impl Block {
         }
     }
 
-    fn config(&self) -> [u8; CONFIG_LENGTH] {
+    fn layout(&self) -> [u8; CONFIG_LENGTH] {
         let mut config = [0; CONFIG_LENGTH];
         let mut put = |at: usize, bytes: &[u8]| {
             for (to, from) in config.iter_mut().skip(at).zip(bytes) {
@@ -134,16 +140,8 @@ impl Block {
 }
 
 impl VirtioDevice for Block {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::BLOCK
-    }
-
-    fn virtio_type(&self) -> u16 {
-        2
-    }
-
-    fn pci_class(&self) -> u32 {
-        CLASS
+    fn identity(&self) -> Identity {
+        IDENTITY
     }
 
     fn features(&self) -> u64 {
@@ -169,12 +167,8 @@ impl VirtioDevice for Block {
             .collect()
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data.iter_mut().zip(config.iter().skip(at)) {
-            *to = *from;
-        }
+    fn config(&self) -> Vec<u8> {
+        self.layout().to_vec()
     }
 
     fn activate(&mut self, features: u64) {
@@ -195,11 +189,7 @@ impl VirtioDevice for Block {
     }
 
     fn load(&mut self, state: &[u8], features: Option<u64>) -> Result<(), StateError> {
-        let SavedBlock { sectors, limits } =
-            match postcard::take_from_bytes(state).map_err(StateError::Malformed)? {
-                (saved, []) => saved,
-                (_, rest) => return Err(StateError::Trailing(rest.len())),
-            };
+        let SavedBlock { sectors, limits } = state::parse(state)?;
         if sectors != self.disk.sectors {
             return Err(StateError::field(
                 "sectors",

@@ -1,6 +1,7 @@
 //! The entropy device (5.4): one queue, whose buffers are filled with random bytes of the host's kernel.
 
 use super::Backend;
+use super::Identity;
 use super::Next;
 use super::VirtioDevice;
 use super::queue::Broken;
@@ -10,8 +11,12 @@ use super::seat::Stop;
 use crate::devices::DeviceKind;
 use crate::devices::state::StateError;
 
-/// PCI class: other.
-const CLASS: u32 = 0xFF_0000;
+/// Of no class of PCI's.
+const IDENTITY: Identity = Identity {
+    kind: DeviceKind::ENTROPY,
+    virtio_type: 4,
+    pci_class: 0xFF_0000,
+};
 /// Descriptors of the queue.
 const QUEUE_SIZE: u16 = 64;
 /// The most that one buffer is filled with, in bytes: getrandom(2) gives as many whole, and a driver asks again.
@@ -63,16 +68,8 @@ impl Backend for Source {
 }
 
 impl VirtioDevice for Entropy {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::ENTROPY
-    }
-
-    fn virtio_type(&self) -> u16 {
-        4
-    }
-
-    fn pci_class(&self) -> u32 {
-        CLASS
+    fn identity(&self) -> Identity {
+        IDENTITY
     }
 
     fn features(&self) -> u64 {
@@ -86,8 +83,6 @@ impl VirtioDevice for Entropy {
     fn backends(&mut self) -> Vec<(Vec<u16>, Box<dyn Backend>)> {
         vec![(vec![0], Box::new(Source))]
     }
-
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, _features: u64) {}
 

@@ -41,14 +41,21 @@ use seat::Stop;
 use super::DeviceKind;
 use super::state::StateError;
 
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// In a saved state.
+    pub kind: DeviceKind,
+    /// To a driver (chapter 5).
+    pub virtio_type: u16,
+    /// PCI class, sub-class and interface.
+    pub pci_class: u32,
+}
+
 /// The half of a device that the driver configures.
 pub trait VirtioDevice: Send {
-    /// What it is, in a saved state.
-    fn kind(&self) -> DeviceKind;
-    /// What it is, to a driver (chapter 5).
-    fn virtio_type(&self) -> u16;
-    /// PCI class, sub-class and interface.
-    fn pci_class(&self) -> u32;
+    /// What it is.
+    fn identity(&self) -> Identity;
     /// Features of the device type; the transport adds those of rings and of the version.
     fn features(&self) -> u64;
     /// The largest size of each virtqueue: powers of two.
@@ -57,8 +64,10 @@ pub trait VirtioDevice: Send {
     fn backends(&mut self) -> Vec<(Vec<u16>, Box<dyn Backend>)>;
     /// Where its backends sit, in their order. Said once.
     fn seated(&mut self, _seats: Vec<Weak<Seat>>) {}
-    /// The driver reads configuration space; `data` holds zeroes.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Configuration space as a driver reads it now; zeroes follow.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
     /// The driver writes configuration space.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// The driver is ready, with these features.

@@ -31,6 +31,7 @@ use serde::Deserialize;
 use serde::Serialize;
 
 use super::Backend;
+use super::Identity;
 use super::VirtioDevice;
 use super::guest_io;
 use super::rate::Limits;
@@ -38,6 +39,7 @@ use super::rate::SavedLimits;
 use super::seat::Seat;
 use crate::clock;
 use crate::devices::DeviceKind;
+use crate::devices::state;
 use crate::devices::state::StateError;
 use crate::diagnostics::log;
 use control::Control;
@@ -75,8 +77,12 @@ const LINK_HEADER: usize = 14 + 2 * 4;
 /// Packets of one direction that are served before others of the same thread get their turn.
 const BATCH: usize = 64;
 
-/// PCI class: network, Ethernet.
-const CLASS: u32 = 0x02_0000;
+/// Of PCI's class network, Ethernet.
+const IDENTITY: Identity = Identity {
+    kind: DeviceKind::NET,
+    virtio_type: 1,
+    pci_class: 0x02_0000,
+};
 /// Bytes of `struct virtio_net_config` up to the MTU.
 const CONFIG_LENGTH: usize = 12;
 /// Link status: up.
@@ -211,7 +217,7 @@ impl Net {
         }
     }
 
-    fn config(&self) -> [u8; CONFIG_LENGTH] {
+    fn layout(&self) -> [u8; CONFIG_LENGTH] {
         let [a, b, c, d, e, f] = self.mac;
         let [status, _] = LINK_UP.to_le_bytes();
         let [mtu_low, mtu_high] = self.shared.mtu.to_le_bytes();
@@ -233,16 +239,8 @@ impl Net {
 }
 
 impl VirtioDevice for Net {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::NET
-    }
-
-    fn virtio_type(&self) -> u16 {
-        1
-    }
-
-    fn pci_class(&self) -> u32 {
-        CLASS
+    fn identity(&self) -> Identity {
+        IDENTITY
     }
 
     fn features(&self) -> u64 {
@@ -279,12 +277,8 @@ impl VirtioDevice for Net {
         let _ = self.shared.seats.set(seats);
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data.iter_mut().zip(config.iter().skip(at)) {
-            *to = *from;
-        }
+    fn config(&self) -> Vec<u8> {
+        self.layout().to_vec()
     }
 
     fn activate(&mut self, features: u64) {
@@ -333,10 +327,7 @@ impl VirtioDevice for Net {
             pairs,
             received,
             sent,
-        } = match postcard::take_from_bytes(state).map_err(StateError::Malformed)? {
-            (saved, []) => saved,
-            (_, rest) => return Err(StateError::Trailing(rest.len())),
-        };
+        } = state::parse(state)?;
         if mac != self.mac {
             let [a, b, c, d, e, f] = mac;
             return Err(StateError::field(

@@ -256,6 +256,21 @@ impl Virtqueue {
         if more { Err(malformed()) } else { Ok(true) }
     }
 
+    /// Takes the next request of a driver that need not notify; with none left, asks it to notify again, and `false`.
+    ///
+    /// # Errors
+    ///
+    /// [`Broken`].
+    pub fn take(&mut self, chain: &mut Chain) -> Result<bool, Broken> {
+        while !self.pop(chain)? {
+            if !self.listen()? {
+                return Ok(false);
+            }
+            self.ignore()?;
+        }
+        Ok(true)
+    }
+
     /// Puts the request that was just taken back, as if it had not been.
     pub fn put_back(&mut self) {
         self.queue.go_to_previous_position();

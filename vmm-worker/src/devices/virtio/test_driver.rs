@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use baton_ipc::StartMode;
+use proptest::prelude::*;
 use vm_memory::Bytes as _;
 use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryMmap;
@@ -14,6 +16,7 @@ use super::buffers::Ram;
 use super::transport::Parts;
 use super::transport::Transport;
 use super::*;
+use crate::devices::Device as _;
 use crate::devices::pci::Function as _;
 use crate::devices::pci::msix::Message;
 use crate::devices::pci::msix::Sink;
@@ -215,8 +218,7 @@ impl Rig {
     /// The same driver with a device of another worker, which has to be loaded yet.
     pub(super) fn succeeded_by(&self, device: Box<dyn VirtioDevice>) -> Self {
         let mut new = Self::on(device, self.ram);
-        let mode = baton_ipc::StartMode::CprTransfer;
-        crate::devices::Device::setup(&mut new.transport, mode).unwrap();
+        new.transport.setup(StartMode::CprTransfer).unwrap();
         new.next.clone_from(&self.next);
         new
     }
@@ -240,6 +242,79 @@ impl Rig {
         let slot = used + 4 + u64::from(self.used(queue).wrapping_sub(1) % SIZE) * 8;
         let word = |at| self.ram.read_obj(GuestAddress(at)).unwrap();
         (word(slot), word(slot + 4))
+    }
+}
+
+/// What a hostile driver can do to any device.
+#[derive(Clone, Debug)]
+pub(super) enum Hostility {
+    /// A write and a read in the BAR, of 1, 2, 4 or 8 bytes.
+    Bar(u64, u64, usize),
+    /// A write and a read in configuration space.
+    Config(u8, u32, usize),
+    /// Bytes in the rings.
+    Ram(u64, Vec<u8>),
+}
+
+pub(super) fn hostility(queues: u64) -> impl Strategy<Value = Hostility> {
+    let length = prop_oneof![Just(1_usize), Just(2), Just(4), Just(8)];
+    let registers = prop_oneof![
+        (0..0x8000_u64, any::<u64>()),
+        (0..0x40_u64, 0..0x100_u64),
+        (0x2000..0x2040_u64, any::<u64>()),
+    ];
+    let bytes = prop::collection::vec(any::<u8>(), 1..32);
+    prop_oneof![
+        4 => (registers, length).prop_map(|((at, value), length)| Hostility::Bar(at, value, length)),
+        1 => (any::<u8>(), any::<u32>(), 1..=4_usize)
+            .prop_map(|(at, value, length)| Hostility::Config(at, value, length)),
+        3 => (RINGS..RINGS + queues * RING_STEP, bytes).prop_map(|(at, bytes)| Hostility::Ram(at, bytes)),
+    ]
+}
+
+impl Rig {
+    pub(super) fn suffer(&mut self, hostility: Hostility) {
+        match hostility {
+            Hostility::Bar(at, value, length) => {
+                self.write(at, value, length);
+                self.read(at, length);
+            }
+            Hostility::Config(at, value, length) => {
+                if usize::from(at) + length <= 256 {
+                    let bytes = &value.to_le_bytes()[..length];
+                    self.transport.config_write(at, bytes);
+                    self.transport.config_read(at, &mut [0; 4][..length]);
+                }
+            }
+            Hostility::Ram(at, bytes) => self.put(at, &bytes),
+        }
+    }
+
+    /// Saves it parked, and lets `device` go on from that.
+    pub(super) fn hand_over(mut self, device: Box<dyn VirtioDevice>) -> Self {
+        let mode = StartMode::CprTransfer;
+        self.transport.park(mode).unwrap();
+        let section = self.transport.save(mode).unwrap();
+        let mut new = self.succeeded_by(device);
+        new.transport.load(mode, &section).unwrap();
+        new.transport.resume(mode).unwrap();
+        new
+    }
+
+    /// Has `device` load the state with one bit flipped, and serve if it does; goes on itself.
+    pub(super) fn forge(&mut self, bit: usize, device: Box<dyn VirtioDevice>) {
+        let mode = StartMode::CprTransfer;
+        self.transport.park(mode).unwrap();
+        let mut section = self.transport.save(mode).unwrap();
+        let bits = section.bytes.len() * 8;
+        section.bytes[bit % bits / 8] ^= 1 << (bit % 8);
+        let mut forged = self.succeeded_by(device);
+        if forged.transport.load(mode, &section).is_ok() {
+            forged.transport.resume(mode).unwrap();
+            forged.serve();
+            forged.transport.park(mode).unwrap();
+        }
+        self.transport.resume(mode).unwrap();
     }
 }
 

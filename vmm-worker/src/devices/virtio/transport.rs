@@ -315,10 +315,15 @@ impl Transport {
 
 /// The configuration space of a virtio device, and where its MSI-X and its access capability are.
 fn config_space(device: &dyn VirtioDevice, bar: u32, vectors: u16) -> (ConfigSpace, u8, u8) {
+    let super::Identity {
+        kind: _,
+        virtio_type,
+        pci_class,
+    } = device.identity();
     let mut config = ConfigSpace::new(Identity {
         vendor: VENDOR,
-        device: FIRST_DEVICE + device.virtio_type(),
-        class: device.pci_class(),
+        device: FIRST_DEVICE + virtio_type,
+        class: pci_class,
         revision: REVISION,
         subsystem_vendor: VENDOR,
         subsystem: SUBSYSTEM,
@@ -402,7 +407,11 @@ impl Function for Transport {
             }
             DEVICE..NOTIFY => {
                 data.fill(0);
-                self.device.read_config(offset - DEVICE, data);
+                let config = self.device.config();
+                let at = usize::try_from(offset - DEVICE).unwrap_or(usize::MAX);
+                for (to, from) in data.iter_mut().zip(config.iter().skip(at)) {
+                    *to = *from;
+                }
             }
             MSIX_TABLE..MSIX_PENDING => {
                 self.interrupts.msix().table_read(offset - MSIX_TABLE, data)
@@ -452,7 +461,7 @@ impl Transport {
 
 impl Device for Transport {
     fn id(&self) -> DeviceId {
-        DeviceId::new(self.device.kind(), self.slot.into())
+        DeviceId::new(self.device.identity().kind, self.slot.into())
     }
 
     fn setup(&mut self, _mode: StartMode) -> Result<(), DeviceError> {

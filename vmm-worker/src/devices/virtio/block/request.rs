@@ -301,12 +301,8 @@ impl Backend for BlockQueue {
                 // The driver need not notify meanwhile.
                 return Ok(Next::At(Instant::now() + Duration::from_nanos(wait)));
             }
-            if !queue.pop(&mut chain)? {
-                if !queue.listen()? {
-                    return Ok(Next::Wait);
-                }
-                queue.ignore()?;
-                continue;
+            if !queue.take(&mut chain)? {
+                return Ok(Next::Wait);
             }
             match self.request(queue.index(), &chain, stop)? {
                 Outcome::Done(written) => {

@@ -9,7 +9,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::devices::Device as _;
 use crate::devices::lifecycle::DeviceError;
-use crate::devices::pci::Function as _;
 use crate::devices::state::SavedSection;
 use crate::devices::virtio::DRIVER_OK;
 use crate::devices::virtio::NEEDS_RESET;
@@ -303,21 +302,8 @@ fn rings_do_not_move_while_the_driver_is_ready() {
     assert_eq!(request(&mut rig, 0, 0, &[(DATA, 512, WRITE)]), (0, 513));
 }
 
-/// Saves a parked device, and loads that into a fresh one on the same RAM and file.
-fn hand_over(mut rig: Rig, config: &BlockConfig, file: &File) -> Rig {
-    rig.transport.park(StartMode::CprTransfer).unwrap();
-    let section = rig.transport.save(StartMode::CprTransfer).unwrap();
-    let device = Block::new(file.try_clone().unwrap().into(), config);
-    let mut fresh = Rig::on(Box::new(device), rig.ram);
-    fresh.transport.setup(StartMode::CprTransfer).unwrap();
-    fresh
-        .transport
-        .load(StartMode::CprTransfer, &section)
-        .unwrap();
-    fresh.transport.resume(StartMode::CprTransfer).unwrap();
-    std::mem::swap(&mut fresh.transport, &mut rig.transport);
-    rig.fired = fresh.fired;
-    rig
+fn successor(config: &BlockConfig, file: &File) -> Box<Block> {
+    Box::new(Block::new(file.try_clone().unwrap().into(), config))
 }
 
 #[test]
@@ -333,7 +319,7 @@ fn a_successor_goes_on_where_the_rings_are_and_repeats_interrupts() {
             0,
             &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)],
         );
-        rig = hand_over(rig, &config, &file);
+        rig = rig.hand_over(successor(&config, &file));
         assert_eq!(rig.fired.0.lock().unwrap()[..], [0x41, 0x42]);
         rig.serve();
         assert_eq!(rig.used(0), u16::from(round) + 1);
@@ -401,12 +387,7 @@ fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
 /// What a hostile guest and a hostile predecessor do.
 #[derive(Clone, Debug)]
 enum Action {
-    /// A write in the BAR, of 1, 2, 4 or 8 bytes.
-    Bar(u64, u64, usize),
-    /// A write in configuration space.
-    Config(u8, u32, usize),
-    /// Bytes in the rings or the buffers.
-    Ram(u64, Vec<u8>),
+    Driver(Hostility),
     /// A request that may be a good one.
     Offer(u32, u64, u32),
     Serve,
@@ -417,13 +398,8 @@ enum Action {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    let length = prop_oneof![Just(1_usize), Just(2), Just(4), Just(8)];
     prop_oneof![
-        4 => (0..0x8000_u64, any::<u64>(), length.clone()).prop_map(|(at, value, length)| Action::Bar(at, value, length)),
-        4 => (0..0x40_u64, 0..0x100_u64, length.clone()).prop_map(|(at, value, length)| Action::Bar(at, value, length)),
-        2 => (any::<u8>(), any::<u32>(), 1..=4_usize).prop_map(|(at, value, length)| Action::Config(at, value, length)),
-        6 => (RINGS..RINGS + 0x4000, prop::collection::vec(any::<u8>(), 1..32))
-            .prop_map(|(at, bytes)| Action::Ram(at, bytes)),
+        16 => hostility(1).prop_map(Action::Driver),
         6 => (0..16_u32, 0..2 * SECTORS, 0..2048_u32)
             .prop_map(|(kind, sector, length)| Action::Offer(kind, sector, length)),
         6 => Just(Action::Serve),
@@ -443,18 +419,7 @@ proptest! {
         let (mut rig, file) = rig(&config);
         for action in actions {
             match action {
-                Action::Bar(at, value, length) => {
-                    rig.write(at, value, length);
-                    rig.read(at, length);
-                }
-                Action::Config(at, value, length) => {
-                    let end = usize::from(at) + length;
-                    if end <= 256 {
-                        rig.transport.config_write(at, &value.to_le_bytes()[..length]);
-                        rig.transport.config_read(at, &mut [0; 4][..length]);
-                    }
-                }
-                Action::Ram(at, bytes) => rig.put(at, &bytes),
+                Action::Driver(hostility) => rig.suffer(hostility),
                 Action::Offer(kind, sector, length) => {
                     rig.put(HEADER, &kind.to_le_bytes());
                     rig.put(HEADER + 8, &sector.to_le_bytes());
@@ -463,20 +428,8 @@ proptest! {
                 }
                 Action::Serve => rig.serve(),
                 Action::BringUp => rig.bring_up(),
-                Action::HandOver => rig = hand_over(rig, &config, &file),
-                Action::Forge(bit) => {
-                    rig.transport.park(StartMode::CprTransfer).unwrap();
-                    let mut section = rig.transport.save(StartMode::CprTransfer).unwrap();
-                    let bits = section.bytes.len() * 8;
-                    section.bytes[bit % bits / 8] ^= 1 << (bit % 8);
-                    let device = Block::new(file.try_clone().unwrap().into(), &config);
-                    let mut forged = Rig::on(Box::new(device), rig.ram);
-                    if forged.transport.load(StartMode::CprTransfer, &section).is_ok() {
-                        forged.transport.resume(StartMode::CprTransfer).unwrap();
-                        forged.serve();
-                    }
-                    rig.transport.resume(StartMode::CprTransfer).unwrap();
-                }
+                Action::HandOver => rig = rig.hand_over(successor(&config, &file)),
+                Action::Forge(bit) => rig.forge(bit, successor(&config, &file)),
             }
         }
         prop_assert_eq!(file.metadata().unwrap().len(), SECTORS * SECTOR);

@@ -10,9 +10,6 @@ use rustix::net::SocketType;
 
 use super::*;
 use crate::devices::Device as _;
-use crate::devices::lifecycle::DeviceError;
-use crate::devices::pci::Function as _;
-use crate::devices::state::SavedSection;
 use crate::devices::virtio::F_EVENT_IDX;
 use crate::devices::virtio::F_VERSION_1;
 use crate::devices::virtio::NEEDS_RESET;
@@ -242,7 +239,7 @@ fn each_tap_has_one_reader_however_many_pairs_are_used() {
         assert_eq!(command(&mut rig, 6, bad), 1, "{bad:?}");
     }
     // It is known after an upgrade.
-    let mut rig = hand_over(rig, &site);
+    let mut rig = rig.hand_over(site.device());
     for pair in 0..3 {
         rig.offer(2 * pair, &[(DATA, 2048, WRITE)]);
     }
@@ -275,7 +272,7 @@ fn a_limit_leaves_packets_where_they_are() {
     rig.serve();
     assert_eq!((rig.used(TRANSMIT), rig.used(RECEIVE)), (2, 2));
     // An upgrade fills no bucket.
-    let rig = hand_over(rig, &site);
+    let rig = rig.hand_over(site.device());
     rig.serve();
     assert_eq!((rig.used(TRANSMIT), rig.used(RECEIVE)), (2, 2));
     assert!(site.sent(0).is_some() && site.sent(0).is_some() && site.sent(0).is_none());
@@ -316,17 +313,6 @@ fn a_broken_queue_needs_a_reset_and_gets_one() {
         rig.serve();
         assert_eq!(site.sent(0), Some(packet(0, 0, 60)), "{what}");
     }
-}
-
-fn hand_over(mut old: Rig, site: &Site) -> Rig {
-    old.transport.park(StartMode::CprTransfer).unwrap();
-    let section = old.transport.save(StartMode::CprTransfer).unwrap();
-    let mut new = old.succeeded_by(site.device());
-    new.transport
-        .load(StartMode::CprTransfer, &section)
-        .unwrap();
-    new.transport.resume(StartMode::CprTransfer).unwrap();
-    new
 }
 
 #[test]
@@ -426,12 +412,7 @@ fn impossible_states_are_refused() {
 
 #[derive(Clone, Debug)]
 enum Action {
-    /// A write and a read in the BAR.
-    Bar(u64, u64, usize),
-    /// A write in configuration space.
-    Config(u8, u32, usize),
-    /// Bytes in the rings or the buffers.
-    Ram(u64, Vec<u8>),
+    Driver(Hostility),
     /// A request that may be a good one, in a queue.
     Offer(u64, u64, u32, u16),
     /// A packet from outside.
@@ -444,13 +425,8 @@ enum Action {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    let length = prop_oneof![Just(1_usize), Just(2), Just(4), Just(8)];
     prop_oneof![
-        3 => (0..0x8000_u64, any::<u64>(), length.clone()).prop_map(|(at, value, length)| Action::Bar(at, value, length)),
-        3 => (0..0x40_u64, 0..0x100_u64, length).prop_map(|(at, value, length)| Action::Bar(at, value, length)),
-        1 => (any::<u8>(), any::<u32>(), 1..=4_usize).prop_map(|(at, value, length)| Action::Config(at, value, length)),
-        6 => (RINGS..RINGS + 5 * 0x4000, prop::collection::vec(any::<u8>(), 1..32))
-            .prop_map(|(at, bytes)| Action::Ram(at, bytes)),
+        13 => hostility(5).prop_map(Action::Driver),
         8 => (0..5_u64, DATA..RAM, 0..0x1_8000_u32, 0..3_u16)
             .prop_map(|(queue, at, length, flags)| Action::Offer(queue, at, length, flags & WRITE)),
         6 => (0..2_usize, any::<u8>(), 0..6_u8, 0..4000_usize)
@@ -460,14 +436,6 @@ fn action() -> impl Strategy<Value = Action> {
         1 => Just(Action::HandOver),
         1 => any::<usize>().prop_map(Action::Forge),
     ]
-}
-
-fn load(site: &Site, rig: &Rig, section: &SavedSection) -> Result<(), DeviceError> {
-    let mut forged = rig.succeeded_by(site.device());
-    forged.transport.load(StartMode::CprTransfer, section)?;
-    forged.transport.resume(StartMode::CprTransfer)?;
-    forged.serve();
-    forged.transport.park(StartMode::CprTransfer)
 }
 
 proptest! {
@@ -481,18 +449,7 @@ proptest! {
         let mut rig = site.rig(ALL | F_CTRL_VQ | F_MQ);
         for action in actions {
             match action {
-                Action::Bar(at, value, length) => {
-                    rig.write(at, value, length);
-                    rig.read(at, length);
-                }
-                Action::Config(at, value, length) => {
-                    let end = usize::from(at) + length;
-                    if end <= 256 {
-                        rig.transport.config_write(at, &value.to_le_bytes()[..length]);
-                        rig.transport.config_read(at, &mut [0; 4][..length]);
-                    }
-                }
-                Action::Ram(at, bytes) => rig.put(at, &bytes),
+                Action::Driver(hostility) => rig.suffer(hostility),
                 Action::Offer(queue, at, length, flags) => {
                     rig.offer(queue, &[(at, length, flags), (at / 2, length / 2, flags)]);
                 }
@@ -502,15 +459,8 @@ proptest! {
                 }
                 Action::Serve => rig.serve(),
                 Action::BringUp(features) => bring_up(&mut rig, features & (offered | F_EVENT_IDX)),
-                Action::HandOver => rig = hand_over(rig, &site),
-                Action::Forge(bit) => {
-                    rig.transport.park(StartMode::CprTransfer).unwrap();
-                    let mut section = rig.transport.save(StartMode::CprTransfer).unwrap();
-                    let bits = section.bytes.len() * 8;
-                    section.bytes[bit % bits / 8] ^= 1 << (bit % 8);
-                    let _ = load(&site, &rig, &section);
-                    rig.transport.resume(StartMode::CprTransfer).unwrap();
-                }
+                Action::HandOver => rig = rig.hand_over(site.device()),
+                Action::Forge(bit) => rig.forge(bit, site.device()),
             }
             while site.sent(0).is_some() || site.sent(1).is_some() {}
         }

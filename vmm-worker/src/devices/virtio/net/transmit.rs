@@ -52,12 +52,8 @@ impl Transmitter {
             if wait > 0 {
                 return Ok(Next::At(Instant::now() + Duration::from_nanos(wait)));
             }
-            if !queue.pop(&mut chain)? {
-                if !queue.listen()? {
-                    return Ok(Next::Wait);
-                }
-                queue.ignore()?;
-                continue;
+            if !queue.take(&mut chain)? {
+                return Ok(Next::Wait);
             }
             let packet = &chain.readable;
             if packet.len() < HEADER {

@@ -26,14 +26,12 @@ impl Backend for SlowBackend {
 }
 
 impl VirtioDevice for Slow {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind(0x7001)
-    }
-    fn virtio_type(&self) -> u16 {
-        4
-    }
-    fn pci_class(&self) -> u32 {
-        0xFF_0000
+    fn identity(&self) -> crate::devices::virtio::Identity {
+        crate::devices::virtio::Identity {
+            kind: DeviceKind(0x7001),
+            virtio_type: 4,
+            pci_class: 0xFF_0000,
+        }
     }
     fn features(&self) -> u64 {
         0b101
@@ -45,8 +43,8 @@ impl VirtioDevice for Slow {
         let channels = self.0.take().unwrap();
         vec![(vec![0], Box::new(SlowBackend(Mutex::new(channels))))]
     }
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(u8::try_from(offset & 0xFF).unwrap());
+    fn config(&self) -> Vec<u8> {
+        (0..=255).collect()
     }
     fn activate(&mut self, _: u64) {}
     fn reset(&mut self) {}
