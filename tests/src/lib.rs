@@ -18,6 +18,7 @@
 )]
 
 mod answer;
+pub mod attack;
 mod audit_log;
 mod binaries;
 pub mod hostility;

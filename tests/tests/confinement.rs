@@ -5,24 +5,11 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-/// The subject, which cargo builds beside the tests.
+/// The subject.
 fn subject() -> Command {
-    let test = std::env::current_exe().unwrap();
-    let path: PathBuf = test
-        .parent()
-        .unwrap()
-        .parent()
-        .unwrap()
-        .join("examples/subject");
-    assert!(
-        path.exists(),
-        "{} is not built: cargo build -p baton-policy --examples",
-        path.display()
-    );
-    Command::new(path)
+    Command::new(env!("CARGO_BIN_EXE_confined"))
 }
 
 fn run(words: &str) -> Output {

@@ -8,6 +8,8 @@
     reason = "descriptor 0 is the control socket; a second one for it would be noticed at once"
 )]
 
+mod granted;
+
 use std::fs::File;
 use std::net::TcpListener;
 use std::net::UdpSocket;
@@ -59,6 +61,8 @@ fn main() {
         Some(("later", what)) => after_hello(what, control),
         Some(("call", what)) => forbidden_call(what, control),
         Some(("built", what)) => after_configure(what, control),
+        Some(("granted", what)) => granted::granted(what, control),
+        Some(("running", what)) => granted::running(what, control),
         _ => {
             eprintln!("no mode {name:?}");
             std::process::exit(4);

@@ -1,5 +1,5 @@
 //! Confines itself by the built-in policy as a launcher would, executes a sealed copy of itself, and there does one
-//! thing: what the tests of this package ask for. Its end (exit status or signal) is the answer.
+//! thing: what `tests/confinement.rs` asks for. Its end (exit status or signal) is the answer.
 #![expect(
     unsafe_code,
     reason = "attempts system calls that no safe function would make"
@@ -8,15 +8,12 @@
 use std::error::Error;
 use std::ffi::{CString, c_long};
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::IntoRawFd;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use baton_policy::{Policy, Role, Syscall};
 use rustix::fs::MemfdFlags;
-
-/// Where `/dev/kvm` is after the exec, when it was asked for.
-const KVM: i32 = 10;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -35,21 +32,16 @@ fn confined(rest: &[&str]) -> Result<(), Box<dyn Error>> {
     )?;
     let mut copy = std::fs::File::from(memfd);
     std::io::copy(&mut std::fs::File::open("/proc/self/exe")?, &mut copy)?;
-    if rest.iter().any(|word| word.starts_with("kvm")) {
-        let kvm = rustix::fs::open(
-            "/dev/kvm",
-            rustix::fs::OFlags::RDWR,
-            rustix::fs::Mode::empty(),
-        )?;
-        // Without close-on-exec, at a number that both sides know, and left open.
-        // SAFETY: nothing else in this process has the number; ownership ends with `forget` below.
-        let mut inherited = unsafe { OwnedFd::from_raw_fd(KVM) };
-        rustix::io::dup2(&kvm, &mut inherited)?;
-        std::mem::forget(inherited);
-    }
     let mut argv = vec![CString::new("subject")?, CString::new("inside")?];
     for word in rest {
-        argv.push(CString::new(*word)?);
+        argv.push(if *word == "kvm" {
+            // Without close-on-exec, and left open: the word becomes its number.
+            let (flags, mode) = (rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty());
+            let kvm = rustix::fs::open("/dev/kvm", flags, mode)?;
+            CString::new(kvm.into_raw_fd().to_string())?
+        } else {
+            CString::new(*word)?
+        });
     }
     let confinement = Policy::builtin()?.confinement(2)?;
     confinement.enter()?;
@@ -152,7 +144,6 @@ fn attempt(call: &str, arguments: &[&str]) -> Result<c_long, Box<dyn Error>> {
     for (register, word) in registers.iter_mut().zip(arguments) {
         *register = match word.strip_prefix("0x") {
             Some(digits) => u64::from_str_radix(digits, 16)?,
-            None if *word == "kvm" => KVM as u64,
             None => word.parse()?,
         };
     }
