@@ -1,89 +1,176 @@
-//! One cgroup per VM, for all generations of its worker: guest RAM stays charged to it, and the number of tasks is bounded.
+//! One cgroup per VM, for all generations of its worker: guest RAM stays charged to it, and its tasks, memory and processor time
+//! are bounded as policy says.
 //!
-//! Version 2 with a delegated `pids` controller is taken where there is one, else version 1's `pids` hierarchy
-//! (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/pids.rst).
+//! Version 2 with the controllers that policy needs is taken where there is one, else version 1's hierarchies of them
+//! (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1). A controller that is missing is an error: no limit is dropped in
+//! silence.
 
 use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
 
+use baton_policy::CgroupLimits;
+use baton_policy::CgroupSetting;
+use baton_policy::CgroupVersion;
+
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
-const V2: &str = "/sys/fs/cgroup";
-const V1: &str = "/sys/fs/cgroup/pids";
+/// Where version 2 is mounted, and below which version 1's hierarchies are, each under its controller's name.
+const MOUNT: &str = "/sys/fs/cgroup";
 
 /// A VM's cgroup; removed when dropped, if nobody is left in it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
-    path: PathBuf,
+    version: CgroupVersion,
+    /// `baton/VM-PROCESS`.
+    name: PathBuf,
+    limits: CgroupLimits,
 }
 
 impl Cgroup {
-    /// Makes the VM's cgroup with room for this many tasks.
+    /// Makes the VM's cgroup with these limits.
     ///
     /// It is called `VM-PROCESS`, after the broker. What brokers of the same VM that are dead have left is removed.
-    pub(crate) fn create(vm: &str, process: i32, tasks: u64) -> Result<Self> {
-        let parent = parent()?;
-        sweep(&parent, vm);
-        let path = parent.join(format!("{vm}-{process}"));
-        fs::create_dir_all(&path)
-            .doing(format_args!("cannot make the cgroup {}", path.display()))?;
-        let cgroup = Self { path };
-        fs::write(cgroup.path.join("pids.max"), tasks.to_string()).doing(format_args!(
-            "cannot limit the tasks of {}",
-            cgroup.path.display()
-        ))?;
+    pub(crate) fn create(vm: &str, process: i32, limits: CgroupLimits) -> Result<Self> {
+        let cgroup = Self {
+            version: version(&limits)?,
+            name: Path::new("baton").join(format!("{vm}-{process}")),
+            limits,
+        };
+        for path in cgroup.paths() {
+            if let Some(parent) = path.parent() {
+                sweep(parent, vm);
+            }
+            fs::create_dir_all(&path)
+                .doing(format_args!("cannot make the cgroup {}", path.display()))?;
+        }
+        for (setting, file) in cgroup.settings() {
+            fs::write(&file, &setting.value)
+                .doing(format_args!("cannot limit {}", file.display()))?;
+        }
         Ok(cgroup)
     }
 
-    /// Where a process writes itself in: the right to it goes with the descriptor.
-    pub(crate) fn door(&self) -> Result<fs::File> {
-        let path = self.path.join("cgroup.procs");
-        fs::OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .doing(format_args!("cannot open {}", path.display()))
+    /// Its directories, the one that counts tasks first: one in version 2, one for each controller in version 1.
+    fn paths(&self) -> Vec<PathBuf> {
+        match self.version {
+            CgroupVersion::V2 => vec![Path::new(MOUNT).join(&self.name)],
+            CgroupVersion::V1 => {
+                let settings = self.limits.settings(self.version);
+                let hierarchy = |one: CgroupSetting| Path::new(MOUNT).join(one.controller);
+                settings
+                    .into_iter()
+                    .map(|one| hierarchy(one).join(&self.name))
+                    .collect()
+            }
+        }
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// How many tasks it has room for, as the kernel says.
-    pub(crate) fn task_limit(&self) -> String {
-        fs::read_to_string(self.path.join("pids.max"))
-            .map_or_else(|e| e.to_string(), |text| text.trim().to_owned())
-    }
-
-    /// Whether /proc/PID/cgroup says that the process is in here.
-    pub(crate) fn holds(&self, pid: i32) -> bool {
-        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else {
-            return false;
-        };
-        text.lines().any(|line| {
-            line.splitn(3, ':').nth(2).is_some_and(|relative| {
-                let relative = relative.trim_start_matches('/');
-                Path::new(V2).join(relative) == self.path
-                    || Path::new(V1).join(relative) == self.path
-            })
+    fn settings(&self) -> impl Iterator<Item = (CgroupSetting, PathBuf)> + use<'_> {
+        let settings = self.limits.settings(self.version).into_iter();
+        settings.map(|setting| {
+            let hierarchy = match self.version {
+                CgroupVersion::V1 => Path::new(MOUNT).join(setting.controller),
+                CgroupVersion::V2 => PathBuf::from(MOUNT),
+            };
+            let file = hierarchy.join(&self.name).join(setting.file);
+            (setting, file)
         })
     }
+
+    /// Where a process writes itself in: the right to it goes with the descriptors.
+    pub(crate) fn doors(&self) -> Result<Vec<fs::File>> {
+        let open = |path: PathBuf| {
+            let path = path.join("cgroup.procs");
+            fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .doing(format_args!("cannot open {}", path.display()))
+        };
+        self.paths().into_iter().map(open).collect()
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.paths().into_iter().next().unwrap_or_default()
+    }
+
+    /// The limits that the kernel has, in words; or what is wrong with them, and with where the process is.
+    pub(crate) fn confines(&self, pid: i32) -> std::result::Result<String, Vec<String>> {
+        let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let mut wrong: Vec<String> = self
+            .paths()
+            .into_iter()
+            .filter(|path| !holds(&membership, path))
+            .map(|path| format!("it is not in {}", path.display()))
+            .collect();
+        let mut found = vec![self.path().display().to_string()];
+        for (setting, file) in self.settings() {
+            match fs::read_to_string(&file) {
+                Ok(text) if setting.covers(&text) => {
+                    found.push(format!("{} {}", setting.file, text.trim()));
+                }
+                Ok(text) => wrong.push(format!(
+                    "{} says {:?}, policy {}",
+                    file.display(),
+                    text.trim(),
+                    setting.value
+                )),
+                Err(e) => wrong.push(format!("{} cannot be read: {e}", file.display())),
+            }
+        }
+        if wrong.is_empty() {
+            Ok(found.join(", "))
+        } else {
+            Err(wrong)
+        }
+    }
+}
+
+/// Whether /proc/PID/cgroup, whose lines are `NUMBER:CONTROLLERS:PATH`, says that the process is in this directory.
+fn holds(membership: &str, path: &Path) -> bool {
+    membership.lines().any(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(relative)) = (fields.next(), fields.next()) else {
+            return false;
+        };
+        let relative = relative.trim_start_matches('/');
+        // Version 2's line names no controller.
+        controllers
+            .split(',')
+            .any(|controller| Path::new(MOUNT).join(controller).join(relative) == path)
+    })
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
         // What was killed a moment ago may still be on its way out.
+        let mut left = self.paths();
         for _ in 0..500 {
-            match fs::remove_dir(&self.path) {
-                Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => {
-                    std::thread::sleep(std::time::Duration::from_millis(1));
-                }
-                _ => return,
+            remove(&mut left);
+            if left.is_empty() {
+                return;
             }
+            std::thread::sleep(std::time::Duration::from_millis(1));
         }
     }
+}
+
+/// The directories of the cgroup whose first is this, whatever it was limited to.
+pub(crate) fn everywhere(path: &Path) -> Vec<PathBuf> {
+    let mut all = vec![path.to_owned()];
+    if let Ok(name) = path.strip_prefix(Path::new(MOUNT).join("pids")) {
+        all.extend(["memory", "cpu"].map(|one| Path::new(MOUNT).join(one).join(name)));
+    }
+    all
+}
+
+/// Removes these directories, as far as nobody is in them; what is left is to be tried again.
+pub(crate) fn remove(left: &mut Vec<PathBuf>) {
+    left.retain(|path| {
+        fs::remove_dir(path).is_err_and(|e| e.kind() == std::io::ErrorKind::ResourceBusy)
+    });
 }
 
 /// Removes the empty cgroups of this VM's dead brokers: one that was killed before it had published anything left no other
@@ -103,27 +190,57 @@ fn sweep(parent: &Path, vm: &str) {
     }
 }
 
-fn parent() -> Result<PathBuf> {
-    let lists_pids = |file: &str| {
-        fs::read_to_string(Path::new(V2).join(file))
-            .is_ok_and(|words| words.split_whitespace().any(|word| word == "pids"))
+/// Which version this host has the controllers in that these limits need. In version 2 they are handed down to `baton`.
+fn version(limits: &CgroupLimits) -> Result<CgroupVersion> {
+    let lists = |file: &Path, controller: &str| {
+        fs::read_to_string(file)
+            .is_ok_and(|words| words.split_whitespace().any(|word| word == controller))
     };
-    if lists_pids("cgroup.controllers") {
-        let parent = Path::new(V2).join("baton");
-        if !lists_pids("cgroup.subtree_control") {
-            fs::write(Path::new(V2).join("cgroup.subtree_control"), "+pids")
-                .doing("cannot delegate the pids controller")?;
+    let root = Path::new(MOUNT);
+    let needed = limits.settings(CgroupVersion::V2);
+    let controllers = root.join("cgroup.controllers");
+    if needed.iter().all(|one| lists(&controllers, one.controller)) {
+        let baton = root.join("baton");
+        fs::create_dir_all(&baton).doing("cannot make the cgroup baton")?;
+        for one in needed {
+            for file in [root, &baton].map(|parent| parent.join("cgroup.subtree_control")) {
+                if !lists(&file, one.controller) {
+                    fs::write(&file, format!("+{}", one.controller)).doing(format_args!(
+                        "cannot hand the controller {} down in {}",
+                        one.controller,
+                        file.display()
+                    ))?;
+                }
+            }
         }
-        fs::create_dir_all(&parent).doing("cannot make the cgroup baton")?;
-        fs::write(parent.join("cgroup.subtree_control"), "+pids")
-            .doing("cannot delegate the pids controller to the cgroup baton")?;
-        return Ok(parent);
+        return Ok(CgroupVersion::V2);
     }
-    if Path::new(V1).join("cgroup.procs").exists() {
-        return Ok(Path::new(V1).join("baton"));
+    let missing = needed
+        .iter()
+        .find(|one| !root.join(one.controller).join("cgroup.procs").exists());
+    match missing {
+        None => Ok(CgroupVersion::V1),
+        Some(one) => Err(unfit(
+            format_args!("no cgroup hierarchy has the controller {}", one.controller),
+            "mount cgroup2 at /sys/fs/cgroup, or cgroup version 1's hierarchies below it",
+        )),
     }
-    Err(unfit(
-        "no cgroup hierarchy has the pids controller",
-        "mount cgroup2 at /sys/fs/cgroup, or cgroup version 1's pids at /sys/fs/cgroup/pids",
-    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_where_the_kernel_says_in_either_version() {
+        let v1 = "7:memory:/baton/vm-1\n5:cpu,cpuacct:/\n3:pids:/baton/vm-1\n0::/\n";
+        assert!(holds(v1, Path::new("/sys/fs/cgroup/pids/baton/vm-1")));
+        assert!(holds(v1, Path::new("/sys/fs/cgroup/memory/baton/vm-1")));
+        assert!(!holds(v1, Path::new("/sys/fs/cgroup/cpu/baton/vm-1")));
+        assert!(!holds(v1, Path::new("/sys/fs/cgroup/baton/vm-1")));
+        let v2 = "0::/baton/vm-1\n";
+        assert!(holds(v2, Path::new("/sys/fs/cgroup/baton/vm-1")));
+        assert!(!holds(v2, Path::new("/sys/fs/cgroup/baton/vm-10")));
+        assert!(!holds("", Path::new("/sys/fs/cgroup/baton/vm-1")));
+    }
 }

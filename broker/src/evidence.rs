@@ -73,15 +73,10 @@ pub(crate) fn process(
     note(&mut compared, "root", root(&proc));
     note(&mut compared, "mounts", mounts(&proc));
     if let Some(cgroup) = cgroup {
-        let path = cgroup.path().display();
-        let within = cgroup.holds(pid);
-        let found = format!("{path}, at most {} tasks", cgroup.task_limit());
-        let found = within.then_some(found);
-        note(
-            &mut compared,
-            "cgroup",
-            found.ok_or_else(|| wrong(format_args!("it is not in {path}"))),
-        );
+        let found = cgroup
+            .confines(pid)
+            .map_err(|all| all.into_iter().flat_map(wrong).collect());
+        note(&mut compared, "cgroup", found);
     }
     note(&mut compared, "memory", memory(executable, &proc));
     if let Some(limits) = limits {

@@ -26,6 +26,7 @@ use baton_ipc::control::PROTOCOL;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use baton_ipc::control::Step;
+use baton_policy::CgroupLimits;
 use baton_policy::Confinement;
 use baton_policy::Policy;
 use baton_policy::Role;
@@ -341,7 +342,11 @@ impl Broker {
                 let name = format!(".qmp-{}", self.vm.name.as_str());
                 let me = rustix::process::getpid().as_raw_nonzero().get();
                 // The launcher's two stages are in it for a moment.
-                Cgroup::create(&name, me, policy.task_limit(0) + 2)
+                let limits = CgroupLimits {
+                    tasks: policy.task_limit(0) + 2,
+                    ..policy.cgroup_limits(1, 0, 0)
+                };
+                Cgroup::create(&name, me, limits)
             })
             .transpose()?;
         Ok(Place {

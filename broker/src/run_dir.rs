@@ -249,13 +249,13 @@ impl Drop for VmDirectory {
 /// Removes a dead VM's cgroup. A worker that was killed just now is in it until its memory is torn down, about 30 ms a GiB;
 /// one that somebody else uses stays.
 fn remove_when_empty(cgroup: &Path) {
+    let mut left = crate::cgroup::everywhere(cgroup);
     for _ in 0..100 {
-        match fs::remove_dir(cgroup) {
-            Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => {
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
-            _ => return,
+        crate::cgroup::remove(&mut left);
+        if left.is_empty() {
+            return;
         }
+        std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }
 

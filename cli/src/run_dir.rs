@@ -300,8 +300,13 @@ impl VmDirectory {
         })?;
         orphan.kill()?;
         if let Some(cgroup) = &orphan.state.cgroup {
-            // Empty now, unless somebody else uses it.
+            // Empty now, unless somebody else uses it. Version 1 has one of the name in other hierarchies too.
             let _ = fs::remove_dir(cgroup);
+            if let Ok(name) = cgroup.strip_prefix("/sys/fs/cgroup/pids") {
+                for hierarchy in ["memory", "cpu"] {
+                    let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(hierarchy).join(name));
+                }
+            }
         }
         self.remove()
             .map_err(|error| crate::failure::file("remove", &self.path, &error))

@@ -203,19 +203,18 @@ impl Changes {
         }
         for resource in Resource::ALL {
             let limit = |policy: &Policy| policy.rlimits.get(resource);
-            let (before, after) = (limit(old), limit(new));
-            let amount = |limit: Option<Limit>| match limit {
-                Some(Limit::At(amount)) => amount,
-                // Not lowered at all.
-                Some(Limit::Unlimited) | None => u64::MAX,
-            };
-            if amount(before) != amount(after) {
-                let word = |limit: Option<Limit>| {
-                    limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string())
-                };
-                let what = format!("{resource} {} instead of {}", word(after), word(before));
-                self.either(amount(after) > amount(before), "rlimits", what);
-            }
+            self.limit("rlimits", resource, limit(old), limit(new));
+        }
+        let (before, after) = (old.cgroup, new.cgroup);
+        for (what, before, after) in [
+            (
+                "memory_headroom",
+                before.memory_headroom,
+                after.memory_headroom,
+            ),
+            ("cpu_headroom", before.cpu_headroom, after.cpu_headroom),
+        ] {
+            self.limit("cgroup", what, Some(before), Some(after));
         }
         let (before, after) = (old.capabilities, new.capabilities);
         if !after.without(before).is_empty() {
@@ -239,6 +238,27 @@ impl Changes {
                 "landlock",
                 format!("ABI {after} suffices instead of {before}"),
             );
+        }
+    }
+
+    fn limit(
+        &mut self,
+        subject: &str,
+        name: impl fmt::Display,
+        before: Option<Limit>,
+        after: Option<Limit>,
+    ) {
+        let amount = |limit: Option<Limit>| match limit {
+            Some(Limit::At(amount)) => amount,
+            // Not lowered at all.
+            Some(Limit::Unlimited) | None => u64::MAX,
+        };
+        if amount(before) != amount(after) {
+            let word = |limit: Option<Limit>| {
+                limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string())
+            };
+            let what = format!("{name} {} instead of {}", word(after), word(before));
+            self.either(amount(after) > amount(before), subject, what);
         }
     }
 

@@ -224,6 +224,10 @@ impl Policy {
                 "It has at most one task per vCPU and {} more.",
                 self.threads.headroom
             ),
+            format!(
+                "Its cgroup: memory, {} bytes beyond guest RAM; processors, {} beyond one per vCPU.",
+                self.cgroup.memory_headroom, self.cgroup.cpu_headroom
+            ),
             format!("Its limits: {}.", limits.join(", ")),
             format!("Capabilities that it keeps: {}.", self.capabilities),
             format!(

@@ -14,6 +14,7 @@ pub mod access;
 mod bounds;
 pub mod bpf;
 pub mod capabilities;
+pub mod cgroup;
 pub mod check;
 pub mod compile;
 pub mod condition;
@@ -38,6 +39,7 @@ mod trusted;
 pub mod workers;
 
 pub use capabilities::Capabilities;
+pub use cgroup::{CgroupLimits, CgroupPolicy, CgroupSetting, CgroupVersion};
 pub use compile::{CompileError, Compiled};
 pub use confinement::{Confinement, ConfinementError, no_new_privs};
 pub use descriptors::{Access, Candidate, Grant, GrantError, Kind, PathPattern, Seal};

@@ -49,6 +49,8 @@ pub struct Policy {
     pub namespaces: BTreeSet<Namespace>,
     /// Threads beyond the vCPUs.
     pub threads: Threads,
+    /// Limits of the VM's cgroup.
+    pub cgroup: crate::cgroup::CgroupPolicy,
     /// Resource limits, without the number of tasks (see [`Policy::rlimits`]).
     pub rlimits: Rlimits,
     /// Capabilities that a worker keeps.

@@ -176,6 +176,13 @@ fn a_file_is_whole_and_has_nothing_else() {
         ("floor_abi = 6", "floor_abi = 5", "ABI 5 cannot be a floor"),
         ("headroom = 16", "headroom = 0", "nonzero"),
         ("headroom = 16", "headroom = 16\nsurprise = 1", "surprise"),
+        ("cpu_headroom = \"unlimited\"", "cpu_headroom = -1", "-1"),
+        (
+            "cpu_headroom = \"unlimited\"",
+            "cpu_headroom = \"much\"",
+            "much",
+        ),
+        ("cpu_headroom = \"unlimited\" ", "# ", "cpu_headroom"),
         ("core = 0 ", "kore = 0 ", "kore"),
         ("core = 0 ", "core = -1 ", "-1"),
         ("core = 0 ", "nproc = 5\ncore = 0 ", "nproc"),
@@ -334,6 +341,11 @@ fn every_table_is_compared() {
         ("count = 65_536", "count = 65_537".into(), "ids"),
         ("\"ipc\", ", String::new(), "namespaces"),
         ("headroom = 16", "headroom = 17".into(), "threads"),
+        (
+            "memory_headroom = 536_870_912",
+            "memory_headroom = \"unlimited\"".into(),
+            "cgroup",
+        ),
         ("core = 0 ", "core = 1 ".into(), "rlimits"),
         ("core = 0 ", "core = \"unlimited\" ".into(), "rlimits"),
         (

@@ -19,6 +19,9 @@ use crate::processes;
 /// Where brokers make their VMs' cgroups: version 2's place, and version 1's.
 const CGROUPS: [&str; 2] = ["/sys/fs/cgroup/baton", "/sys/fs/cgroup/pids/baton"];
 
+/// Where the same cgroups are besides, in version 1.
+const BESIDES: [&str; 2] = ["/sys/fs/cgroup/memory/baton", "/sys/fs/cgroup/cpu/baton"];
+
 /// One test's place.
 #[derive(Debug)]
 pub struct Site {
@@ -169,7 +172,11 @@ impl Site {
     /// The cgroups of this place's VMs.
     #[must_use]
     pub fn cgroups(&self) -> Vec<PathBuf> {
-        let below = CGROUPS
+        self.cgroups_below(&CGROUPS)
+    }
+
+    fn cgroups_below(&self, parents: &[&str]) -> Vec<PathBuf> {
+        let below = parents
             .iter()
             .filter_map(|parent| fs::read_dir(parent).ok());
         below
@@ -219,7 +226,8 @@ impl Site {
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .filter(|name| name != ".audit")
             .map(|name| format!("directory {name}"));
-        let cgroups = self.cgroups().into_iter();
+        let besides = self.cgroups_below(&BESIDES);
+        let cgroups = self.cgroups().into_iter().chain(besides);
         files
             .chain(cgroups.map(|path| format!("cgroup {}", path.display())))
             .chain(self.workers().iter().map(|pid| format!("worker {pid}")))
@@ -248,7 +256,8 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         // Only a failing test has anything left here.
-        let cgroups = self.cgroups();
+        let mut cgroups = self.cgroups();
+        cgroups.extend(self.cgroups_below(&BESIDES));
         for pid in self.brokers().into_iter().chain(self.workers()) {
             processes::kill_process(pid);
         }

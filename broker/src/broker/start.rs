@@ -310,11 +310,9 @@ pub(super) fn make_cgroup(vm: &VmFile, policy: &Policy) -> Result<Option<Cgroup>
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }
-    let tasks = policy
-        .task_limit(u32::from(vm.cpus.count.0))
-        .saturating_mul(2);
+    let limits = policy.cgroup_limits(2, vm.cpus.count.0.into(), vm.memory.size.0);
     let process = rustix::process::getpid().as_raw_nonzero().get();
-    Cgroup::create(vm.name.as_str(), process, tasks).map(Some)
+    Cgroup::create(vm.name.as_str(), process, limits).map(Some)
 }
 
 /// Tells whoever started the broker why there is no VM.

@@ -33,7 +33,7 @@ pub(crate) use stages::unshare;
 /// What the broker tells the stages.
 #[derive(Debug, Serialize, Deserialize)]
 enum LaunchOrder {
-    /// To stage 1, with the `cgroup.procs` of the cgroup to join, if there is one: begin.
+    /// To stage 1, with the `cgroup.procs` of each cgroup to join: begin.
     Begin,
     /// To stage 1: the id maps are written.
     Mapped,

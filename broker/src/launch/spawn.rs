@@ -72,7 +72,7 @@ impl Begun {
             inode(theirs.as_fd()).doing("cannot examine a control socket")?,
             inode(output.as_fd()).doing("cannot examine a pipe")?,
         ];
-        let door = cgroup.map(Cgroup::door).transpose()?;
+        let doors = cgroup.map(Cgroup::doors).transpose()?.unwrap_or_default();
         // The running broker's own file, whatever lies at its path by now.
         let stage1 = Command::new("/proc/self/exe")
             .arg("launch")
@@ -91,8 +91,8 @@ impl Begun {
             ids,
             program,
         };
-        let door: Vec<_> = door.iter().map(AsFd::as_fd).collect();
-        begun.send(&LaunchOrder::Begin, &door)?;
+        let doors: Vec<_> = doors.iter().map(AsFd::as_fd).collect();
+        begun.send(&LaunchOrder::Begin, &doors)?;
         Ok(begun)
     }
 

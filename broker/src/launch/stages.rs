@@ -73,10 +73,13 @@ pub(crate) fn unshare() -> std::process::ExitCode {
     report(stage, failed)
 }
 
-/// Waits for the order to begin, and joins the cgroup that comes with it.
+/// Cgroups that a process joins, at the most: one for each controller that policy has limits of.
+const MAX_DOORS: usize = 3;
+
+/// Waits for the order to begin, and joins the cgroups that come with it.
 fn begin(socket: &mut Socket) -> StageResult {
     let (order, descriptors) = receive(socket)?;
-    if !matches!(order, LaunchOrder::Begin) || descriptors.len() > 1 {
+    if !matches!(order, LaunchOrder::Begin) || descriptors.len() > MAX_DOORS {
         return Err(("follow the broker", format!("unexpected {order:?}")));
     }
     for door in descriptors {

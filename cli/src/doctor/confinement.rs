@@ -97,24 +97,28 @@ fn namespaces(host: &Host) -> Check {
 }
 
 fn tasks(host: &Host) -> Check {
-    const ID: &str = "pids-controller";
-    let version_2 = host
+    const ID: &str = "cgroup-controllers";
+    const NEEDED: [&str; 3] = ["pids", "memory", "cpu"];
+    let controllers = host
         .read("sys/fs/cgroup/cgroup.controllers")
-        .is_some_and(|words| words.split_ascii_whitespace().any(|word| word == "pids"));
-    if version_2 {
-        Check::ok(ID, "in cgroup version 2")
-    } else if host.exists("sys/fs/cgroup/pids/cgroup.procs") {
-        Check::ok(ID, "in cgroup version 1")
+        .unwrap_or_default();
+    let version_2 = |one: &str| controllers.split_ascii_whitespace().any(|word| word == one);
+    let version_1 = |one: &str| host.exists(&format!("sys/fs/cgroup/{one}/cgroup.procs"));
+    if NEEDED.into_iter().all(version_2) {
+        Check::ok(ID, "pids, memory and cpu in cgroup version 2")
+    } else if NEEDED.into_iter().all(version_1) {
+        Check::ok(ID, "pids, memory and cpu in cgroup version 1")
     } else if host.privileged {
         Check::missing(
             ID,
-            "no cgroup hierarchy has it",
-            "mount cgroup2 at /sys/fs/cgroup, or version 1's pids at /sys/fs/cgroup/pids",
+            "no version of cgroups has all of pids, memory and cpu",
+            "mount cgroup2 at /sys/fs/cgroup, or version 1's hierarchies below it, each under its name; or let \
+             policy's table cgroup limit neither memory nor cpu",
         )
     } else {
         Check::warn(
             ID,
-            "no cgroup hierarchy has it: a worker's tasks are bounded by RLIMIT_NPROC alone",
+            "no version of cgroups has pids, memory and cpu; an ordinary user's broker has no cgroup anyway",
             "mount cgroup2 at /sys/fs/cgroup",
         )
     }
@@ -190,7 +194,12 @@ mod tests {
         for (file, text, id, expected) in [
             (GOOD[0].0, "errno trap allow", "seccomp", Level::Missing),
             (GOOD[1].0, "0", "user-namespaces", Level::Missing),
-            (GOOD[2].0, "cpu memory", "pids-controller", Level::Missing),
+            (
+                GOOD[2].0,
+                "cpu memory",
+                "cgroup-controllers",
+                Level::Missing,
+            ),
             (
                 "proc/sys/vm/memfd_noexec",
                 "2\n",

@@ -24,6 +24,7 @@ pub(super) struct File {
     pub(super) access: Vec<FileAccess>,
     pub(super) namespaces: FileNamespaces,
     pub(super) threads: FileThreads,
+    pub(super) cgroup: Option<FileCgroup>,
     pub(super) rlimits: BTreeMap<Resource, Spanned<FileLimit>>,
     pub(super) capabilities: FileCapabilities,
     pub(super) landlock: FileLandlock,
@@ -71,6 +72,13 @@ pub(super) struct FileNamespaces {
 #[serde(deny_unknown_fields)]
 pub(super) struct FileThreads {
     pub(super) headroom: NonZeroU32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileCgroup {
+    pub(super) memory_headroom: Spanned<FileLimit>,
+    pub(super) cpu_headroom: Spanned<FileLimit>,
 }
 
 #[derive(Deserialize)]

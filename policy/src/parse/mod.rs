@@ -22,6 +22,7 @@ use source::{Source, one_line};
 
 use crate::access::{Access, AccessRule};
 use crate::capabilities::Capabilities;
+use crate::cgroup::CgroupPolicy;
 use crate::descriptors::{Grant, Kind, PathPattern};
 use crate::digest::Digest;
 use crate::landlock;
@@ -83,6 +84,13 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
         namespaces: file.namespaces.required.into_iter().collect(),
         threads: Threads {
             headroom: file.threads.headroom,
+        },
+        cgroup: match &file.cgroup {
+            Some(file) => CgroupPolicy {
+                memory_headroom: limit(&source, &file.memory_headroom)?,
+                cpu_headroom: limit(&source, &file.cpu_headroom)?,
+            },
+            None => CgroupPolicy::default(),
         },
         rlimits: rlimits(&source, file.rlimits)?,
         capabilities: capabilities(&source, &file.capabilities.keep)?,
@@ -172,17 +180,20 @@ fn rlimits(
         if resource == Resource::Nproc {
             return Err(source.error(value.span(), Problem::NprocGiven));
         }
-        let bad = |text: String| source.error(value.span(), Problem::BadLimit(text));
-        let limit = match value.get_ref() {
-            FileLimit::At(number) => {
-                Limit::At(u64::try_from(*number).map_err(|_| bad(number.to_string()))?)
-            }
-            FileLimit::Word(word) if word == "unlimited" => Limit::Unlimited,
-            FileLimit::Word(word) => return Err(bad(word.clone())),
-        };
-        limits.set(resource, limit);
+        limits.set(resource, limit(source, &value)?);
     }
     Ok(limits)
+}
+
+fn limit(source: &Source<'_>, value: &Spanned<FileLimit>) -> Result<Limit, PolicyError> {
+    let bad = |text: String| source.error(value.span(), Problem::BadLimit(text));
+    match value.get_ref() {
+        FileLimit::At(number) => u64::try_from(*number)
+            .map(Limit::At)
+            .map_err(|_| bad(number.to_string())),
+        FileLimit::Word(word) if word == "unlimited" => Ok(Limit::Unlimited),
+        FileLimit::Word(word) => Err(bad(word.clone())),
+    }
 }
 
 fn capabilities(

@@ -107,6 +107,20 @@ pub(crate) fn running(what: &str, control: OwnedFd) {
     wait_for_the_end();
 }
 
+/// Takes as much memory as it can get, once it holds everything.
+pub(crate) fn hoard(control: OwnedFd) {
+    let granted = Granted::configured(control);
+    // Far more than any policy of the tests permits.
+    let all: Vec<_> = (0..4096)
+        .map(|_| std::hint::black_box(vec![1_u8; 1 << 20]))
+        .collect();
+    granted.say(&Report::Failed {
+        step: "stop".into(),
+        reason: format!("got {} MiB", all.len()),
+    });
+    wait_for_the_end();
+}
+
 /// It holds what the broker hands to a worker.
 struct Granted {
     broker: Broker,

@@ -62,6 +62,7 @@ fn main() {
         Some(("call", what)) => forbidden_call(what, control),
         Some(("built", what)) => after_configure(what, control),
         Some(("granted", what)) => granted::granted(what, control),
+        Some(("hoard", "memory")) => granted::hoard(control),
         Some(("running", what)) => granted::running(what, control),
         _ => {
             eprintln!("no mode {name:?}");

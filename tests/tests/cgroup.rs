@@ -1,0 +1,80 @@
+//! A VM's cgroup limits tasks, memory and processor time as its policy says: a worker that takes more memory is
+//! ended, and a limit that somebody has raised is a finding.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_policy::BUILTIN;
+use baton_tests::Binaries;
+use baton_tests::Builder;
+use baton_tests::Site;
+use baton_tests::hostility;
+
+const MIB: u64 = 1 << 20;
+
+/// A file of a VM's cgroup: version 2's, or version 1's in its controller's hierarchy.
+fn file(cgroup: &Path, controller: &str, v2: &str, v1: &str) -> PathBuf {
+    match cgroup.strip_prefix("/sys/fs/cgroup/pids") {
+        Ok(name) => Path::new("/sys/fs/cgroup")
+            .join(controller)
+            .join(name)
+            .join(v1),
+        Err(_) => cgroup.join(v2),
+    }
+}
+
+fn number(file: &Path) -> u64 {
+    let text = fs::read_to_string(file).unwrap();
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn has_the_policys_limits_through_an_upgrade_and_a_raised_one_is_found() {
+    let policy = BUILTIN.replace("cpu_headroom = \"unlimited\"", "cpu_headroom = 6");
+    let vm = Builder::release().cpus(2).policy(&policy).start();
+    let memory = file(&vm.cgroup, "memory", "memory.max", "memory.limit_in_bytes");
+    let cpu = file(&vm.cgroup, "cpu", "cpu.max", "cpu.cfs_quota_us");
+    let tasks = vm.cgroup.join("pids.max");
+    // 512 MiB beyond RAM, 6 processors beyond vCPUs, and threads for two workers.
+    assert_eq!(number(&memory), (64 + 512) * MIB);
+    assert_eq!(number(&cpu), (2 + 6) * 100_000);
+    assert_eq!(number(&tasks), 2 * (2 + 16));
+    vm.assert_upgrades();
+    vm.ask("audit").expect(0);
+    for (file, raised) in [(&memory, "4294967296"), (&cpu, "1000000"), (&tasks, "1000")] {
+        let before = fs::read_to_string(file).unwrap();
+        fs::write(file, raised).unwrap();
+        let audit = vm.ask("audit").expect(1);
+        let name = file.file_name().unwrap().to_str().unwrap();
+        assert!(audit.stdout.contains(name), "{name}: {audit:?}");
+        fs::write(file, before.trim()).unwrap();
+        vm.ask("audit").expect(0);
+    }
+}
+
+#[test]
+fn ends_a_worker_that_takes_more_memory_than_policy_gives_it() {
+    let site = Site::new(Binaries::release(), 10);
+    let hostile = Path::new(env!("CARGO_BIN_EXE_hostile-worker"));
+    let worker = hostility::binary(hostile, "hoard.memory", &site.path(""));
+    let policy = site.write_policy(&[&worker]);
+    let text = fs::read_to_string(&policy).unwrap();
+    let text = text.replace(
+        "memory_headroom = 536_870_912",
+        "memory_headroom = 67_108_864",
+    );
+    site.write("policy.toml", text);
+    site.write("vm.toml", vm_file(&site.name, &worker, &policy));
+    let outcome = site.run("vm.toml").expect(3);
+    assert!(outcome.stdout.contains("the worker died"), "{outcome:?}");
+    site.assert_nothing_left();
+}
+
+fn vm_file(name: &str, worker: &Path, policy: &Path) -> String {
+    format!(
+        "schema = 1\nname = \"{name}\"\nworker = {worker:?}\npolicy = {policy:?}\n[cpus]\ncount = 1\n[memory]\n\
+         size = \"16M\"\n[boot]\nkernel = \"guest.elf\"\n[console]\nkind = \"file\"\npath = \"console.log\"\n"
+    )
+}
