@@ -315,6 +315,16 @@ impl Clients {
         None
     }
 
+    /// Who asks for the upgrade to be cancelled and may: a look between the steps of a pause, when nothing else is heard.
+    pub(crate) fn cancels(&mut self, policy: &Policy) -> Option<u64> {
+        self.accept(policy);
+        let client = self.clients.iter_mut().find(|client| {
+            client.channel.peek() == Some(Request::Cancel)
+                && may(policy, Upgrade, client.actor.uid, &client.groups)
+        })?;
+        client.channel.receive().ok().map(|_| client.id)
+    }
+
     pub(crate) fn get_mut(&mut self, id: u64) -> Option<&mut Client> {
         self.clients.iter_mut().find(|client| client.id == id)
     }

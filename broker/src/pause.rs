@@ -7,6 +7,9 @@
 //!   any failure after it:         fence new, drain its socket: "running" there → it is the VM; absent → as above
 //! ```
 //!
+//! The operator may still cancel before "commit": a request that waits is looked for whenever nothing else happens, and once
+//! more when all else is ready.
+//!
 //! Who may run the guest is decided by what the kernel has queued, never by a timer alone: a message that arrived before the
 //! fence was confirmed was sent by a worker that may have run; without one, and with the fence, it never can.
 //!
@@ -101,6 +104,8 @@ struct Pause<'a> {
     stop_sent: Option<Instant>,
     /// The guest stands still at the operator's wish, before and after.
     stands: bool,
+    /// Whether the operator has cancelled.
+    cancelled: &'a mut dyn FnMut() -> bool,
 }
 
 /// What ended a wait.
@@ -118,13 +123,18 @@ enum Failure {
     Lost(String),
 }
 
-/// Takes the guest from one worker to the other, or back; one that `stands` stays so. `intent` writes the commit's record.
+/// Why a pause that the operator cancelled was rolled back.
+pub(crate) const CANCELLED: &str = "the operator cancelled it";
+
+/// Takes the guest from one worker to the other, or back; one that `stands` stays so. `cancelled` tells whether the operator
+/// wants it back, `intent` writes the commit's record.
 pub(crate) fn run(
     old: &mut Worker,
     new: &mut Worker,
     deadlines: Deadlines,
     clock: &mut PhaseClock,
     stands: bool,
+    cancelled: &mut dyn FnMut() -> bool,
     intent: impl FnOnce(StateDigest) -> crate::refusal::Result<()>,
 ) -> (PauseEnd, PauseFacts) {
     let mut pause = Pause {
@@ -140,6 +150,7 @@ pub(crate) fn run(
         loaded: None,
         stop_sent: None,
         stands,
+        cancelled,
     };
     let end = match pause.until_loaded() {
         Ok(digest) => match intent(digest) {
@@ -182,6 +193,7 @@ impl Pause<'_> {
                 }
                 match self.old.fenced() {
                     Fence::Stopped | Fence::Exiting => {
+                        self.heed_the_operator()?;
                         self.facts.digest = Some(saved);
                         return Ok(saved);
                     }
@@ -198,8 +210,18 @@ impl Pause<'_> {
             };
             if self.wait(bound) == Woken::ByTime {
                 self.look_for_the_dying()?;
+                if self.loaded.is_none() {
+                    self.heed_the_operator()?;
+                }
             }
         }
+    }
+
+    fn heed_the_operator(&mut self) -> Result<(), Failure> {
+        if (self.cancelled)() {
+            return Err(Failure::RollBack(CANCELLED.to_owned()));
+        }
+        Ok(())
     }
 
     fn hear_old(&mut self) -> Result<(), Failure> {

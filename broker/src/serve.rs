@@ -117,7 +117,7 @@ impl Broker {
                 if self.upgrade_can_be_cancelled() {
                     self.happened(Happening::UpgradeCancelled);
                 }
-                self.upgrade_refused("the operator cancelled it")?;
+                self.upgrade_refused(crate::pause::CANCELLED)?;
                 self.clients.reply(client, &Reply::Done);
             }
             Request::Console => match self.attach_console() {

@@ -61,6 +61,9 @@ pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, ChannelError> {
     }
 }
 
+/// The longest message that can be looked at before it is received, in bytes: a request that is but a word has one.
+pub const MAX_PEEK: usize = 16;
+
 /// A connection that sends `S` and receives `R`.
 #[derive(Debug)]
 pub struct Channel<S, R> {
@@ -117,6 +120,13 @@ impl<S: Serialize, R: DeserializeOwned> Channel<S, R> {
             Received::HungUp => Ok(Received::HungUp),
         }
     }
+
+    /// The next message, which stays queued, if it is one of at most [`MAX_PEEK`] bytes. Its descriptors stay, too.
+    #[must_use]
+    pub fn peek(&self) -> Option<R> {
+        let mut bytes = [0; MAX_PEEK];
+        decode(self.socket.peek(&mut bytes)?).ok()
+    }
 }
 
 impl<S, R> AsFd for Channel<S, R> {
@@ -134,6 +144,25 @@ impl<S, R> From<Channel<S, R>> for OwnedFd {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_that_is_looked_at_stays() {
+        let (here, there) = FdSocket::pair().unwrap();
+        let (sender, mut receiver) = (
+            Channel::<String, ()>::new(here),
+            Channel::<(), String>::new(there),
+        );
+        assert_eq!(receiver.peek(), None);
+        let long = "x".repeat(MAX_PEEK);
+        for text in ["word", &long] {
+            sender.send(&text.to_owned()).unwrap();
+            let seen = receiver.peek();
+            assert_eq!(seen.is_some(), text == "word");
+            assert!(matches!(receiver.receive(), Ok(Received::Message(got, _)) if got == text));
+        }
+        drop(sender);
+        assert_eq!(receiver.peek(), None);
+    }
 
     #[test]
     fn bytes_after_a_message_are_refused() {

@@ -147,6 +147,14 @@ impl FdSocket {
         }
     }
 
+    /// The next message, which stays queued, if there is one that `buffer` has room for.
+    #[must_use]
+    pub fn peek<'a>(&self, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
+        let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+        let (_, length) = rustix::net::recv(&self.socket, &mut *buffer, flags).ok()?;
+        buffer.get(..length)
+    }
+
     /// Receives one message into `buffer`, which gets exactly its bytes.
     ///
     /// # Errors

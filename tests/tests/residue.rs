@@ -3,6 +3,7 @@
 use baton_tests::Builder;
 use baton_tests::Residue;
 use baton_tests::Vm;
+use baton_tests::is_stopped;
 use baton_tests::until;
 
 /// The VM comes back to this; retired workers take a moment to be gone.
@@ -60,36 +61,62 @@ fn a_rehearsed_upgrade_leaves_nothing() {
     assert_as_before(&vm, &before);
 }
 
-#[test]
-fn a_cancelled_upgrade_is_aborted_and_leaves_nothing() {
-    // The new worker hangs before its offer, so that there is time to change one's mind.
-    let vm = Builder::faulty("new@agree:hang").slowness(20).start();
+/// Asks for an upgrade, and changes one's mind when it is where `there` says: Ctrl-C of the command cancels.
+fn assert_cancelled(vm: &Vm, there: impl Fn() -> bool) {
     let (before, guest, worker) = (vm.residue(), vm.witness(), vm.worker());
-    let mut upgrade = vm.site.command();
-    let child = upgrade
+    let child = vm
+        .site
+        .command()
         .args(["upgrade", &vm.site.name])
         .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    until("the upgrade is under way", || {
-        let log = vm.audit_log();
-        let confirmed = log.of("confirmed-fresh").last()?.fields.get("generation")? == 2;
-        confirmed.then_some(())
-    });
-    let busy = vm.ask("upgrade").expect(75);
-    assert!(busy.stderr.contains("being upgraded"), "{busy:?}");
-    // Ctrl-C of the command cancels.
+    until("the upgrade is under way", || there().then_some(()));
     let interrupt = rustix::process::Signal::INT;
     let pid = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(pid, interrupt).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(10), "{output:?}");
-    assert_as_before(&vm, &before);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("the operator cancelled it"), "{said}");
+    assert_as_before(vm, &before);
     vm.assert_only_runner(worker);
     vm.assert_goes_on(&guest);
     assert_eq!(vm.audit_log().upgrades(), ["aborted"]);
     vm.assert_upgrades();
+}
+
+#[test]
+fn a_cancelled_upgrade_is_aborted_and_leaves_nothing() {
+    // The new worker hangs before its offer, so that there is time to change one's mind.
+    let vm = Builder::faulty("new@agree:hang").slowness(20).start();
+    assert_cancelled(&vm, || {
+        let log = vm.audit_log();
+        let confirmed = log.of("confirmed-fresh").last();
+        let second =
+            confirmed.and_then(|record| record.fields.get("generation")) == Some(&2.into());
+        if second {
+            let busy = vm.ask("upgrade").expect(75);
+            assert!(busy.stderr.contains("being upgraded"), "{busy:?}");
+        }
+        second
+    });
+}
+
+#[test]
+fn an_upgrade_can_be_cancelled_while_the_guest_is_paused() {
+    // The new worker is stopped as it is to load, with seconds to go until its deadline.
+    for fault in ["S6:stop-old", "S7:stop-new", "S8:stop-new"] {
+        let vm = Builder::faulty(fault).slowness(60).start();
+        let old = vm.worker();
+        assert_cancelled(&vm, || {
+            let log = vm.audit_log();
+            let mut settled = log.of("confirmed-settled");
+            let paused = settled.any(|record| record.fields.get("generation") == Some(&2.into()));
+            paused && is_stopped(old)
+        });
+    }
 }
 
 #[test]

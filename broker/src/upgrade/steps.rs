@@ -12,6 +12,7 @@ use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
 use baton_ipc::StartMode;
+use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Step;
@@ -144,7 +145,8 @@ impl Broker {
         let (Some(mut upgrade), Some(mut old)) = (self.upgrade.take(), self.worker.take()) else {
             return Ok(());
         };
-        let log = &mut self.log;
+        let (log, clients, policy) = (&mut self.log, &mut self.clients, &self.rules.policy);
+        let mut canceller = None;
         let generation = new.generation;
         let (end, facts) = pause::run(
             &mut old,
@@ -152,6 +154,10 @@ impl Broker {
             self.deadlines,
             &mut upgrade.clock,
             self.paused,
+            &mut || {
+                canceller = canceller.or_else(|| clients.cancels(policy));
+                canceller.is_some()
+            },
             |digest| {
                 log.write(
                     "commit-intent",
@@ -161,6 +167,9 @@ impl Broker {
             },
         );
         let step = upgrade.clock.step();
+        if let Some(client) = canceller {
+            self.cancelled_in_pause(client);
+        }
         self.paused_and_switched(&upgrade.clock, &end, &facts);
         let (outcome, reason) = match end {
             PauseEnd::Committed => {
@@ -203,6 +212,18 @@ impl Broker {
         let status = Reply::Status(Box::new(self.vm_status()));
         self.clients.answer(Awaiting::Status, &status);
         Ok(())
+    }
+
+    /// The guest is back where it was because this client wanted it.
+    fn cancelled_in_pause(&mut self, client: u64) {
+        let who = self
+            .clients
+            .get_mut(client)
+            .map(|client| client.actor.clone());
+        self.log
+            .note_by("request", who.as_ref(), &json!({"request": "cancel"}));
+        self.happened(Happening::UpgradeCancelled);
+        self.clients.reply(client, &Reply::Done);
     }
 
     /// The state between upgrades.
