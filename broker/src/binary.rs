@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use baton_policy::Declaration;
 use baton_policy::Digest;
 use rustix::fs::MemfdFlags;
 use rustix::fs::SealFlags;
@@ -109,6 +110,20 @@ impl WorkerBinary {
         )
         .doing("cannot reopen the worker's binary")?;
         Ok(Self { memfd, digest })
+    }
+
+    /// What this build says that it needs.
+    pub(crate) fn declaration(&self) -> Result<Declaration> {
+        let copy = self
+            .memfd
+            .try_clone()
+            .doing("cannot hold the worker's binary")?;
+        Declaration::read(&File::from(copy)).map_err(|e| {
+            unfit(
+                format_args!("{} is no worker of this broker: {e}", self.digest),
+                "every baton-worker carries the policy that it was built and tested under; see docs/threat-model.md",
+            )
+        })
     }
 
     /// Device and inode, which /proc/PID/exe of every process that executes it has.

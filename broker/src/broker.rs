@@ -74,6 +74,8 @@ pub(crate) struct Options {
 pub(crate) struct Rules {
     pub(crate) policy: Policy,
     pub(crate) compiled: Compiled,
+    /// What the worker's build declares that it needs; none before there is one, and of the QMP front.
+    pub(crate) declared: Option<Policy>,
 }
 
 /// The broker.

@@ -351,7 +351,11 @@ impl Broker {
             .transpose()?;
         Ok(Place {
             ids: VmIds::claim(&self.rules.policy)?,
-            rules: Rules { policy, compiled },
+            rules: Rules {
+                policy,
+                compiled,
+                declared: None,
+            },
             cgroup,
         })
     }

@@ -7,7 +7,6 @@ use baton_policy::Digest;
 use baton_policy::Policy;
 use baton_policy::WorkerAllowList;
 use baton_policy::diff::Difference;
-use baton_policy::diff::Direction;
 
 use crate::binary::WorkerBinary;
 use crate::broker::Options;
@@ -28,17 +27,21 @@ pub(crate) fn load(vm: &VmFile) -> Result<Rules> {
     }
     .map_err(|e| unfit(e, remedy))?;
     let compiled = policy.compile().map_err(|e| unfit(e, remedy))?;
-    Ok(Rules { policy, compiled })
+    Ok(Rules {
+        policy,
+        compiled,
+        declared: None,
+    })
 }
 
 /// Opens, checks and seals the worker that is to run: the one given, else the one that the VM names, else the one beside the
-/// broker.
+/// broker. With it comes what it declares that it needs.
 pub(crate) fn worker_binary(
     vm: &VmFile,
     options: &Options,
     policy: &Policy,
     given: Option<File>,
-) -> Result<WorkerBinary> {
+) -> Result<(WorkerBinary, Policy)> {
     let beside = beside_broker("baton-worker")?;
     let named = options
         .worker
@@ -47,7 +50,7 @@ pub(crate) fn worker_binary(
         .unwrap_or(&beside);
     let is_beside = given.is_none() && *named == beside;
     let file = given.map_or_else(|| WorkerBinary::open(named), Ok)?;
-    WorkerBinary::admit(file, |digest| {
+    let binary = WorkerBinary::admit(file, |digest| {
         // The one beside the broker is read only once, when it is the one to run.
         let beside = if is_beside {
             Some(*digest)
@@ -59,31 +62,63 @@ pub(crate) fn worker_binary(
         WorkerAllowList::load(policy, beside)
             .map(|allowed| allowed.permits(digest))
             .doing("cannot read the allow-list of workers")
-    })
+    })?;
+    let declaration = binary.declaration()?;
+    Ok((binary, declaration.policy))
 }
 
-/// Refuses a policy under which a worker may do more than the one before it could. Which binaries may run is not among that:
-/// it is how a new build is permitted. Neither is a call that another thread of the worker had already, since its threads
-/// share their memory.
-pub(crate) fn refuse_widening(old: &Policy, new: &Policy) -> Result<()> {
-    let widening: Vec<String> = Difference::between(old, new)
-        .changes
-        .into_iter()
-        .filter(|change| change.direction == Direction::Widens)
-        // Who may ask the broker is not a worker's privilege.
-        .filter(|change| change.subject != "access")
-        .filter(|change| change.subject != "workers" && change.elsewhere != Some(true))
-        .map(|change| change.to_string())
-        .collect();
-    if widening.is_empty() {
-        return Ok(());
+/// What an upgrade adds to what a worker may do, or declares that it needs.
+#[derive(Debug, Default)]
+pub(crate) struct Widening {
+    /// In words; empty for most.
+    pub(crate) changes: Vec<String>,
+    /// Why policy approves of it.
+    pub(crate) approved: Option<String>,
+}
+
+/// How many changes are told.
+const TOLD: usize = 12;
+
+impl Widening {
+    /// The first changes and how many more there are, bounded: a build's own words are among them.
+    pub(crate) fn words(&self) -> Option<String> {
+        let mut told: Vec<String> = self
+            .changes
+            .iter()
+            .take(TOLD)
+            .map(|change| baton_audit::quoted(change))
+            .collect();
+        if let Some(more @ 1..) = self.changes.len().checked_sub(TOLD) {
+            told.push(format!("and {more} more"));
+        }
+        (!told.is_empty()).then(|| told.join("; "))
     }
+}
+
+/// Refuses a worker that may do more than the one before it could, or whose build declares more needs, unless the new policy
+/// approves of that build by its digest.
+pub(crate) fn refuse_widening(old: &Rules, new: &Rules, build: &Digest) -> Result<Widening> {
+    let mut changes: Vec<String> = Difference::between(&old.policy, &new.policy)
+        .widens_a_worker()
+        .map(|change| format!("the policy {change}"))
+        .collect();
+    if let (Some(old), Some(new)) = (&old.declared, &new.declared) {
+        let difference = Difference::between(old, new);
+        let needs = difference.widens_a_worker();
+        changes.extend(needs.map(|change| format!("the build's needs: {change}")));
+    }
+    let approved = new.policy.approves(build).map(str::to_owned);
+    let widening = Widening { changes, approved };
+    let words = match widening.words() {
+        Some(words) if widening.approved.is_none() => words,
+        _ => return Ok(widening),
+    };
     Err(refused(
+        format_args!("the new worker may do more than the running one, or needs more: {words}"),
         format_args!(
-            "the policy now permits a worker more than the running one: {}",
-            widening.join("; ")
+            "`baton policy diff` shows all of it, of policies and of builds; approve of it in the policy ([[approve]] with \
+             worker = \"sha256:{build}\"), or stop and start the VM"
         ),
-        "`baton policy diff` shows all of it; stop and start the VM to run it under the wider policy",
     ))
 }
 
@@ -98,18 +133,43 @@ pub(crate) fn beside_broker(program: &str) -> Result<PathBuf> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_wider_policy_is_refused_and_a_new_build_is_not() {
+    fn rules(policy: &str, declared: &str) -> Rules {
         let parse = |text: &str| Policy::parse(text, "test").unwrap();
-        let old = parse(baton_policy::BUILTIN);
-        let digest = Digest::of(b"another build");
-        let new_build = baton_policy::BUILTIN
-            .replace("digests = []", &format!("digests = [\"sha256:{digest}\"]"));
-        refuse_widening(&old, &parse(&new_build)).unwrap();
-        let wider = baton_policy::BUILTIN.replace("nofile = 1024", "nofile = 4096");
-        let refusal = refuse_widening(&old, &parse(&wider)).unwrap_err();
-        assert_eq!(refusal.exit, baton_ipc::control::Exit::Refused);
-        assert!(refusal.reason.contains("nofile"), "{refusal}");
-        refuse_widening(&parse(&wider), &old).unwrap();
+        Rules {
+            compiled: parse(policy).compile().unwrap(),
+            policy: parse(policy),
+            declared: Some(parse(declared)),
+        }
+    }
+
+    #[test]
+    fn a_wider_policy_or_a_needier_build_is_refused_and_a_new_build_is_not() {
+        use baton_policy::BUILTIN;
+        let build = Digest::of(b"another build");
+        let old = rules(BUILTIN, BUILTIN);
+        let new_build = BUILTIN.replace("digests = []", &format!("digests = [\"sha256:{build}\"]"));
+        let widening = refuse_widening(&old, &rules(&new_build, BUILTIN), &build).unwrap();
+        assert!(widening.changes.is_empty());
+        let wider = BUILTIN.replace("nofile = 1024", "nofile = 4096");
+        for (policy, declared, says) in [
+            (wider.as_str(), BUILTIN, "the policy widens"),
+            (BUILTIN, wider.as_str(), "the build's needs: widens"),
+        ] {
+            let new = rules(policy, declared);
+            let refusal = refuse_widening(&old, &new, &build).unwrap_err();
+            assert_eq!(refusal.exit, baton_ipc::control::Exit::Refused);
+            assert!(refusal.reason.contains(says), "{refusal}");
+            assert!(refusal.reason.contains("nofile"), "{refusal}");
+            refuse_widening(&new, &old, &build).unwrap();
+
+            let approval =
+                format!("{policy}\n[[approve]]\nworker = \"{build}\"\nwhy = \"a test\"\n");
+            let approved = rules(&approval, declared);
+            let widening = refuse_widening(&old, &approved, &build).unwrap();
+            assert_eq!(widening.approved.as_deref(), Some("a test"));
+            assert!(!widening.changes.is_empty());
+            let other = Digest::of(b"a third build");
+            refuse_widening(&old, &approved, &other).unwrap_err();
+        }
     }
 }

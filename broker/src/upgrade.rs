@@ -153,9 +153,11 @@ impl Broker {
         asked_by: &Actor,
         mut clock: PhaseClock,
     ) -> Result<()> {
-        let rules = crate::rules::load(&self.vm)?;
-        crate::rules::refuse_widening(&self.rules.policy, &rules.policy)?;
-        let binary = crate::rules::worker_binary(&self.vm, &self.options, &rules.policy, file)?;
+        let mut rules = crate::rules::load(&self.vm)?;
+        let (binary, declared) =
+            crate::rules::worker_binary(&self.vm, &self.options, &rules.policy, file)?;
+        rules.declared = Some(declared);
+        let widening = crate::rules::refuse_widening(&self.rules, &rules, &binary.digest)?;
         for (key, description, _) in self.registry.iter() {
             crate::resources::check_grant(&rules.policy, key, description, None)?;
         }
@@ -166,7 +168,7 @@ impl Broker {
         )?;
         self.log.write_synced_by("upgrade-begin", asked_by, &json!({
             "generation": config.generation, "worker": binary.digest.to_string(), "policy_digest": rules.policy.digest.to_string(),
-            "dry_run": dry_run,
+            "dry_run": dry_run, "widens": widening.words(), "approved": widening.approved,
         }))
         .recorded()?;
         clock.enter(Step::Spawn);

@@ -280,11 +280,12 @@ Examples:
 Exit status 0: NEW allows no more. 1: it allows more.
 
 Example:
-  baton policy diff default my-policy.toml")]
+  baton policy diff default my-policy.toml
+  baton policy diff /usr/libexec/baton-worker ./new/baton-worker    what the builds need")]
     Diff {
-        /// The policy to compare with
+        /// The policy to compare with, or a worker's binary: what it declares that it needs
         old: PathBuf,
-        /// The policy to judge
+        /// The policy to judge, or a worker's binary
         new: PathBuf,
     },
     /// A policy's compiled filters

@@ -30,8 +30,8 @@ pub struct Change {
     pub subject: String,
     /// What changed, in words.
     pub what: String,
-    /// For system calls: whether any thread of the worker had it before (or still has it). A worker's threads share
-    /// their memory, so what one may do, code in another may have done by it.
+    /// For system calls: whether another thread that runs at the same time had it before (or still has it). A worker's
+    /// threads share their memory, so what one may do, code in another may have done by it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub elsewhere: Option<bool>,
     /// The reason that the policy gives for what was added.
@@ -64,18 +64,33 @@ impl Difference {
         Self { changes: changes.0 }
     }
 
-    /// Whether the new policy permits anything that the old one does not.
+    /// Whether the new policy permits anything that the old one does not. A call that moves from one thread of a worker to
+    /// another is nothing new: its privilege is the union over its threads, which share their memory.
     #[must_use]
     pub fn widens(&self) -> bool {
+        self.changes.iter().any(Change::widens)
+    }
+
+    /// What a running worker of the new policy may do that one of the old may not. Which binaries may run is not among that:
+    /// it is how a new build is permitted; nor is who may ask its broker for what.
+    pub fn widens_a_worker(&self) -> impl Iterator<Item = &Change> {
         self.changes
             .iter()
-            .any(|change| change.direction == Direction::Widens)
+            .filter(|change| change.widens() && !["workers", "access"].contains(&&*change.subject))
     }
 
     /// Whether the two permit the same.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
+    }
+}
+
+impl Change {
+    /// Whether it adds to what the old policy permitted to any thread.
+    #[must_use]
+    pub fn widens(&self) -> bool {
+        self.direction == Direction::Widens && self.elsewhere != Some(true)
     }
 }
 
@@ -140,6 +155,15 @@ impl Changes {
                     "workers",
                     format!("what {} lists may no longer run", path.display()),
                 );
+            }
+        }
+        for approval in &new.approvals {
+            if old.approves(&approval.worker).is_none() {
+                let what = format!(
+                    "an upgrade to {} may widen what a worker may do",
+                    approval.worker
+                );
+                self.add(Direction::Widens, "workers", what);
             }
         }
         if old.workers.beside_broker != new.workers.beside_broker {
@@ -412,6 +436,11 @@ impl Changes {
     }
 
     fn call(&mut self, old: &Policy, new: &Policy, role: Role, call: Syscall) {
+        // Threads that run at the same time share their memory. What only the build phase may is out of their reach.
+        let together: &[Role] = match role {
+            Role::Build => &[Role::Build],
+            _ => &Role::STEADY,
+        };
         let (before, after) = (old.permitted(role, call), new.permitted(role, call));
         let sides = [
             (Direction::Widens, new, &after, old, &before),
@@ -425,7 +454,7 @@ impl Changes {
                     continue;
                 }
                 // Somewhere else in the worker, under the policy that lacks it here.
-                let elsewhere: Vec<Conjunction> = Role::ALL
+                let elsewhere: Vec<Conjunction> = together
                     .iter()
                     .flat_map(|other| without.permitted(*other, call))
                     .collect();

@@ -235,6 +235,17 @@ impl Policy {
                 self.landlock.floor_abi
             ),
         ];
+        for approval in &self.approvals {
+            sentences.push(format!(
+                "An upgrade to {} may widen what a worker may do: {}.",
+                approval.worker, approval.why
+            ));
+        }
+        sentences.push(format!(
+            "Threads share their memory, so a worker that was taken over may call whatever any of its settled threads may: \
+             {} of the calls below. The filter of each thread keeps an honest one honest.",
+            self.settled_calls()
+        ));
         for rule in &self.access.0 {
             let list = |ids: &BTreeSet<u32>| {
                 let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
@@ -250,6 +261,16 @@ impl Policy {
             ));
         }
         sentences
+    }
+
+    /// How many calls some thread may make once all have their last filters, with whatever arguments.
+    fn settled_calls(&self) -> usize {
+        let calls: BTreeSet<Syscall> = Role::STEADY
+            .into_iter()
+            .flat_map(|role| self.rules_of(role))
+            .map(|rule| rule.call)
+            .collect();
+        calls.len()
     }
 
     fn descriptor_sentences(&self) -> Vec<String> {

@@ -20,6 +20,7 @@ pub mod compile;
 pub mod condition;
 mod confinement;
 pub mod constants;
+pub mod declaration;
 pub mod descriptors;
 pub mod diff;
 mod digest;
@@ -42,12 +43,13 @@ pub use capabilities::Capabilities;
 pub use cgroup::{CgroupLimits, CgroupPolicy, CgroupSetting, CgroupVersion};
 pub use compile::{CompileError, Compiled};
 pub use confinement::{Confinement, ConfinementError, no_new_privs};
+pub use declaration::{Declaration, DeclarationError};
 pub use descriptors::{Access, Candidate, Grant, GrantError, Kind, PathPattern, Seal};
 pub use digest::{Digest, DigestError};
 pub use parse::{MAX_TEXT, Place, PolicyError, Problem};
 pub use policy::{
-    BUILTIN, FRONT, Ids, JSON_SCHEMA, LandlockPolicy, Namespace, Policy, Refusal, Role, RolePolicy,
-    Rule, SCHEMA, Threads, Violation, Workers,
+    Approval, BUILTIN, FRONT, Ids, JSON_SCHEMA, LandlockPolicy, Namespace, Policy, Refusal, Role,
+    RolePolicy, Rule, SCHEMA, Threads, Violation, Workers,
 };
 pub use program::{Instruction, MAX_INSTRUCTIONS, Program, ProgramError};
 pub use rlimits::{Limit, Resource, Rlimits};

@@ -41,6 +41,8 @@ pub struct Policy {
     pub digest: Digest,
     /// Which binaries may run as a worker.
     pub workers: Workers,
+    /// Builds to which an upgrade may widen what a worker may do.
+    pub approvals: Vec<Approval>,
     /// The host ids that workers run under.
     pub ids: Ids,
     /// Who may ask the broker for what, besides root and the broker's user.
@@ -76,6 +78,15 @@ pub struct Workers {
     pub directory: Option<PathBuf>,
     /// And the one that lies beside the broker's own binary.
     pub beside_broker: bool,
+}
+
+/// A build to which an upgrade may widen what a worker may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Approval {
+    /// The build.
+    pub worker: Digest,
+    /// The reason.
+    pub why: String,
 }
 
 /// Host user and group ids for workers.
@@ -238,6 +249,15 @@ impl Policy {
         let mut limits = self.rlimits.clone();
         limits.set(Resource::Nproc, Limit::At(self.task_limit(vcpus)));
         limits
+    }
+
+    /// Why an upgrade to this build may widen what a worker may do, if it may.
+    #[must_use]
+    pub fn approves(&self, worker: &Digest) -> Option<&str> {
+        self.approvals
+            .iter()
+            .find(|approval| approval.worker == *worker)
+            .map(|approval| approval.why.as_str())
     }
 
     /// What the policy says of the descriptors called `name`.

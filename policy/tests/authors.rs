@@ -287,7 +287,8 @@ fn a_difference_says_which_way_it_goes_and_whether_another_thread_had_it() {
     let topic = "\n[[allow]]\ntopic = \"a test\"\nto = [\"vcpu\"]\ncalls = [ { call = \"fsync\", why = \"the test's reason\" } ]\n";
     let wider = parsed(&(BUILTIN.to_owned() + topic));
     let difference = Difference::between(&builtin, &wider);
-    assert!(difference.widens());
+    // A worker's privilege is the union over its threads.
+    assert!(!difference.widens());
     assert_eq!(
         difference.to_string(),
         "widens vcpu: fsync with any arguments (the test's reason); another thread had it before\n"
@@ -298,6 +299,10 @@ fn a_difference_says_which_way_it_goes_and_whether_another_thread_had_it() {
         back.to_string(),
         "narrows vcpu: fsync with any arguments; another thread has it still\n"
     );
+
+    // What only the build phase may is out of reach of the threads that run later.
+    let topic = "\n[[allow]]\ntopic = \"a test\"\nto = [\"control\"]\ncalls = [ { call = \"epoll_create1\", why = \"the test's reason\" } ]\n";
+    assert!(Difference::between(&builtin, &parsed(&(BUILTIN.to_owned() + topic))).widens());
 
     let new = "\n[[allow]]\ntopic = \"a test\"\nto = [\"build\", \"io\"]\ncalls = [ { call = \"uname\", why = \"the test's reason\" } ]\n";
     let difference = Difference::between(&builtin, &parsed(&(BUILTIN.to_owned() + new)));
@@ -336,6 +341,14 @@ fn every_table_is_compared() {
         (
             "directory = \"/etc/baton/workers.d\"",
             "directory = \"/tmp\"".into(),
+            "workers",
+        ),
+        (
+            "[ids]",
+            format!(
+                "[[approve]]\nworker = \"{}\"\nwhy = \"a test\"\n[ids]",
+                "0".repeat(64)
+            ),
             "workers",
         ),
         ("count = 65_536", "count = 65_537".into(), "ids"),

@@ -1,5 +1,7 @@
 //! `baton-worker`: the confined VMM process. A broker executes it; a person can only ask it what it is.
 
+mod needs;
+
 use std::process::ExitCode;
 
 use clap::Parser;

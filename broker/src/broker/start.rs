@@ -130,13 +130,11 @@ impl Broker {
         };
         let prepared =
             crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)
-                .and_then(|binary| {
-                    Ok((
-                        binary,
-                        broker.config(1, StartMode::None, &broker.rules.compiled)?,
-                    ))
+                .and_then(|(binary, declared)| {
+                    let config = broker.config(1, StartMode::None, &broker.rules.compiled)?;
+                    Ok((binary, declared, config))
                 });
-        let (binary, config) = match prepared {
+        let (binary, declared, config) = match prepared {
             Ok(prepared) => prepared,
             Err(refusal) => {
                 // Before the broker goes, and its cgroup with it: one that somebody is in stays.
@@ -144,6 +142,9 @@ impl Broker {
                 return Err(refusal);
             }
         };
+        if let Some(rules) = Rc::get_mut(&mut broker.rules) {
+            rules.declared = Some(declared);
+        }
         broker.first = Some(broker.launch(begun, binary, config, &broker.rules)?);
         Ok(broker)
     }

@@ -1,11 +1,14 @@
 //! `baton policy`: reads policies, without a VM and without privilege.
 
+use std::fs::File;
+use std::io::Read;
 use std::io::Write;
 use std::path::Path;
 
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 use baton_policy::Compiled;
+use baton_policy::Declaration;
 use baton_policy::Policy;
 use baton_policy::Syscall;
 use baton_policy::check;
@@ -37,6 +40,26 @@ pub(crate) fn execute(command: &PolicyCommand, output: &Output) -> Result<Exit, 
             index,
         } => dump(file, *format, role.as_deref(), *index, output),
     }
+}
+
+/// A policy for a comparison: that of a file, or the one that a worker's build declares.
+fn load_either(file: &Path) -> Result<Policy, Refusal> {
+    let is_elf = |mut file: File| {
+        let mut magic = [0; 4];
+        file.read_exact(&mut magic).is_ok() && magic == *b"\x7fELF"
+    };
+    if file.as_os_str() == BUILT_IN || !File::open(file).is_ok_and(is_elf) {
+        return load(file);
+    }
+    let binary = File::open(file).map_err(|error| crate::failure::file("open", file, &error))?;
+    Declaration::read(&binary)
+        .map(|declaration| declaration.policy)
+        .map_err(|error| {
+            unfit(
+                format!("{}: {error}", file.display()),
+                "name a worker's binary, or a policy file",
+            )
+        })
 }
 
 fn load(file: &Path) -> Result<Policy, Refusal> {
@@ -122,7 +145,7 @@ fn explain(file: &Path, call: Option<&str>, output: &Output) -> Result<Exit, Ref
 }
 
 fn diff(old: &Path, new: &Path, output: &Output) -> Result<Exit, Refusal> {
-    let difference = Difference::between(&load(old)?, &load(new)?);
+    let difference = Difference::between(&load_either(old)?, &load_either(new)?);
     let widens = difference.widens();
     if output.json() {
         output.document(&json!({
@@ -143,6 +166,9 @@ fn diff(old: &Path, new: &Path, output: &Output) -> Result<Exit, Refusal> {
             output.hint("they permit the same");
         } else {
             output.text(&lines.join("\n"))?;
+            if !widens {
+                output.hint("a worker may not do more than before: its privilege is the union over its threads");
+            }
         }
     }
     Ok(if widens { Exit::Findings } else { Exit::Done })

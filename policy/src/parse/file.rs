@@ -19,6 +19,8 @@ pub(super) struct File {
     pub(super) _schema: u32,
     pub(super) name: Spanned<String>,
     pub(super) workers: FileWorkers,
+    #[serde(default)]
+    pub(super) approve: Vec<FileApproval>,
     pub(super) ids: Spanned<FileIds>,
     #[serde(default)]
     pub(super) access: Vec<FileAccess>,
@@ -41,6 +43,13 @@ pub(super) struct FileWorkers {
     pub(super) digests: Vec<Spanned<String>>,
     pub(super) directory: Option<PathBuf>,
     pub(super) beside_broker: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileApproval {
+    pub(super) worker: Spanned<String>,
+    pub(super) why: Spanned<String>,
 }
 
 #[derive(Deserialize)]

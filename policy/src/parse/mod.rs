@@ -17,17 +17,17 @@ use serde::Deserialize;
 use toml::Spanned;
 
 pub use error::{Place, PolicyError, Problem};
-use file::{File, FileAccess, FileGrant, FileIds, FileLimit, FileRole, FileWorkers};
+use file::{File, FileAccess, FileApproval, FileGrant, FileIds, FileLimit, FileRole, FileWorkers};
 use source::{Source, one_line};
 
 use crate::access::{Access, AccessRule};
 use crate::capabilities::Capabilities;
 use crate::cgroup::CgroupPolicy;
 use crate::descriptors::{Grant, Kind, PathPattern};
-use crate::digest::Digest;
+use crate::digest::{Digest, DigestError};
 use crate::landlock;
 use crate::policy::{
-    Ids, LandlockPolicy, Policy, Refusal, Role, RolePolicy, SCHEMA, Threads, Workers,
+    Approval, Ids, LandlockPolicy, Policy, Refusal, Role, RolePolicy, SCHEMA, Threads, Workers,
 };
 use crate::rlimits::{Limit, Resource, Rlimits};
 use crate::trusted;
@@ -79,6 +79,7 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
         origin: origin.to_owned(),
         digest: Digest::of(text.as_bytes()),
         workers: workers(&source, file.workers)?,
+        approvals: approvals(&source, file.approve)?,
         ids: ids(&source, &file.ids)?,
         access: access(&source, file.access)?,
         namespaces: file.namespaces.required.into_iter().collect(),
@@ -119,17 +120,28 @@ fn schema(source: &Source<'_>) -> Result<(), PolicyError> {
 }
 
 fn workers(source: &Source<'_>, file: FileWorkers) -> Result<Workers, PolicyError> {
-    let digests = file.digests.iter().map(|digest| {
-        digest
-            .get_ref()
-            .parse::<Digest>()
-            .map_err(|error| source.error(digest.span(), error.into()))
-    });
+    let digests = file.digests.iter().map(|text| digest(source, text));
     Ok(Workers {
         digests: digests.collect::<Result<_, _>>()?,
         directory: file.directory,
         beside_broker: file.beside_broker,
     })
+}
+
+fn digest(source: &Source<'_>, text: &Spanned<String>) -> Result<Digest, PolicyError> {
+    text.get_ref()
+        .parse()
+        .map_err(|error: DigestError| source.error(text.span(), error.into()))
+}
+
+fn approvals(source: &Source<'_>, file: Vec<FileApproval>) -> Result<Vec<Approval>, PolicyError> {
+    let approvals = file.into_iter().map(|FileApproval { worker, why }| {
+        Ok(Approval {
+            worker: digest(source, &worker)?,
+            why: source.reason(why)?,
+        })
+    });
+    approvals.collect()
 }
 
 fn ids(source: &Source<'_>, file: &Spanned<FileIds>) -> Result<Ids, PolicyError> {

@@ -5,7 +5,7 @@
 //! confesses in `failed`, so that a test can tell a refusal from a success.
 #![expect(
     unsafe_code,
-    reason = "descriptor 0 is the control socket; a second one for it would be noticed at once"
+    reason = "descriptor 0 is the control socket, a second one for it would be noticed at once"
 )]
 
 mod granted;
@@ -36,6 +36,9 @@ use baton_ipc::worker::Order;
 use baton_ipc::worker::PROTOCOL;
 use baton_ipc::worker::Report;
 use baton_ipc::worker::WorkerConfig;
+
+// As a worker does, or no broker would run it.
+baton_policy::declare_needs!("hostile-worker", protocol 2);
 
 /// Aligned, so that it is found quickly.
 #[repr(align(64))]
