@@ -253,31 +253,21 @@ impl<const LENGTH: usize> DeclarationNote<LENGTH> {
 #[macro_export]
 macro_rules! declare_needs {
     ($name:literal, protocol $protocol:literal) => {
-        #[used]
-        #[unsafe(link_section = ".note.baton")]
-        static NEEDS: $crate::declaration::DeclarationNote<
-            {
-                const LINE: &str = concat!(
-                    $name,
-                    " ",
-                    env!("CARGO_PKG_VERSION"),
-                    " protocol ",
-                    $protocol,
-                    "\n"
-                );
-                (LINE.len() + $crate::BUILTIN.len()).next_multiple_of(4)
-            },
-        > = $crate::declaration::DeclarationNote::new(
-            concat!(
+        const _: () = {
+            const LINE: &str = concat!(
                 $name,
                 " ",
                 env!("CARGO_PKG_VERSION"),
                 " protocol ",
                 $protocol,
                 "\n"
-            ),
-            $crate::BUILTIN,
-        );
+            );
+            const LENGTH: usize = (LINE.len() + $crate::BUILTIN.len()).next_multiple_of(4);
+            #[used]
+            #[unsafe(link_section = ".note.baton")]
+            static NEEDS: $crate::declaration::DeclarationNote<LENGTH> =
+                $crate::declaration::DeclarationNote::new(LINE, $crate::BUILTIN);
+        };
     };
 }
 
@@ -289,9 +279,10 @@ mod tests {
 
     fn note(owner: &[u8], kind: u32, descriptor: &[u8]) -> Vec<u8> {
         let mut note = Vec::new();
-        for word in [owner.len() as u32, descriptor.len() as u32, kind] {
-            note.extend(word.to_le_bytes());
+        for length in [owner.len(), descriptor.len()] {
+            note.extend(u32::try_from(length).unwrap().to_le_bytes());
         }
+        note.extend(kind.to_le_bytes());
         for part in [owner, descriptor] {
             note.extend(part);
             note.resize(note.len().next_multiple_of(4), 0);
