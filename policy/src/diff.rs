@@ -157,13 +157,18 @@ impl Changes {
                 );
             }
         }
-        for approval in &new.approvals {
-            if old.approves(&approval.worker).is_none() {
-                let what = format!(
-                    "an upgrade to {} may widen what a worker may do",
-                    approval.worker
-                );
-                self.add(Direction::Widens, "workers", what);
+        for (direction, with, without, may) in [
+            (Direction::Widens, new, old, "may"),
+            (Direction::Narrows, old, new, "may no longer"),
+        ] {
+            for approval in &with.approvals {
+                if without.approves(&approval.worker).is_none() {
+                    let what = format!(
+                        "an upgrade to {} {may} widen what a worker may do",
+                        approval.worker
+                    );
+                    self.add(direction, "workers", what);
+                }
             }
         }
         if old.workers.beside_broker != new.workers.beside_broker {
