@@ -4,6 +4,7 @@ use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -34,7 +35,16 @@ impl Qmp {
     /// When nobody greets.
     #[must_use]
     pub fn greeted(vm: &Vm) -> Self {
-        let path = vm.site.run_dir().join(&vm.site.name).join("qmp.sock");
+        Self::at(&vm.site.run_dir().join(&vm.site.name).join("qmp.sock"))
+    }
+
+    /// Connects to whoever serves this socket, and goes no further than the greeting.
+    ///
+    /// # Panics
+    ///
+    /// When nobody greets.
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
         let stream = UnixStream::connect(path).expect("the QMP socket listens");
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();

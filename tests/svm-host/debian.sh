@@ -36,7 +36,7 @@ readonly oldest_qemu=11
 if dpkg --compare-versions "$(dpkg-query --show --showformat='${Version}' qemu-system-x86 2>/dev/null)" ge "1:$oldest_qemu"; then
     qemu=(qemu-system-x86_64)
 else
-    qemu=("$here/qemu-in-debian-13" "$cache")
+    qemu=("$here/../qemu-in-debian-13" trixie-backports "$cache")
 fi
 
 get() {

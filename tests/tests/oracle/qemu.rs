@@ -1,0 +1,89 @@
+//! A QEMU to ask: the smallest q35 that QEMU's manual lets cpr-transfer be tried with, its guest a jump to itself.
+
+use std::fs::File;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+
+use baton_tests::Qmp;
+use baton_tests::until;
+
+/// The smallest ROM that QEMU takes, in bytes; the processor starts 16 bytes before its end (AMD64 manual, volume 2, 14.1.5).
+const ROM: usize = 64 << 10;
+
+/// Dropped, it is killed.
+pub(crate) struct Qemu {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // The only error is that it has ended.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+impl Qemu {
+    /// Starts one whose files are in `dir`.
+    pub(crate) fn start(dir: &Path) -> Self {
+        let program = std::env::var_os("BATON_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
+        let path = |name: &str| dir.join(name);
+        let mut rom = vec![0xf4; ROM];
+        rom.splice(ROM - 16..ROM - 14, [0xeb, 0xfe]);
+        std::fs::write(path("rom"), rom).unwrap();
+        let log = path("qemu.log");
+        let child = Command::new(&program)
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-accel",
+                "tcg",
+            ])
+            .args([
+                "-machine",
+                "q35,aux-ram-share=on,memory-backend=ram0",
+                "-m",
+                "16M",
+            ])
+            .args(["-object", "memory-backend-memfd,id=ram0,size=16M,share=on"])
+            .arg("-bios")
+            .arg(path("rom"))
+            .arg("-qmp")
+            .arg(format!(
+                "unix:{},server=on,wait=off",
+                path("qemu.qmp").display()
+            ))
+            .stdin(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!(
+                    "{program:?}: {error}: install qemu-system-x86 10.0, or name one in BATON_QEMU"
+                )
+            });
+        let socket = path("qemu.qmp");
+        Self { child, socket, log }
+    }
+
+    /// Connects, and makes sure that it is of the series that the cases are of.
+    pub(crate) fn connect(&self) -> Qmp {
+        until("QEMU listens", || {
+            std::os::unix::net::UnixStream::connect(&self.socket).ok()
+        });
+        let qmp = Qmp::at(&self.socket);
+        let version = qmp.greeting.pointer("/QMP/version/qemu").unwrap();
+        assert!(
+            version["major"] == 10 && version["minor"] == 0,
+            "the cases are QEMU 10.0's, and this is {version}: name one in BATON_QEMU; its log is {}",
+            self.log.display()
+        );
+        qmp
+    }
+}
