@@ -4,7 +4,6 @@
 //! QEMU is the program that `BATON_QEMU` names, or `qemu-system-x86_64`; `tests/run` provides it. The two answers to every
 //! question are printed side by side.
 #![expect(
-    clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
     reason = "a test that cannot do its work fails"
