@@ -115,6 +115,12 @@ impl Broker {
             crate::evidence::process(pid, &executable, self.cgroup.as_ref(), Some(&limits));
         findings.extend(wrong.iter().map(|finding| finding_of(pid, finding)));
         checks.extend(crate::evidence::threads(&self.rules, &verdict));
+        let (own, wrong) = crate::own::compare()?;
+        checks.push(own);
+        let wrong = wrong
+            .into_iter()
+            .map(|what| crate::proof::other(None, what));
+        findings.extend(wrong.map(|finding| finding_of(pid, &finding)));
         let descriptors = self.descriptors(worker, &mut findings)?;
         let unreadable = self.prover.unreadable.iter();
         let mut weaker: Vec<String> = unreadable

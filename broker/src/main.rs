@@ -17,6 +17,7 @@ mod front;
 mod ids;
 mod launch;
 mod nascent;
+mod own;
 mod pause;
 mod phase_clock;
 mod process;
@@ -132,6 +133,10 @@ fn serve(options: Options, began: Instant) -> ExitCode {
             broker::report_failure(starter.as_ref(), &refusal);
             return ExitCode::from(refusal.exit.code());
         }
+    }
+    if let Err(refusal) = own::confine() {
+        broker::report_failure(starter.as_ref(), &refusal);
+        return ExitCode::from(refusal.exit.code());
     }
     match Broker::start(options, began) {
         Ok(broker) => ExitCode::from(broker.run(starter).code()),

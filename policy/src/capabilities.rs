@@ -96,13 +96,27 @@ impl Capabilities {
 ///
 /// When the kernel refuses a step, or when a set is afterwards not what it should be.
 pub fn drop_all(keep: Capabilities) -> Result<(), CapabilityError> {
+    shed(keep, keep)
+}
+
+/// The same, but what is kept is the calling thread's alone: what it executes has no capability.
+///
+/// # Errors
+///
+/// As [`drop_all`].
+pub fn limit_to(keep: Capabilities) -> Result<(), CapabilityError> {
+    shed(keep, Capabilities::NONE)
+}
+
+/// Keeps some capabilities, and of them some over an exec.
+fn shed(keep: Capabilities, over_exec: Capabilities) -> Result<(), CapabilityError> {
     let refused = |step: &'static str| {
         move |reason: &dyn fmt::Display| CapabilityError::Refused {
             step,
             reason: reason.to_string(),
         }
     };
-    let ambient_bits = if keep.is_empty() {
+    let ambient_bits = if over_exec.is_empty() {
         Securebits::NO_CAP_AMBIENT_RAISE | Securebits::NO_CAP_AMBIENT_RAISE_LOCKED
     } else {
         Securebits::empty()
@@ -116,7 +130,7 @@ pub fn drop_all(keep: Capabilities) -> Result<(), CapabilityError> {
     rustix::thread::set_capabilities_secure_bits(locked)
         .map_err(|error| refused("lock the securebits")(&error))?;
 
-    let kept = keep.to_caps();
+    let (kept, handed_on) = (keep.to_caps(), over_exec.to_caps());
     // Numbers rather than names: the kernel may know capabilities that the crate does not.
     for number in 0..64_u32 {
         let bit = rustix::thread::CapabilitySet::from_bits_retain(1 << number);
@@ -132,30 +146,28 @@ pub fn drop_all(keep: Capabilities) -> Result<(), CapabilityError> {
         }
     }
     caps::clear(None, CapSet::Ambient).map_err(|error| refused("clear the ambient set")(&error))?;
-    caps::set(None, CapSet::Inheritable, &kept)
+    caps::set(None, CapSet::Inheritable, &handed_on)
         .map_err(|error| refused("set the inheritable set")(&error))?;
-    if !kept.is_empty() {
-        for capability in &kept {
-            caps::raise(None, CapSet::Ambient, *capability)
-                .map_err(|error| refused("keep a capability over the exec")(&error))?;
-        }
+    for capability in &handed_on {
+        caps::raise(None, CapSet::Ambient, *capability)
+            .map_err(|error| refused("keep a capability over the exec")(&error))?;
     }
     caps::set(None, CapSet::Effective, &kept)
         .map_err(|error| refused("set the effective set")(&error))?;
     caps::set(None, CapSet::Permitted, &kept)
         .map_err(|error| refused("set the permitted set")(&error))?;
-    verify(keep)
+    verify(keep, over_exec)
 }
 
-fn verify(keep: Capabilities) -> Result<(), CapabilityError> {
+fn verify(keep: Capabilities, over_exec: Capabilities) -> Result<(), CapabilityError> {
     let sets = [
-        ("bounding", CapSet::Bounding),
-        ("ambient", CapSet::Ambient),
-        ("inheritable", CapSet::Inheritable),
-        ("permitted", CapSet::Permitted),
-        ("effective", CapSet::Effective),
+        ("bounding", CapSet::Bounding, keep),
+        ("ambient", CapSet::Ambient, over_exec),
+        ("inheritable", CapSet::Inheritable, over_exec),
+        ("permitted", CapSet::Permitted, keep),
+        ("effective", CapSet::Effective, keep),
     ];
-    for (set, kind) in sets {
+    for (set, kind, keep) in sets {
         let found = caps::read(None, kind).map_err(|error| CapabilityError::Refused {
             step: "read the sets back",
             reason: error.to_string(),

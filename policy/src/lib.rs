@@ -29,6 +29,7 @@ pub mod explain;
 pub mod judge;
 pub mod kernel;
 pub mod landlock;
+pub mod own;
 mod parse;
 mod policy;
 pub mod procfs;
