@@ -1,5 +1,4 @@
 //! What the broker itself holds: of root's privilege no more than `policy/broker.toml` names, and every audit says so.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use std::fs;
 
