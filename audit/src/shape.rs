@@ -90,6 +90,7 @@ const EVENTS: &[Row] = &[
     ("front-failed",      Lifecycle,  OTHER, MEDIUM,        FAILURE),
     ("front-says",        Base,       OTHER, INFORMATIONAL, SUCCESS),
     ("qmp-client",        Api,        OTHER, INFORMATIONAL, SUCCESS),
+    ("vsock-refused",     Base,       OTHER, MEDIUM,        FAILURE),
     ("unwritten",         Base,       OTHER, MEDIUM,        FAILURE),
     ("log-rotated",       Base,       OTHER, INFORMATIONAL, SUCCESS),
 ];

@@ -53,6 +53,7 @@ use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
 use crate::upgrade::Upgrade;
 use crate::vm_file::VmFile;
+use crate::vsock::Vsock;
 use crate::worker::Worker;
 
 /// How many messages of one worker are taken before everybody else is looked after again.
@@ -106,6 +107,8 @@ pub(crate) struct Broker {
     pub(crate) front: Front,
     pub(crate) last_upgrade: Option<UpgradeOutcome>,
     console: Console,
+    /// The host's side of its vsock.
+    pub(crate) vsock: Option<Vsock>,
     signals: Signals,
     first: Option<Nascent>,
     starter: Option<Channel<StartReport, ()>>,
@@ -155,6 +158,10 @@ impl Broker {
         self.console
             .sources()
             .for_each(|(fd, flags)| watch(fd, flags));
+        self.vsock
+            .iter()
+            .flat_map(Vsock::sources)
+            .for_each(|fd| watch(fd, PollFlags::IN));
         self.front
             .sources(self.clients.qmp_count())
             .into_iter()
@@ -200,6 +207,7 @@ impl Broker {
                 .any_waiting()
                 .then(|| Instant::now() + Duration::from_millis(100)),
             self.clients.resting(),
+            self.vsock.as_ref().and_then(Vsock::deadline),
             self.prover
                 .holds()
                 .then(|| Instant::now() + Duration::from_millis(1)),
@@ -223,6 +231,7 @@ impl Broker {
         self.first_worker()?;
         self.running_worker()?;
         self.advance_upgrade()?;
+        self.advance_vsock();
         self.clients.accept(&self.rules.policy);
         self.advance_front();
         while let Some(asked) = self.clients.hear(self.state, &self.rules.policy) {

@@ -31,6 +31,7 @@ mod signals;
 mod taps;
 mod upgrade;
 mod vm_file;
+mod vsock;
 mod worker;
 
 use std::os::fd::AsFd;

@@ -50,6 +50,7 @@ pub(crate) struct Nascent {
     config: WorkerConfig,
     binary: WorkerBinary,
     ready: Option<BuildTimes>,
+    handed_over: bool,
     /// When the step that it is in has to be over.
     pub(crate) deadline: Instant,
 }
@@ -117,6 +118,7 @@ impl Nascent {
             config,
             binary,
             ready: None,
+            handed_over: false,
             deadline: Instant::now() + bound,
         }
     }
@@ -141,6 +143,11 @@ impl Nascent {
             Stage::Building(worker, _) => Some(worker),
             _ => None,
         }
+    }
+
+    /// The worker, once every descriptor was handed over to it.
+    pub(crate) fn heir(&self) -> Option<&Worker> {
+        self.worker().filter(|_| self.handed_over)
     }
 
     /// The launcher's first stage, while it is at work.
@@ -280,6 +287,7 @@ impl Nascent {
             generation: self.config.generation,
         };
         cpr::send(channel, &header, registry)?;
+        self.handed_over = true;
         self.deadline = Instant::now() + bound;
         Ok(())
     }

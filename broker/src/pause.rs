@@ -24,8 +24,10 @@ use baton_audit::quoted;
 use baton_ipc::StateDigest;
 use baton_ipc::control::Step;
 use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::MAX_VSOCK_CONNECTIONS;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
+use baton_ipc::worker::VsockReport;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::time::Timespec;
@@ -52,6 +54,8 @@ pub(crate) struct PauseFacts {
     pub(crate) digest: Option<StateDigest>,
     /// Guest events that came meanwhile.
     pub(crate) events: Vec<GuestEvent>,
+    /// What was said of the guest's vsock meanwhile.
+    pub(crate) vsock: Vec<VsockReport>,
 }
 
 /// How a pause ended.
@@ -66,10 +70,21 @@ pub(crate) enum PauseEnd {
 }
 
 impl PauseFacts {
-    fn note(&mut self, event: GuestEvent) {
-        if self.events.len() < MAX_EVENTS {
-            self.events.push(event);
+    /// Keeps what is for later; `false` when it is too much.
+    fn note(&mut self, report: &Report) -> bool {
+        match report {
+            Report::Guest(event) if self.events.len() < MAX_EVENTS => {
+                self.events.push(event.clone());
+            }
+            Report::Vsock(said) => {
+                if self.vsock.len() >= MAX_SAID {
+                    return false;
+                }
+                self.vsock.push(*said);
+            }
+            _ => {}
         }
+        true
     }
 }
 
@@ -77,6 +92,8 @@ impl PauseFacts {
 const MAX_MESSAGES: u32 = 64;
 /// The most guest events that are kept until the pause is over.
 const MAX_EVENTS: usize = 8;
+/// The most that an honest worker has to say of its vsock: twice of each connection, before and after.
+const MAX_SAID: usize = 4 * MAX_VSOCK_CONNECTIONS as usize;
 
 fn cannot(who: &str, step: &str, reason: &str) -> String {
     format!(
@@ -244,9 +261,9 @@ impl Pause<'_> {
                     return Err(Failure::RollBack(cannot("old", &step, &reason)));
                 }
                 Ok(Some(report)) => {
-                    self.count_message().map_err(Failure::RollBack)?;
-                    if let Report::Guest(event) = report {
-                        self.facts.note(event);
+                    let noted = self.facts.note(&report);
+                    if !(noted && matches!(report, Report::Vsock(_))) {
+                        self.count_message().map_err(Failure::RollBack)?;
                     }
                 }
                 // Its death no longer matters once its state is whole on the other side.
@@ -436,7 +453,7 @@ impl Pause<'_> {
                     self.facts.blackout_us = told.min(seen);
                     break;
                 }
-                Ok(Some(Report::Guest(event))) => self.facts.note(event),
+                Ok(Some(report)) if !late => drop(self.facts.note(&report)),
                 Ok(_) if late => {
                     // It runs, by its word and the queue's; how long it took is then the broker's own measure.
                     self.facts.blackout_us = self.facts.pause_us;
@@ -478,7 +495,9 @@ impl Pause<'_> {
                     break;
                 }
                 // What it said before it heard of the rollback.
-                Ok(Some(Report::Guest(event))) if !late => self.facts.note(event),
+                Ok(Some(report @ (Report::Guest(_) | Report::Vsock(_)))) if !late => {
+                    self.facts.note(&report);
+                }
                 Ok(_) | Err(WorkerFault::OutOfTurn { .. }) if late => {
                     self.facts.pause_us = micros(self.park_sent.elapsed());
                     return PauseEnd::RolledBack(format!(

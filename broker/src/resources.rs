@@ -22,6 +22,7 @@ use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
+use baton_ipc::worker::VsockConfig;
 use baton_policy::Policy;
 use baton_policy::Seal;
 use rustix::fs::MemfdFlags;
@@ -43,9 +44,13 @@ use crate::vm_file::VmFile;
 use crate::vm_file::disk::Disk;
 use crate::vm_file::net::Net;
 use crate::vm_file::page_size;
+use crate::vm_file::vsock::Vsock as VsockSection;
+use crate::vsock::Vsock;
 
 /// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
 const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
+/// The one of the socket device.
+const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
 
 #[derive(Serialize)]
 struct Opened<'a> {
@@ -114,6 +119,10 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
     }
     for (net, slot) in vm.net.0.iter().zip(&mut slots) {
         virtio.push(opening.net(slot, net)?);
+    }
+    if let Some(vsock) = &vm.vsock {
+        let config = VsockConfig { cid: vsock.cid.0 };
+        virtio.push(opening.plug(VSOCK_SLOT, VirtioKind::Vsock(config))?);
     }
     virtio.push(opening.plug(ENTROPY_SLOT, VirtioKind::Entropy)?);
     Ok(Resources {
@@ -321,6 +330,37 @@ pub(crate) fn check_console(console: &Console, policy: &Policy, log: &mut AuditL
     }
     let record = json!({"descriptor": "console file", "path": resolved});
     log.write("open", &record).recorded()
+}
+
+/// Listens for those who want to reach the guest's vsock, where the VM file says, if policy lets it.
+pub(crate) fn listen_vsock(
+    vsock: Option<&VsockSection>,
+    policy: &Policy,
+    log: &mut AuditLog,
+) -> Result<Option<Vsock>> {
+    let Some(VsockSection { socket, .. }) = vsock else {
+        return Ok(None);
+    };
+    let directory = socket.parent().unwrap_or(Path::new("/")).canonicalize();
+    let directory = directory.map_err(|e| {
+        unfit(
+            format_args!("cannot listen on vsock.socket {}: {e}", socket.display()),
+            "make its directory",
+        )
+    })?;
+    let resolved = directory.join(socket.file_name().unwrap_or_default());
+    let grant = policy.grant(descriptor::VSOCK);
+    if !grant.is_some_and(|grant| grant.permits_path(&resolved)) {
+        let (name, place) = (&policy.name, resolved.display());
+        return Err(refused(
+            format_args!("policy {name} does not grant a vsock at {place}"),
+            "",
+        ));
+    }
+    let listening = Vsock::listen(&resolved)?;
+    let record = json!({"descriptor": "vsock listener", "path": resolved});
+    log.write("open", &record).recorded()?;
+    Ok(Some(listening))
 }
 
 /// Opens a file for reading, without waiting for anybody at the other end of a pipe that lies there instead.

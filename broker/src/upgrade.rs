@@ -43,6 +43,7 @@ use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::worker::Phase;
+use crate::worker::Worker;
 
 /// An upgrade under way.
 #[derive(Debug)]
@@ -79,6 +80,11 @@ struct Abort {
 impl Upgrade {
     pub(crate) fn nascent(&self) -> Option<&Nascent> {
         self.nascent.as_ref()
+    }
+
+    /// The new worker, once it has every descriptor that there was.
+    pub(crate) fn heir(&self) -> Option<&Worker> {
+        self.nascent.as_ref().and_then(Nascent::heir)
     }
 
     pub(crate) fn deadline(&self) -> Instant {

@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 pub(crate) mod disk;
 pub(crate) mod net;
+pub(crate) mod vsock;
 
 use self::disk::Disks;
 use self::net::Nets;
@@ -63,6 +64,8 @@ pub(crate) struct VmFile {
     /// Its network interfaces.
     #[serde(default)]
     pub(crate) net: Nets,
+    /// Its socket device.
+    pub(crate) vsock: Option<vsock::Vsock>,
 }
 
 fn default_policy() -> PathBuf {
@@ -311,6 +314,9 @@ impl VmFile {
             .0
             .iter_mut()
             .for_each(|disk| below(&mut disk.path));
+        self.vsock
+            .iter_mut()
+            .for_each(|vsock| below(&mut vsock.socket));
         if self.policy.as_os_str() != "default" {
             below(&mut self.policy);
         }

@@ -85,6 +85,7 @@ const PERMITTED: &[Row] = &[
     ("paused",    &[Running, Transferring, RollingBack],              |r| matches!(r, Report::Paused)),
     ("status",    &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Status(_))),
     ("guest",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Guest(_))),
+    ("vsock",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Vsock(_))),
     ("violation", &[Spawned, Confined, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
                                                                       |r| matches!(r, Report::Violation { .. })),
 ];

@@ -29,6 +29,8 @@ pub const CONSOLE: &str = "console";
 pub const DISK: &str = "disk";
 /// The name of a queue of a tap; the id is [`VirtioConfig::tap`](crate::worker::VirtioConfig::tap)'s.
 pub const NET: &str = "net";
+/// The name of a connection of a guest's vsock; the id is the broker's choice.
+pub const VSOCK: &str = "vsock";
 /// The name of the eventfd by which a guest notifies a virtqueue; the id is
 /// [`VirtioConfig::kick`](crate::worker::VirtioConfig::kick)'s.
 pub const KICK: &str = "kick";

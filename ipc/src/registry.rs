@@ -148,6 +148,23 @@ impl Registry {
             .ok_or_else(|| RegistryError::Missing(key.clone()))
     }
 
+    /// Hands out every descriptor of a name that is of this kind, by id.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError::Kind`] for the first that is of another.
+    pub fn claim_all(
+        &mut self,
+        name: &str,
+        kind: DescriptorKind,
+    ) -> Result<BTreeMap<u32, OwnedFd>, RegistryError> {
+        let keys: Vec<DescriptorKey> = self.entries.keys().cloned().collect();
+        let named = keys.into_iter().filter(|key| key.name() == name);
+        named
+            .map(|key| Ok((key.id(), self.claim(&key, kind)?)))
+            .collect()
+    }
+
     /// Closes a descriptor.
     ///
     /// # Errors

@@ -46,7 +46,7 @@ use crate::StateDigest;
 use crate::VmId;
 
 /// The version of these messages; a worker of another version is refused before it is given anything.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// The most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 8;
@@ -68,6 +68,12 @@ pub const MAX_NET_QUEUES: u8 = MAX_CPUS;
 
 /// Bytes of a disk's serial number (virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID).
 pub const MAX_SERIAL: usize = 20;
+
+/// The most connections of a VM's vsock: what each may hold back ([`VSOCK_CREDIT`]) fits the device's saved state.
+pub const MAX_VSOCK_CONNECTIONS: u32 = 64;
+
+/// Bytes that a guest may have sent on one vsock connection and the host's program has not taken.
+pub const VSOCK_CREDIT: u32 = 15 << 10;
 
 /// The most I/O threads of a worker.
 pub const MAX_IO_THREADS: u8 = 4;
@@ -144,6 +150,8 @@ pub enum VirtioKind {
     Entropy,
     /// A network interface, on descriptors `net`.
     Net(NetConfig),
+    /// A socket device; descriptors `vsock` are the connections that there are.
+    Vsock(VsockConfig),
 }
 
 impl VirtioKind {
@@ -155,6 +163,8 @@ impl VirtioKind {
             Self::Entropy => 1,
             // Receive and transmit each, and with several pairs one for commands (virtio 1.2, 5.1.2).
             Self::Net(net) => u32::from(net.queues) * 2 + u32::from(net.queues > 1),
+            // Receive, transmit, events (virtio 1.2, 5.10.2).
+            Self::Vsock(_) => 3,
         }
     }
 }
@@ -216,6 +226,59 @@ pub struct NetConfig {
     pub limits: DeviceLimits,
 }
 
+/// A socket device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// The guest's context id: 3 to 2^32 - 2 (vsock(7): 0 to 2 and the last are reserved).
+    pub cid: u32,
+}
+
+/// What a broker tells a worker of its vsock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VsockOrder {
+    /// A program of the host wants this port of the guest. Comes with the connection, descriptor `vsock` of this id.
+    Incoming {
+        /// The connection.
+        id: u32,
+        /// The guest's port.
+        port: u32,
+    },
+    /// What the guest asked for. Comes with the connection, as above.
+    Connected {
+        /// The number that came with [`VsockReport::Connect`].
+        ticket: u32,
+        /// The connection.
+        id: u32,
+    },
+    /// The guest does not get what it asked for.
+    Refused {
+        /// The number that came with [`VsockReport::Connect`].
+        ticket: u32,
+    },
+    /// To a new worker, before the guest is its own: a connection that its guest will have. Comes with it.
+    Held {
+        /// The connection.
+        id: u32,
+    },
+}
+
+/// What a worker tells its broker of its vsock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VsockReport {
+    /// The guest wants a port of the host.
+    Connect {
+        /// A number of the worker's choosing, for the answer.
+        ticket: u32,
+        /// The port.
+        port: u32,
+    },
+    /// A connection has ended; the worker has closed it.
+    Closed {
+        /// Which.
+        id: u32,
+    },
+}
+
 /// A token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimit {
@@ -253,6 +316,8 @@ pub enum Order {
     PowerButton,
     /// Say how the guest is.
     Query,
+    /// Of the guest's vsock.
+    Vsock(VsockOrder),
     /// A new worker will come over the main channel that comes with this.
     Transfer,
     /// The transfer is off: close the main channel, and if parked, run the guest again.
@@ -328,6 +393,8 @@ pub enum Report {
     Status(WorkerStatus),
     /// Something happened in the guest.
     Guest(GuestEvent),
+    /// Of the guest's vsock.
+    Vsock(VsockReport),
     /// A thread made a system call that its filter refuses; the call was not executed, the worker exits.
     Violation {
         /// The thread's id in the worker's pid namespace.

@@ -8,6 +8,7 @@ use baton_guest::DiskReport;
 use baton_guest::NetReport;
 use baton_guest::Report;
 use baton_guest::ReportError;
+use baton_guest::VsockReport;
 use baton_guest::layout;
 
 /// The lowest region of a VM's guest RAM, which starts at address 0.
@@ -61,11 +62,7 @@ impl Ram {
     /// When the RAM cannot be read.
     #[must_use]
     pub fn disk(&self) -> DiskReport {
-        let mut bytes = vec![0; layout::REPORT_SIZE];
-        self.0
-            .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
-            .expect("guest RAM can be read");
-        DiskReport::parse(&bytes)
+        self.says(DiskReport::parse)
     }
 
     /// What the guest says of its network interface.
@@ -75,11 +72,25 @@ impl Ram {
     /// When the RAM cannot be read.
     #[must_use]
     pub fn net(&self) -> NetReport {
+        self.says(NetReport::parse)
+    }
+
+    /// What the guest says of its socket device.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn vsock(&self) -> VsockReport {
+        self.says(VsockReport::parse)
+    }
+
+    fn says<T>(&self, parse: fn(&[u8]) -> T) -> T {
         let mut bytes = vec![0; layout::REPORT_SIZE];
         self.0
             .read_exact_at(&mut bytes, layout::REPORT_ADDRESS)
             .expect("guest RAM can be read");
-        NetReport::parse(&bytes)
+        parse(&bytes)
     }
 
     /// Puts a command (`layout::COMMAND_*`) into the guest's mailbox.

@@ -31,6 +31,7 @@ pub struct Builder {
     allowed: Vec<PathBuf>,
     disks: Vec<(String, u64, String)>,
     nets: Vec<(String, String)>,
+    vsock: bool,
     policy: Option<String>,
 }
 
@@ -48,6 +49,7 @@ impl Builder {
             allowed: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: false,
             policy: None,
         }
     }
@@ -122,6 +124,13 @@ impl Builder {
         self
     }
 
+    /// With a socket device, at the host's end the socket `v`.
+    #[must_use]
+    pub fn vsock(mut self) -> Self {
+        self.vsock = true;
+        self
+    }
+
     /// Starts it, and waits until its guest counts.
     ///
     /// # Panics
@@ -177,6 +186,9 @@ impl Builder {
             file.push_str(&format!(
                 "[[net]]\nid = \"net{index}\"\ntap = \"{tap}\"\nmac = \"52:54:00:00:00:0{index}\"\n{lines}\n"
             ));
+        }
+        if self.vsock {
+            file.push_str("[vsock]\ncid = 3\nsocket = \"v\"\n");
         }
         site.write("vm.toml", file);
         let started = site.run("vm.toml").expect(0).json();

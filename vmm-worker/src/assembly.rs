@@ -28,6 +28,7 @@ use baton_ipc::worker::MAX_SLOTS;
 use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
+use baton_ipc::worker::VsockConfig;
 use baton_ipc::worker::WorkerConfig;
 use baton_policy::Program;
 use baton_policy::ProgramError;
@@ -53,6 +54,8 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::vsock;
+use crate::devices::virtio::vsock::Vsock;
 use crate::fail_point::fail_point;
 use crate::io_pool::IoPool;
 use crate::io_pool::PoolError;
@@ -132,6 +135,7 @@ pub(crate) struct Machinery {
     pub(crate) platform: Platform,
     pub(crate) cpuid: Told,
     pub(crate) console: Console,
+    pub(crate) vsock: Option<vsock::Link>,
     kernel: File,
     initrd: Option<File>,
     pub(crate) pool: IoPool,
@@ -187,6 +191,7 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
             VirtioKind::Block(block) => check_block(block)?,
             VirtioKind::Entropy => {}
             VirtioKind::Net(net) => check_net(net)?,
+            VirtioKind::Vsock(vsock) => check_vsock(vsock)?,
         }
     }
     Ok(LastFilters {
@@ -245,6 +250,18 @@ fn check_net(net: &NetConfig) -> Result<(), BuildError> {
     check_limits("net.limits", limits)
 }
 
+fn check_vsock(vsock: &VsockConfig) -> Result<(), BuildError> {
+    let VsockConfig { cid } = vsock;
+    // vsock(7): the hypervisor's, the local, the host's, and any.
+    match cid {
+        0..=2 | &u32::MAX => Err(BuildError::Config {
+            field: "vsock.cid",
+            value: cid.to_string(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 fn check_limits(field: &'static str, limits: &DeviceLimits) -> Result<(), BuildError> {
     let DeviceLimits { bytes, operations } = limits;
     for limit in [bytes, operations].into_iter().flatten() {
@@ -280,6 +297,15 @@ fn check_access(disk: &OwnedFd, readonly: bool) -> Result<(), BuildError> {
     }
 }
 
+fn claim(
+    registry: &mut Registry,
+    name: &str,
+    id: u32,
+    kind: DescriptorKind,
+) -> Result<OwnedFd, BuildError> {
+    Ok(registry.claim(&DescriptorKey::new(name, id)?, kind)?)
+}
+
 /// Builds the VM. `wake` tells the control thread to look after devices and vCPUs; `origin_ns` is when this worker
 /// began, `preview` what the old worker of an upgrade says in advance.
 ///
@@ -295,21 +321,20 @@ pub(crate) fn build(
 ) -> Result<(Machinery, BuildTimes), BuildError> {
     let mut times = BuildTimes::default();
     let since = || clock::monotonic_ns().saturating_sub(origin_ns) / 1000;
-    let mut claim = |name: &str, id, kind| -> Result<OwnedFd, BuildError> {
-        Ok(registry.claim(&DescriptorKey::new(name, id)?, kind)?)
-    };
-    let kvm = claim(descriptor::KVM, 0, DescriptorKind::Kvm)?;
+    let registry = &mut registry;
+    let kvm = claim(registry, descriptor::KVM, 0, DescriptorKind::Kvm)?;
     let memfds = (0..)
         .zip(&config.ram)
-        .map(|(id, _)| claim(descriptor::RAM, id, DescriptorKind::GuestRam))
+        .map(|(id, _)| claim(registry, descriptor::RAM, id, DescriptorKind::GuestRam))
         .collect::<Result<Vec<_>, _>>()?;
-    let kernel = claim(descriptor::KERNEL, 0, DescriptorKind::Image)?;
+    let kernel = claim(registry, descriptor::KERNEL, 0, DescriptorKind::Image)?;
     let initrd = config
         .initrd
-        .then(|| claim(descriptor::INITRD, 0, DescriptorKind::Image))
+        .then(|| claim(registry, descriptor::INITRD, 0, DescriptorKind::Image))
         .transpose()?;
-    let console = claim(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
+    let console = claim(registry, descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
     let mut virtio = Vec::with_capacity(config.virtio.len());
+    let mut vsock = None;
     for device in &config.virtio {
         let made: Box<dyn VirtioDevice> = match &device.device {
             VirtioKind::Block(block) => {
@@ -319,21 +344,35 @@ pub(crate) fn build(
                 } else {
                     DescriptorKind::Disk
                 };
-                let file = claim(name, device.slot.into(), kind)?;
+                let file = claim(registry, name, device.slot.into(), kind)?;
                 check_access(&file, block.readonly)?;
                 Box::new(Block::new(file, block))
             }
             VirtioKind::Net(net) => {
                 let taps = (0..net.queues)
-                    .map(|pair| claim(descriptor::NET, device.tap(pair), DescriptorKind::Tap))
+                    .map(|pair| {
+                        claim(
+                            registry,
+                            descriptor::NET,
+                            device.tap(pair),
+                            DescriptorKind::Tap,
+                        )
+                    })
                     .collect::<Result<_, _>>()?;
                 Box::new(Net::new(taps, net))
             }
             VirtioKind::Entropy => Box::new(Entropy),
+            VirtioKind::Vsock(config) => {
+                let held = registry.claim_all(descriptor::VSOCK, DescriptorKind::Stream)?;
+                let (device, link) = Vsock::new(config, held, Arc::clone(wake));
+                vsock = Some(link);
+                Box::new(device)
+            }
         };
         let kicks = (0..device.device.queues())
             .map(|queue| {
                 claim(
+                    registry,
                     descriptor::KICK,
                     device.kick(queue),
                     DescriptorKind::Eventfd,
@@ -405,6 +444,7 @@ pub(crate) fn build(
         vcpus,
         inventory,
         console: Console::new(console, Arc::clone(&platform.serial)),
+        vsock,
         platform,
         cpuid: Told::of(&tables),
         kernel: kernel.into(),

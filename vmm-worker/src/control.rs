@@ -23,6 +23,7 @@ use baton_ipc::SocketError;
 use baton_ipc::StartMode;
 use baton_ipc::VmId;
 use baton_ipc::state_stream::Machine;
+use baton_ipc::worker::MAX_VSOCK_CONNECTIONS;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
 use libc::c_int;
@@ -40,8 +41,9 @@ use crate::transfer::outgoing::Outgoing;
 use crate::transfer::outgoing::Preview;
 use crate::transfer::outgoing::Progress;
 
-/// Reports kept for a broker that does not read; more are dropped, and said to be.
-const MAX_UNSENT: usize = 64;
+/// Reports kept for a broker that does not read; more are dropped, and said to be. Of each connection of a vsock there
+/// may be two.
+const MAX_UNSENT: usize = 64 + 2 * MAX_VSOCK_CONNECTIONS as usize;
 
 /// The exit status of a worker that is no longer needed.
 pub(crate) const EXIT_DONE: c_int = 0;
@@ -275,13 +277,33 @@ impl Worker {
         if self.serves_console() {
             self.machinery.console.drain();
         }
+        if matches!(self.phase, Phase::Running | Phase::Paused) {
+            self.look_after_vsock(false);
+        }
+    }
+
+    /// Does what the vsock leaves to this thread, and tells the broker of it.
+    pub(crate) fn look_after_vsock(&mut self, parked: bool) {
+        let reports = self.machinery.vsock.as_ref().map(|link| {
+            if parked {
+                link.settle();
+            }
+            link.deeds(parked)
+        });
+        for report in reports.into_iter().flatten() {
+            self.report(Report::Vsock(report));
+        }
     }
 
     fn serve_main(&mut self) -> Result<(), Exit> {
         if let Phase::Receiving(incoming) = &mut self.phase {
             return match incoming.advance() {
                 Ok(None) => Ok(()),
-                Ok(Some(stream)) => self.load(stream),
+                Ok(Some(stream)) => {
+                    // Whatever the broker handed over before the old worker parked is here by now, and named in there.
+                    self.serve_control()?;
+                    self.load(stream)
+                }
                 Err(error) => self.give_up("load", &error),
             };
         }

@@ -100,6 +100,9 @@ impl Worker {
             self.phase = Phase::Running;
             self.first_run_due = true;
         }
+        if let Some(vsock) = &self.machinery.vsock {
+            vsock.release();
+        }
         let devices = &mut self.machinery.platform.devices;
         let mut begun = devices.resume(StartMode::CprTransfer);
         if paused && begun.is_ok() {

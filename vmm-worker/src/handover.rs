@@ -51,6 +51,7 @@ impl Worker {
         if devices.phase() != lifecycle::Phase::Parked {
             devices.park(MODE).map_err(failure("park"))?;
         }
+        self.look_after_vsock(true);
         let parked_ns = clock::monotonic_ns();
         self.machinery.vcpus.begin_save();
         self.report(Report::Parked {

@@ -1,12 +1,17 @@
 //! The broker's orders: what each does in each phase, and what the broker's death does. One table; what is not in it does
 //! not fit.
 
+use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
 
+use baton_ipc::Description;
+use baton_ipc::DescriptorKind;
 use baton_ipc::worker::GuestEvent;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
+use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::WorkerStatus;
+use rustix::fs::OFlags;
 
 use crate::control::EXIT_DONE;
 use crate::control::EXIT_FAILED;
@@ -20,7 +25,7 @@ use crate::transfer::outgoing::Outgoing;
 impl Worker {
     /// Carries an order out, or says why not.
     pub(crate) fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
-        let main = if matches!(order, Order::Transfer) {
+        let main = if matches!(order, Order::Transfer | Order::Vsock(_)) {
             descriptors.pop()
         } else {
             None
@@ -41,6 +46,8 @@ impl Worker {
                 };
                 self.report(Report::Status(status));
             }
+            // At any time: the device takes it in when it is served, or when its state is saved.
+            (Order::Vsock(order), _) => self.vsock_ordered(order, main),
             #[cfg(feature = "fail-points")]
             (Order::Fail(fault), _) => crate::fail_point::arm(fault),
             (Order::Start, Phase::Built) => return self.start(),
@@ -90,11 +97,27 @@ impl Worker {
         Ok(())
     }
 
+    fn vsock_ordered(&mut self, order: VsockOrder, connection: Option<OwnedFd>) {
+        let fits = connection.as_ref().is_none_or(|connection| {
+            // Nobody could make it so afterwards: whoever shares it would feel that.
+            let nonblocking = rustix::fs::fcntl_getfl(connection)
+                .is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+            nonblocking && Description::of(DescriptorKind::Stream, connection.as_fd()).is_ok()
+        });
+        match &self.machinery.vsock {
+            Some(vsock) if fits => vsock.order(order, connection),
+            _ => self.fail("vsock", format!("{order:?} does not fit this worker")),
+        }
+    }
+
     /// The broker has died, and everything that it had sent was obeyed.
     pub(crate) fn orphaned(&mut self) -> Result<(), Exit> {
         self.control = None;
         self.unsent.clear();
         self.outgoing = Outgoing::Idle;
+        if let Some(vsock) = &self.machinery.vsock {
+            vsock.orphan();
+        }
         match self.phase {
             // Never run without an order to.
             Phase::Built | Phase::Receiving(_) | Phase::Loaded => Err(Exit(EXIT_DONE)),

@@ -150,6 +150,7 @@ pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
             VirtioKind::Block(_) => DeviceKind::BLOCK,
             VirtioKind::Entropy => DeviceKind::ENTROPY,
             VirtioKind::Net(_) => DeviceKind::NET,
+            VirtioKind::Vsock(_) => DeviceKind::VSOCK,
         };
         DeviceId::new(kind, device.slot.into())
     });

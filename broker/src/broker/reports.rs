@@ -84,6 +84,10 @@ impl Broker {
                 Ok(())
             }
             Report::Guest(event) => self.guest_event(&event),
+            Report::Vsock(report) => {
+                self.vsock_said(report);
+                Ok(())
+            }
             Report::Violation {
                 thread,
                 syscall,
@@ -162,6 +166,7 @@ impl Broker {
         if let Err(refusal) = self.log.write_synced("lost", &json!({"reason": reason})) {
             complain(&refusal);
         }
+        self.end_vsock();
         self.upgrade_lost(reason)?;
         self.happened(Happening::Lost {
             reason: quoted(reason),

@@ -87,6 +87,7 @@ impl Broker {
         registry
             .save(key, DescriptorKind::Stream, end)
             .doing("cannot hold the console")?;
+        let vsock = resources::listen_vsock(vm.vsock.as_ref(), &rules.policy, &mut log)?;
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose an identity for the VM")?;
@@ -112,6 +113,7 @@ impl Broker {
             front: Front::listen(&directory.qmp_socket())?,
             last_upgrade: None,
             console,
+            vsock,
             signals,
             directory,
             first: None,

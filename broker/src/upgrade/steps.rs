@@ -193,6 +193,7 @@ impl Broker {
             }
         };
         // Each of these whatever becomes of the others: the guest's fate is decided.
+        facts.vsock.iter().for_each(|said| self.vsock_said(*said));
         let published = self.publish();
         let finished = self.finish(outcome, step, &reason, upgrade.clock, &facts);
         let handled = facts

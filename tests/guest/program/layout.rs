@@ -128,6 +128,17 @@ pub const NET_CORRUPT_OFFSET: usize = 0x328;
 /// Header: frames of other protocols.
 pub const NET_OTHERS_OFFSET: usize = 0x330;
 
+/// Header: how far the guest is with its socket device ([`DRIVER_WORKING`] and kin), with `vsock`.
+pub const VSOCK_STATE_OFFSET: usize = 0x340;
+/// Header: connections that there are.
+pub const VSOCK_OPEN_OFFSET: usize = 0x348;
+/// Header: bytes sent back.
+pub const VSOCK_ECHOED_OFFSET: usize = 0x350;
+/// Header: how often the host refused the guest.
+pub const VSOCK_REFUSED_OFFSET: usize = 0x358;
+/// Header: packets that no device may send.
+pub const VSOCK_WRONG_OFFSET: usize = 0x360;
+
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;
 /// What a frame begins with: to everybody, from an address that nobody has, of a protocol for experiments (IEEE 802,
@@ -279,6 +290,8 @@ pub const COMMAND_DISK_WORK: u64 = 7;
 pub const COMMAND_NET_REST: u64 = 8;
 /// Mailbox: go on with frames.
 pub const COMMAND_NET_WORK: u64 = 9;
+/// Mailbox: connect to the host's port again.
+pub const COMMAND_VSOCK_CONNECT: u64 = 10;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

@@ -30,6 +30,7 @@ mod processors;
 mod report;
 mod serial;
 mod virtio;
+mod vsock;
 mod walker;
 
 use boot::BootParameters;
@@ -115,6 +116,11 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut vsock = if vcpu == 0 {
+        vsock::Vsock::new(&machine.options)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
         walker.step(&turn);
@@ -130,6 +136,10 @@ fn run(vcpu: usize) -> ! {
             if let Some(net) = &mut net {
                 net.obey(command);
                 net.step();
+            }
+            if let Some(vsock) = &mut vsock {
+                vsock.obey(command);
+                vsock.step();
             }
         }
     }

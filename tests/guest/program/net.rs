@@ -5,8 +5,6 @@
 //!
 //! Touches the registers of PCI devices, and RAM between the disk's buffers and the image.
 
-use core::sync::atomic::{Ordering, fence};
-
 use crate::layout::*;
 use crate::options::Options;
 use crate::report;
@@ -24,32 +22,22 @@ const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 /// Rings of both queues, buffers, and a frame put together.
 const RINGS: u64 = 0x16_0000;
-const RING_STEP: u64 = 0x4000;
-const AVAILABLE: u64 = 0x1000;
-const USED: u64 = 0x2000;
 const RECEIVE_BUFFERS: u64 = 0x17_0000;
 const TRANSMIT_BUFFERS: u64 = 0x18_0000;
 const FRAME: u64 = 0x19_0000;
-const QUEUE: u16 = 256;
 const BUFFERS: u16 = 128;
 const BUFFER: u64 = 512;
 const TRANSMIT_BUFFER: u64 = 0x800;
 
 pub struct Net {
     common: u64,
-    notify: [u64; 2],
-    next_available: [u16; 2],
-    next_used: [u16; 2],
+    rings: [Ring; 2],
     /// Number of the last frame sent, received, and acknowledged by the other end.
     sent: u64,
     received: u64,
     acknowledged: u64,
     working: bool,
     turns: u64,
-}
-
-fn ring(queue: usize, part: u64) -> u64 {
-    RINGS + queue as u64 * RING_STEP + part
 }
 
 fn fail(state: u64) -> Option<Net> {
@@ -69,24 +57,14 @@ impl Net {
         if !function.agree(FEATURES) {
             return fail(DRIVER_REFUSED);
         }
-        for at in (RINGS..RECEIVE_BUFFERS).step_by(8) {
-            write(at, 0_u64);
-        }
-        let mut notify = [0; 2];
-        for (queue, notify) in notify.iter_mut().enumerate() {
-            write(function.common + QUEUE_SELECT, queue as u16);
-            if read::<u16>(function.common + QUEUE_SIZE) != QUEUE {
-                return fail(DRIVER_REFUSED);
-            }
-            let rings = [ring(queue, 0), ring(queue, AVAILABLE), ring(queue, USED)];
-            *notify = function.enable_queue(rings);
-        }
+        let ring = |queue: u16| Ring::new(&function, queue, RINGS + u64::from(queue) * RING_STEP);
+        let (Some(receive), Some(transmit)) = (ring(0), ring(1)) else {
+            return fail(DRIVER_REFUSED);
+        };
         function.go();
         let mut net = Self {
             common: function.common,
-            notify,
-            next_available: [0; 2],
-            next_used: [0; 2],
+            rings: [receive, transmit],
             sent: 0,
             received: 0,
             acknowledged: 0,
@@ -95,11 +73,11 @@ impl Net {
         };
         for buffer in 0..BUFFERS {
             let address = RECEIVE_BUFFERS + u64::from(buffer) * BUFFER;
-            let at = ring(RECEIVE, 16 * u64::from(buffer));
-            descriptor(at, address, BUFFER as u32, WRITE, 0);
-            net.offer(RECEIVE, buffer);
+            let ring = &mut net.rings[RECEIVE];
+            descriptor(ring.descriptor(buffer), address, BUFFER as u32, WRITE, 0);
+            ring.offer(buffer);
         }
-        net.publish(RECEIVE);
+        net.rings[RECEIVE].publish();
         report::write(NET_STATE_OFFSET, DRIVER_WORKING);
         Some(net)
     }
@@ -120,7 +98,7 @@ impl Net {
     pub fn step(&mut self) {
         self.turns = self.turns.wrapping_add(1);
         self.receive();
-        let flying = self.next_available[TRANSMIT].wrapping_sub(self.used(TRANSMIT));
+        let flying = self.rings[TRANSMIT].flying();
         let window = self.sent < self.acknowledged + NET_WINDOW;
         if self.working && window && u64::from(flying) < NET_WINDOW {
             self.send();
@@ -129,28 +107,6 @@ impl Net {
             report::write(NET_STATE_OFFSET, DRIVER_RESTING);
         } else if self.turns % 4096 == 0 && read::<u8>(self.common + STATUS) & NEEDS_RESET != 0 {
             report::write(NET_STATE_OFFSET, DRIVER_BROKEN);
-        }
-    }
-
-    fn used(&self, queue: usize) -> u16 {
-        let used = read(ring(queue, USED + 2));
-        // What the device wrote before it counted is read after.
-        fence(Ordering::SeqCst);
-        used
-    }
-
-    fn offer(&mut self, queue: usize, head: u16) {
-        let entry = u64::from(self.next_available[queue] % QUEUE);
-        write(ring(queue, AVAILABLE + 4 + 2 * entry), head);
-        self.next_available[queue] = self.next_available[queue].wrapping_add(1);
-    }
-
-    fn publish(&self, queue: usize) {
-        fence(Ordering::SeqCst);
-        write(ring(queue, AVAILABLE + 2), self.next_available[queue]);
-        fence(Ordering::SeqCst);
-        if read::<u16>(ring(queue, USED)) & NO_NOTIFY == 0 {
-            write(self.notify[queue], queue as u16);
         }
     }
 
@@ -174,34 +130,33 @@ impl Net {
         let length = (NET_DATA + 8 * words) as u32;
         // Header and frame apart, or at one.
         let own = 2 * slot as u16;
-        let table = ring(TRANSMIT, 16 * u64::from(own));
+        let table = self.rings[TRANSMIT].descriptor(own);
         if number % 2 == 0 {
             descriptor(table, at, HEADER as u32, NEXT, own + 1);
             descriptor(table + 16, frame, length, 0, 0);
         } else {
             descriptor(table, at, HEADER as u32 + length, 0, 0);
         }
-        self.offer(TRANSMIT, own);
-        self.publish(TRANSMIT);
+        self.rings[TRANSMIT].offer(own);
+        self.rings[TRANSMIT].publish();
         report::write(NET_SENT_OFFSET, number);
     }
 
     fn receive(&mut self) {
-        if self.next_used[RECEIVE] == self.used(RECEIVE) {
+        let mut next = self.rings[RECEIVE].take();
+        if next.is_none() {
             return;
         }
         let mut length = 0;
         let mut buffers = 1;
         let mut taken = 0;
         while taken < buffers {
-            if self.next_used[RECEIVE] == self.used(RECEIVE) {
+            let Some((head, written)) = next else {
                 // All buffers of a frame are there at once.
                 report::increment(NET_CORRUPT_OFFSET);
                 break;
-            }
-            let entry = ring(RECEIVE, USED + 4 + 8 * u64::from(self.next_used[RECEIVE] % QUEUE));
-            self.next_used[RECEIVE] = self.next_used[RECEIVE].wrapping_add(1);
-            let (head, written) = (read::<u32>(entry), u64::from(read::<u32>(entry + 4)));
+            };
+            let written = u64::from(written);
             if head >= u32::from(BUFFERS) || written > BUFFER {
                 report::increment(NET_CORRUPT_OFFSET);
                 return;
@@ -215,9 +170,12 @@ impl Net {
             }
             length += written;
             taken += 1;
-            self.offer(RECEIVE, head as u16);
+            self.rings[RECEIVE].offer(head as u16);
+            if taken < buffers {
+                next = self.rings[RECEIVE].take();
+            }
         }
-        self.publish(RECEIVE);
+        self.rings[RECEIVE].publish();
         self.frame(FRAME + HEADER, length.saturating_sub(HEADER));
     }
 

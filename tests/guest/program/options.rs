@@ -19,6 +19,7 @@ pub struct Options {
     pub disk_irq: bool,
     pub net: bool,
     pub net_rest: bool,
+    pub vsock: Option<u64>,
 }
 
 impl Options {
@@ -38,6 +39,7 @@ impl Options {
             disk_irq: false,
             net: false,
             net_rest: false,
+            vsock: None,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -49,6 +51,7 @@ impl Options {
                 (b"console", None) => options.console = true,
                 (b"net", None) => options.net = true,
                 (b"net_rest", None) => (options.net, options.net_rest) = (true, true),
+                (b"vsock", Some(Some(port))) => options.vsock = Some(port),
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"cpus", Some(Some(count))) => {

@@ -3,6 +3,7 @@
 //! Touches the registers of PCI devices.
 
 use core::ptr;
+use core::sync::atomic::{Ordering, fence};
 
 /// The machine's PCI Express configuration space, and bits of a BAR that are no address.
 const ECAM: u64 = 0xe000_0000;
@@ -130,6 +131,90 @@ impl Function {
             self.common + STATUS,
             ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
         );
+    }
+}
+
+/// Parts of a queue of 256 descriptors: where its rings are from its table on, and how far apart two queues may be.
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+pub const RING_STEP: u64 = 0x4000;
+const RING_SIZE: u16 = 256;
+
+/// A queue of up to 256 descriptors.
+pub struct Ring {
+    at: u64,
+    index: u16,
+    size: u16,
+    notify: u64,
+    next_available: u16,
+    next_used: u16,
+}
+
+impl Ring {
+    /// The queue of that index, set up with blank rings there; none when the device has no such.
+    pub fn new(function: &Function, index: u16, at: u64) -> Option<Self> {
+        for word in (at..at + RING_STEP).step_by(8) {
+            write(word, 0_u64);
+        }
+        write(function.common + QUEUE_SELECT, index);
+        let size = read::<u16>(function.common + QUEUE_SIZE).min(RING_SIZE);
+        if size == 0 {
+            return None;
+        }
+        write(function.common + QUEUE_SIZE, size);
+        let notify = function.enable_queue([at, at + AVAILABLE, at + USED]);
+        Some(Self {
+            at,
+            index,
+            size,
+            notify,
+            next_available: 0,
+            next_used: 0,
+        })
+    }
+
+    /// Where the descriptor of that number is.
+    pub fn descriptor(&self, number: u16) -> u64 {
+        self.at + 16 * u64::from(number)
+    }
+
+    /// Makes the chain from that descriptor on available, once published.
+    pub fn offer(&mut self, head: u16) {
+        let entry = u64::from(self.next_available % self.size);
+        write(self.at + AVAILABLE + 4 + 2 * entry, head);
+        self.next_available = self.next_available.wrapping_add(1);
+    }
+
+    /// Publishes what was offered, and notifies the device if it wants to be.
+    pub fn publish(&self) {
+        fence(Ordering::SeqCst);
+        write(self.at + AVAILABLE + 2, self.next_available);
+        fence(Ordering::SeqCst);
+        if read::<u16>(self.at + USED) & NO_NOTIFY == 0 {
+            write(self.notify, self.index);
+        }
+    }
+
+    fn used(&self) -> u16 {
+        let used = read(self.at + USED + 2);
+        // What the device wrote before it counted is read after.
+        fence(Ordering::SeqCst);
+        used
+    }
+
+    /// Chains that the device has.
+    pub fn flying(&self) -> u16 {
+        self.next_available.wrapping_sub(self.used())
+    }
+
+    /// The next chain that the device gave back, and how much it wrote there.
+    pub fn take(&mut self) -> Option<(u32, u32)> {
+        if self.next_used == self.used() {
+            return None;
+        }
+        let entry = self.at + USED + 4 + 8 * u64::from(self.next_used % self.size);
+        self.next_used = self.next_used.wrapping_add(1);
+        Some((read(entry), read(entry + 4)))
     }
 }
 

@@ -101,6 +101,13 @@ impl CommandLine {
         self.word("net_rest".into())
     }
 
+    /// Drives the virtio socket device: connects to this port of the host, unless it is 0, and sends back what comes on
+    /// any connection.
+    #[must_use]
+    pub fn vsock(self, port: u32) -> Self {
+        self.word(format!("vsock={port}"))
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

@@ -45,6 +45,7 @@ mod driver_state;
 pub mod layout;
 mod net;
 mod report;
+mod vsock;
 
 pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
@@ -54,6 +55,8 @@ pub use net::{NetPeer, NetReport};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
 };
+
+pub use vsock::VsockReport;
 
 /// The guest: a static ELF64 image for x86-64, entered in 64-bit mode.
 pub static ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));

@@ -26,6 +26,8 @@ impl DeviceKind {
     pub const ENTROPY: DeviceKind = DeviceKind(8);
     /// [`super::virtio::net::Net`]; the instance is the PCI device number.
     pub const NET: DeviceKind = DeviceKind(9);
+    /// [`super::virtio::vsock::Vsock`]; the instance is the PCI device number.
+    pub const VSOCK: DeviceKind = DeviceKind(10);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -40,6 +42,7 @@ impl DeviceKind {
             DeviceKind::BLOCK => "virtio-blk",
             DeviceKind::ENTROPY => "virtio-rng",
             DeviceKind::NET => "virtio-net",
+            DeviceKind::VSOCK => "virtio-vsock",
             _ => "device",
         }
     }

@@ -1,4 +1,4 @@
-//! Reading into guest RAM and writing from it: files, at a given place, and taps, a packet a call.
+//! Reading into guest RAM and writing from it: files, at a given place, taps, a packet a call, and streams.
 #![expect(
     unsafe_code,
     reason = "preadv(2), readv(2) and their kin on memory that the guest may change meanwhile, which no reference may be to"
@@ -92,7 +92,22 @@ pub(super) fn receive<'a>(
     })
 }
 
-/// Writes `packet` as one packet.
+/// Fills `room` from a stream, as far as there is something; pieces beyond what one call takes are left out. How many
+/// bytes there were: none at the stream's end.
+///
+/// # Errors
+///
+/// readv(2)'s; EINTR is tried again.
+pub(super) fn read(stream: BorrowedFd<'_>, room: &Buffers) -> io::Result<usize> {
+    let pieces: Vec<libc::iovec> = room.pieces().iter().take(MAX_PIECES).map(vector).collect();
+    let count = libc::c_int::try_from(pieces.len()).unwrap_or(libc::c_int::MAX);
+    again(|| {
+        // SAFETY: each piece is a part of guest RAM, as in `transfer`. `pieces` lives over the call, which keeps none of it.
+        unsafe { libc::readv(stream.as_raw_fd(), pieces.as_ptr(), count) }
+    })
+}
+
+/// Writes `packet` as one packet, or as much of it as a stream takes now.
 ///
 /// # Errors
 ///

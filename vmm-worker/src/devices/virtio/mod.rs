@@ -26,6 +26,7 @@ pub mod queue;
 pub mod rate;
 pub mod seat;
 pub mod transport;
+pub mod vsock;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

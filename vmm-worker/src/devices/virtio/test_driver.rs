@@ -215,6 +215,15 @@ impl Rig {
         self.put(available + 2, &index.to_le_bytes());
     }
 
+    /// Takes the last chain back that was made available and that no device has looked at.
+    pub(super) fn take_back(&mut self, queue: u64) {
+        let available = RINGS + RING_STEP * queue + AVAILABLE;
+        let (_, entry) = &mut self.next[queue as usize];
+        *entry = entry.wrapping_sub(1);
+        let index = *entry;
+        self.put(available + 2, &index.to_le_bytes());
+    }
+
     /// The same driver with a device of another worker, which has to be loaded yet.
     pub(super) fn succeeded_by(&self, device: Box<dyn VirtioDevice>) -> Self {
         let mut new = Self::on(device, self.ram);

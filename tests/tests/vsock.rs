@@ -1,0 +1,307 @@
+//! A guest's socket device: connections of both sides, what policy says of them, and that upgrades do not touch them.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot do its work fails"
+)]
+
+use std::io::Read as _;
+use std::io::Write as _;
+use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use baton_guest::CommandLine;
+use baton_guest::DriverState;
+use baton_guest::VsockReport;
+use baton_guest::layout;
+use baton_tests::Builder;
+use baton_tests::Site;
+use baton_tests::Vm;
+use baton_tests::until;
+
+/// The port of the host that the guest connects to.
+const PORT: u32 = 52;
+/// Bytes that are under way at most: more than a connection's credit and what its sockets hold together, at times.
+const WINDOW: u64 = 24 << 10;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn builder() -> Builder {
+    let line = CommandLine::new().vsock(PORT).console().period_ms(50);
+    Builder::release().line(line).vsock()
+}
+
+fn listener(site: &Site) -> UnixListener {
+    UnixListener::bind(site.path(&format!("v_{PORT}"))).unwrap()
+}
+
+fn patient(stream: UnixStream) -> UnixStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// A connection to a port of the guest, and which port the guest sees.
+fn call(vm: &Vm, port: u32) -> (UnixStream, u32) {
+    let mut stream = patient(UnixStream::connect(vm.site.path("v")).unwrap());
+    // What comes right behind the line is the guest's already.
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        line.extend(byte);
+    }
+    let line = String::from_utf8(line).unwrap();
+    let port = line.strip_prefix("OK ").unwrap().trim().parse().unwrap();
+    (stream, port)
+}
+
+/// Sends numbers, and compares what comes back, in two threads.
+struct Talk {
+    back: Arc<AtomicU64>,
+    end: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<u64>>,
+}
+
+impl Talk {
+    fn new(stream: UnixStream) -> Self {
+        let back = Arc::new(AtomicU64::new(0));
+        let end = Arc::new(AtomicBool::new(false));
+        let (seen, over, mut out) = (
+            Arc::clone(&back),
+            Arc::clone(&end),
+            stream.try_clone().unwrap(),
+        );
+        let sender = std::thread::spawn(move || {
+            let mut sent = 0_u64;
+            while !over.load(Ordering::SeqCst) {
+                if sent * 8 > seen.load(Ordering::SeqCst) * 8 + WINDOW {
+                    std::thread::sleep(Duration::from_micros(200));
+                    continue;
+                }
+                // Pieces of changing lengths, so that packets are of all sizes.
+                let count = 1 + sent % 97;
+                let piece: Vec<u8> = (sent + 1..=sent + count)
+                    .flat_map(u64::to_le_bytes)
+                    .collect();
+                out.write_all(&piece).unwrap();
+                sent += count;
+            }
+            out.shutdown(std::net::Shutdown::Write).unwrap();
+            sent
+        });
+        let (seen, mut stream) = (Arc::clone(&back), stream);
+        let receiver = std::thread::spawn(move || {
+            let mut word = [0; 8];
+            let mut expected = 0_u64;
+            loop {
+                match stream.read(&mut word[..1]).unwrap() {
+                    0 => return expected,
+                    _ => stream.read_exact(&mut word[1..]).unwrap(),
+                }
+                expected += 1;
+                assert_eq!(u64::from_le_bytes(word), expected);
+                seen.store(expected, Ordering::SeqCst);
+            }
+        });
+        Self {
+            back,
+            end,
+            threads: vec![sender, receiver],
+        }
+    }
+
+    fn back(&self) -> u64 {
+        self.back.load(Ordering::SeqCst)
+    }
+
+    #[track_caller]
+    fn wait_for(&self, more: u64) {
+        let before = self.back();
+        until("numbers", || (self.back() > before + more).then_some(()));
+    }
+
+    /// Ends this side; all that was sent has to come back before the other side ends.
+    #[track_caller]
+    fn finish(self) -> u64 {
+        self.end.store(true, Ordering::SeqCst);
+        let counts: Vec<u64> = self
+            .threads
+            .into_iter()
+            .map(|one| one.join().unwrap())
+            .collect();
+        assert_eq!(counts[0], counts[1]);
+        counts[0]
+    }
+}
+
+fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&VsockReport) -> bool) -> VsockReport {
+    until(what, || {
+        let report = vm.ram.vsock();
+        wanted(&report).then_some(report)
+    })
+}
+
+/// How many connections an audit finds in the worker, all granted.
+fn audited(vm: &Vm) -> usize {
+    let audit = vm.ask("audit").expect(0).json();
+    assert_eq!(audit["verdict"], "proven", "{audit}");
+    let descriptors = audit["descriptors"].as_array().unwrap();
+    let grants = descriptors.iter().filter_map(|one| one["grant"].as_str());
+    grants.filter(|grant| grant.starts_with("vsock#")).count()
+}
+
+#[test]
+fn connections_of_both_sides_lose_nothing_over_twenty_upgrades() {
+    let mut accepted = None;
+    let vm = builder().start_in(|site| accepted = Some(listener(site)));
+    let (theirs, _) = accepted.unwrap().accept().unwrap();
+    let (ours, port) = call(&vm, 7);
+    assert!(port >= 1 << 30, "{port}");
+    let (theirs, ours) = (Talk::new(patient(theirs)), Talk::new(ours));
+    for _ in 0..20 {
+        theirs.wait_for(500);
+        ours.wait_for(500);
+        vm.assert_upgrades();
+    }
+    theirs.wait_for(500);
+    ours.wait_for(500);
+    assert_eq!(audited(&vm), 2);
+    assert!(theirs.finish() > 10_000 && ours.finish() > 10_000);
+    let report = wait_for(&vm, "the end of both", |vsock| vsock.open == 0);
+    assert_eq!((report.wrong, report.refused), (0, 0), "{report:?}");
+    until("the worker has closed both", || {
+        (audited(&vm) == 0).then_some(())
+    });
+}
+
+#[test]
+fn connections_are_made_while_workers_are_replaced() {
+    let mut accepted = None;
+    let vm = builder().start_in(|site| accepted = Some(listener(site)));
+    let (theirs, _) = accepted.unwrap().accept().unwrap();
+    let theirs = Talk::new(patient(theirs));
+    let done = AtomicBool::new(false);
+    let made = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..3)
+            .map(|caller| {
+                let (vm, done) = (&vm, &done);
+                scope.spawn(move || {
+                    let mut made = 0_u32;
+                    while !done.load(Ordering::SeqCst) {
+                        let (mut stream, _) = call(vm, caller);
+                        stream.write_all(&made.to_le_bytes()).unwrap();
+                        let mut back = [0; 4];
+                        stream.read_exact(&mut back).unwrap();
+                        assert_eq!(u32::from_le_bytes(back), made);
+                        made += 1;
+                    }
+                    made
+                })
+            })
+            .collect();
+        for _ in 0..15 {
+            vm.assert_upgrades();
+        }
+        done.store(true, Ordering::SeqCst);
+        callers
+            .into_iter()
+            .map(|one| one.join().unwrap())
+            .sum::<u32>()
+    });
+    assert!(made > 15, "{made}");
+    theirs.wait_for(100);
+    theirs.finish();
+    let report = wait_for(&vm, "the end of all", |vsock| vsock.open == 0);
+    assert_eq!(report.wrong, 0, "{report:?}");
+    until("the worker has closed all", || {
+        (audited(&vm) == 0).then_some(())
+    });
+}
+
+#[test]
+fn a_guest_that_reaches_nobody_is_refused_and_can_try_again() {
+    let vm = builder().start();
+    wait_for(&vm, "a refusal", |vsock| vsock.refused == 1);
+    vm.assert_upgrades();
+    let listener = listener(&vm.site);
+    vm.ram.mail(layout::COMMAND_VSOCK_CONNECT);
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.write_all(b"hello").unwrap();
+    let mut back = [0; 5];
+    patient(stream.try_clone().unwrap())
+        .read_exact(&mut back)
+        .unwrap();
+    assert_eq!(&back, b"hello");
+    // The guest's end ends with the VM, whoever holds copies of it.
+    let (mut ours, _) = call(&vm, 9);
+    vm.end().expect(0);
+    assert_eq!(ours.read(&mut back).unwrap(), 0);
+    assert!(!vm.site.path("v").exists());
+}
+
+#[test]
+fn who_hangs_up_is_gone_for_the_guest_too() {
+    let vm = builder().start();
+    let (stream, _) = call(&vm, 1);
+    wait_for(&vm, "a connection", |vsock| vsock.open == 1);
+    vm.assert_upgrades();
+    drop(stream);
+    wait_for(&vm, "its end", |vsock| vsock.open == 0);
+    until("the worker has closed it", || {
+        (audited(&vm) == 0).then_some(())
+    });
+    // One that says nothing sensible reaches no guest.
+    let mut stream = patient(UnixStream::connect(vm.site.path("v")).unwrap());
+    stream.write_all(b"HELO\n").unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    let report = vm.ram.vsock();
+    assert_eq!((report.state, report.open), (DriverState::Working, 0));
+}
+
+#[test]
+fn policy_decides_which_ports_a_guest_reaches() {
+    let vm = builder().start();
+    wait_for(&vm, "a refusal", |vsock| vsock.refused == 1);
+    let text = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    let policy = vm.site.write_policy(&[&vm.site.binaries().worker()]);
+    let granted = std::fs::read_to_string(&policy).unwrap();
+    let (before, after) = granted.split_once("name = \"vsock\"").unwrap();
+    let narrowed = |paths: &str| {
+        let after = after.replacen("paths = [\"/**\"]", &format!("paths = [{paths}]"), 1);
+        assert!(after.contains(paths));
+        let text = format!("{before}name = \"vsock\"{after}");
+        std::fs::write(&policy, text).unwrap();
+    };
+    vm.end().expect(0);
+    let text = text.replacen(
+        "\"default\"",
+        &format!("{:?}", policy.display().to_string()),
+        1,
+    );
+    vm.site.write("vm.toml", text);
+
+    narrowed("\"/nowhere/*\"");
+    let refusal = vm.site.run("vm.toml").expect(30);
+    let said = refusal.stdout + &refusal.stderr;
+    assert!(said.contains("does not grant a vsock at"), "{said}");
+
+    // Its own socket, and another port than the guest asks for.
+    narrowed("\"/**/v\", \"/**/v_51\"");
+    let listener = listener(&vm.site);
+    vm.site.run("vm.toml").expect(0);
+    until("a record of the refusal", || {
+        let log = vm.site.baton(["log", "show", &vm.site.name, "--json"]);
+        let refused = "does not grant the guest's vsock";
+        log.stdout.contains(refused).then_some(())
+    });
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err());
+    vm.site.baton(["stop", &vm.site.name, "--force"]).expect(0);
+}
