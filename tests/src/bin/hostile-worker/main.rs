@@ -38,7 +38,7 @@ use baton_ipc::worker::Report;
 use baton_ipc::worker::WorkerConfig;
 
 // As a worker does, or no broker would run it.
-baton_policy::declare_needs!("hostile-worker", protocol 2);
+baton_policy::declare_needs!("hostile-worker", protocol 3);
 
 /// Aligned, so that it is found quickly.
 #[repr(align(64))]
