@@ -210,7 +210,7 @@ impl Policy {
             .collect();
         let last = u64::from(self.ids.first.get()) + u64::from(self.ids.count.get()) - 1;
         let unprivileged = if self.ids.unprivileged_broker {
-            "may run workers under its own"
+            "may run workers under its own, in its groups and in no cgroup, without reading their filters back"
         } else {
             "is refused"
         };
