@@ -59,7 +59,7 @@ impl Qmp {
         qmp
     }
 
-    /// Connects, ready for commands, with MIGRATION events switched on.
+    /// Connects, ready for commands, with MIGRATION events and our own switched on.
     ///
     /// # Panics
     ///
@@ -70,6 +70,7 @@ impl Qmp {
         qmp.done("qmp_capabilities", json!({"enable": ["oob"]}));
         let events = json!([{"capability": "events", "state": true}]);
         qmp.done("migrate-set-capabilities", json!({"capabilities": events}));
+        qmp.done("__org.baton_events", json!({"enable": true}));
         qmp
     }
 

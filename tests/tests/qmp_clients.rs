@@ -1,7 +1,8 @@
-//! Clients that know nothing of Baton drive an upgrade: PyPI's `qemu.qmp`, and its `qmp-shell`.
+//! Clients that know nothing of Baton drive an upgrade: PyPI's `qemu.qmp`, its `qmp-shell`, and the Rust crate `qapi`.
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,6 +11,8 @@ use std::process::Stdio;
 use baton_tests::Builder;
 use baton_tests::Vm;
 use baton_tests::until;
+use qapi::Qmp;
+use qapi::qmp;
 
 /// A program of the Python environment that `tests/run` makes.
 fn client(program: &str) -> PathBuf {
@@ -71,5 +74,46 @@ fn qmp_shell_drives_an_upgrade() {
     assert!(text.contains("\"status\": \"running\""), "{text}");
     assert!(!text.contains("\"error\""), "{text}");
     let _ = std::fs::remove_file(vm.site.run_dir().join(".qmp-shell_history"));
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
+fn the_rust_client_drives_an_upgrade_and_understands_every_answer() {
+    let vm = Builder::release().start();
+    let guest = vm.witness();
+    let stream = UnixStream::connect(socket(&vm)).unwrap();
+    let mut client = Qmp::from_stream(&stream);
+    client.handshake().unwrap();
+    assert!(client.execute(&qmp::query_status {}).unwrap().running);
+    assert_eq!(client.execute(&qmp::query_cpus_fast {}).unwrap().len(), 1);
+    client.execute(&qmp::query_version {}).unwrap();
+    client.execute(&qmp::query_commands {}).unwrap();
+    client.execute(&qmp::query_block {}).unwrap();
+    client.execute(&qmp::query_memory_size_summary {}).unwrap();
+    // Its own types are older than the mode.
+    let set = qmp::human_monitor_command {
+        command_line: "migrate_set_parameter mode cpr-transfer".into(),
+        cpu_index: None,
+    };
+    assert_eq!(client.execute(&set).unwrap(), "");
+    let migrate = qmp::migrate {
+        uri: None,
+        channels: None,
+        detach: Some(true),
+        resume: None,
+    };
+    client.execute(&migrate).unwrap();
+    until("the migration is completed", || {
+        let info = client.execute(&qmp::query_migrate {}).unwrap();
+        (info.status == Some(qmp::MigrationStatus::completed)).then_some(())
+    });
+    assert_eq!(vm.generation(), 2);
+    let events: Vec<_> = client.events().collect();
+    assert!(
+        events
+            .iter()
+            .any(|event| matches!(event, qmp::Event::RESUME { .. })),
+        "{events:?}"
+    );
     vm.assert_goes_on(&guest);
 }

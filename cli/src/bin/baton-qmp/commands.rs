@@ -28,6 +28,10 @@ pub(crate) fn qmp_capabilities(_: &mut Shared, _: &Object) -> Answer {
     ))
 }
 
+pub(crate) fn own_events(_: &mut Shared, arguments: &Object) -> Answer {
+    Answer::OwnEvents(arguments.get("enable").and_then(Value::as_bool) == Some(true))
+}
+
 pub(crate) fn query_commands(_: &mut Shared, _: &Object) -> Answer {
     Answer::value(
         COMMANDS

@@ -105,6 +105,7 @@ fn link(ty: Type) -> String {
         Type::Any => "any value".to_owned(),
         Type::Str => "string".to_owned(),
         Type::Int => "integer".to_owned(),
+        Type::Number => "number".to_owned(),
         Type::Bool => "boolean".to_owned(),
     }
 }

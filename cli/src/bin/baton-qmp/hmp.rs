@@ -72,7 +72,7 @@ fn in_words(shared: &mut Shared, name: &str, arguments: Value) -> Answer {
 
 fn said(answer: Answer) -> Answer {
     match answer {
-        Answer::Now(Ok(_)) => text(""),
+        Answer::Now(Ok(_)) | Answer::OwnEvents(_) => text(""),
         Answer::Tell(request) => Answer::ask(request, |_, _| text("")),
         Answer::Now(Err(failure)) => text(format!("Error: {}\r\n", failure.text)),
         Answer::Ask(request, then) => {

@@ -31,6 +31,9 @@ fn entity(ty: Type) -> Value {
         Type::Any => json!({"name": "any", "meta-type": "builtin", "json-type": "value"}),
         Type::Str => json!({"name": "str", "meta-type": "builtin", "json-type": "string"}),
         Type::Int => json!({"name": "int", "meta-type": "builtin", "json-type": "int"}),
+        Type::Number => {
+            json!({"name": "number", "meta-type": "builtin", "json-type": "number"})
+        }
         Type::Bool => json!({"name": "bool", "meta-type": "builtin", "json-type": "boolean"}),
         Type::Enum(choice) => {
             let values: Vec<_> = choice.values.iter().map(|value| value.0).collect();

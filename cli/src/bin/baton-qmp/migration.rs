@@ -157,10 +157,7 @@ impl Migration {
             add("setup-time", json!(setup_us / 1000));
             add("downtime", json!(outcome.blackout_us.div_ceil(1000)));
             add("__org.baton_downtime-us", json!(outcome.blackout_us));
-            add(
-                "ram",
-                json!({"transferred": outcome.state_bytes, "total": 0, "remaining": 0, "normal": 0, "normal-bytes": 0, "duplicate": 0}),
-            );
+            add("ram", ram_stats(outcome.state_bytes));
         }
         if let Some(step) = outcome.failed_step {
             add("__org.baton_failed-step", json!(step.to_string()));
@@ -216,4 +213,14 @@ fn enter(shared: &mut Shared, at_us: u64, status: Status) {
     if shared.migration.is_enabled("events") {
         shared.emit(at_us, "MIGRATION", &json!({"status": status.name()}));
     }
+}
+
+/// QEMU's MigrationRAMStats (`qapi/migration.json`): clients expect all members.
+fn ram_stats(state_bytes: u64) -> Value {
+    json!({
+        "transferred": state_bytes, "downtime-bytes": state_bytes, "page-size": 4096, "mbps": 0.0,
+        "total": 0, "remaining": 0, "duplicate": 0, "normal": 0, "normal-bytes": 0, "dirty-pages-rate": 0,
+        "dirty-sync-count": 0, "postcopy-requests": 0, "multifd-bytes": 0, "pages-per-second": 0, "precopy-bytes": 0,
+        "postcopy-bytes": 0, "dirty-sync-missed-zero-copy": 0,
+    })
 }

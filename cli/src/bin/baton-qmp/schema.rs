@@ -21,6 +21,8 @@ pub(crate) enum Type {
     Str,
     /// A whole number of 64 bits, signed.
     Int,
+    /// A number, whole or not.
+    Number,
     /// `true` or `false`.
     Bool,
     /// One of some strings.
@@ -114,6 +116,7 @@ impl Type {
             Self::Any => return Ok(()),
             Self::Str if value.is_string() => return Ok(()),
             Self::Int if value.is_i64() => return Ok(()),
+            Self::Number if value.is_number() => return Ok(()),
             Self::Bool if value.is_boolean() => return Ok(()),
             Self::Enum(choice) => match value.as_str() {
                 Some(word) if choice.has(word) => return Ok(()),
@@ -139,6 +142,7 @@ impl Type {
             },
             Self::Str => "string",
             Self::Int => "integer",
+            Self::Number => "number",
             Self::Bool => "boolean",
         };
         Err(Failure::generic(format_args!(
@@ -228,6 +232,7 @@ pub(crate) fn name(ty: Type) -> String {
         Type::Any => "any".to_owned(),
         Type::Str => "str".to_owned(),
         Type::Int => "int".to_owned(),
+        Type::Number => "number".to_owned(),
         Type::Bool => "bool".to_owned(),
         Type::Enum(choice) => choice.name.to_owned(),
         Type::Struct(object) => object.name.to_owned(),

@@ -29,6 +29,7 @@ use crate::shared::Answer;
 use crate::shared::Shared;
 use crate::shared::Then;
 use crate::table::COMMANDS;
+use crate::table::OWN;
 
 /// How much may wait to be read by a client, in bytes.
 pub(crate) const MAX_UNSENT: usize = 1024 * 1024;
@@ -53,6 +54,8 @@ pub(crate) struct Session {
     output: VecDeque<u8>,
     negotiated: bool,
     oob: bool,
+    /// It has asked for events that QEMU does not have. Clients with a closed list of events break on others.
+    own_events: bool,
     /// It will say no more.
     ended: bool,
     /// It is to be forgotten.
@@ -108,6 +111,7 @@ impl Session {
             output: VecDeque::new(),
             negotiated: false,
             oob: false,
+            own_events: false,
             ended: false,
             dead: false,
         };
@@ -319,6 +323,10 @@ impl Session {
         let lane = self.lane(oob);
         let result = match answer {
             Answer::Now(result) => result,
+            Answer::OwnEvents(enabled) => {
+                self.own_events = enabled;
+                Ok(json!({}))
+            }
             Answer::Ask(request, then) => match lane.control.send(&request) {
                 Ok(()) => {
                     lane.pending = Some(Pending { id, command, then });
@@ -357,7 +365,9 @@ impl Session {
 
     /// Tells it of an event.
     pub(crate) fn tell(&mut self, event: &Value) {
-        if self.negotiated {
+        let name = event.get("event").and_then(Value::as_str);
+        let ours = name.is_some_and(|name| name.starts_with(OWN));
+        if self.negotiated && (self.own_events || !ours) {
             self.say(event);
         }
     }

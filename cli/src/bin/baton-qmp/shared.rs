@@ -20,6 +20,8 @@ pub(crate) enum Answer {
     Ask(Request, Then),
     /// Ask, and do not wait: it is done.
     Tell(Request),
+    /// The client is told of our own events from now on, or no longer: it is done.
+    OwnEvents(bool),
 }
 
 /// What follows from the broker's reply; a refusal is the error.
