@@ -324,6 +324,9 @@ impl Broker {
             worker.kill();
             self.retired.push(worker);
         }
+        // Who sees the end finds no socket and no connection of the guest's any more.
+        self.end_vsock();
+        self.vsock = None;
         let _ = self.log.write_synced("vm-end", &json!({"exit": exit}));
         let guest = self.state == VmState::Stopped;
         self.happened(Happening::Ended { guest });

@@ -181,6 +181,15 @@ fn connections_of_both_sides_lose_nothing_over_twenty_upgrades() {
     });
 }
 
+/// Says at its end that it is over.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 #[test]
 fn connections_are_made_while_workers_are_replaced() {
     let mut accepted = None;
@@ -206,10 +215,12 @@ fn connections_are_made_while_workers_are_replaced() {
                 })
             })
             .collect();
+        // Set also when an upgrade fails: the callers are waited for.
+        let over = Over(&done);
         for _ in 0..15 {
             vm.assert_upgrades();
         }
-        done.store(true, Ordering::SeqCst);
+        drop(over);
         callers
             .into_iter()
             .map(|one| one.join().unwrap())

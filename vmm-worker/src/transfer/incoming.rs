@@ -52,8 +52,8 @@ pub(crate) enum IncomingError {
     /// The old worker does not answer.
     #[error("the old worker has not answered the offer within {ANSWER_TIMEOUT:?}")]
     Silent,
-    /// The broker has closed the control socket, or says something that does not belong here.
-    #[error("the control socket moved while the old worker was to answer")]
+    /// The broker has closed the control socket.
+    #[error("the control socket ended while the old worker was to answer")]
     Control,
     /// Waiting failed.
     #[error("poll: {0}")]
@@ -103,7 +103,8 @@ pub(crate) fn agree(
         };
         let mut wait = [
             PollFd::from_borrowed_fd(main.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(control, PollFlags::IN),
+            // For its end alone: connections of a vsock may come before the answer is seen.
+            PollFd::from_borrowed_fd(control, PollFlags::empty()),
         ];
         match rustix::event::poll(&mut wait, Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => {}
