@@ -1,4 +1,5 @@
-//! `docs/qemu-compat.md` has a row for everything that QEMU does, and the tests that it names exist.
+//! `docs/qemu-compat.md` has a row for everything that QEMU does, `docs/upgrade-rules.md` one for every rule, and the tests that
+//! they name exist.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
@@ -31,7 +32,10 @@ fn exists(test: &str) -> bool {
     } else {
         format!("tests/tests/{file}.rs")
     };
-    read(&path).contains(&format!("#[test]\nfn {name}()"))
+    let text = read(&path);
+    // Written out, or a row of a macro's table.
+    let written = [format!("fn {name}()"), format!("{name}: \"")];
+    text.contains("#[test]") && written.iter().any(|one| text.contains(one))
 }
 
 #[test]
@@ -59,6 +63,34 @@ fn every_row_has_a_verdict_and_a_test_that_exists() {
             }
             "n/a" | "absent" => assert!(!how.is_empty(), "{id} says no reason"),
             other => panic!("{id} has the verdict {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn every_rule_of_an_upgrade_has_tests_that_exist() {
+    let document = read("docs/upgrade-rules.md");
+    let rows: Vec<Vec<&str>> = document
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| #"))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    let numbers: Vec<String> = rows.iter().map(|row| row[0].to_owned()).collect();
+    let expected: Vec<String> = (1..=rows.len()).map(|number| number.to_string()).collect();
+    assert!(rows.len() >= 13, "{numbers:?}");
+    assert_eq!(numbers, expected);
+    for row in rows {
+        let tests: Vec<&str> = row[2]
+            .split('`')
+            .filter(|part| part.contains("::"))
+            .collect();
+        assert!(!tests.is_empty(), "rule {} names no test", row[0]);
+        for test in tests {
+            assert!(
+                exists(test),
+                "rule {} names a test that is not there: {test}",
+                row[0]
+            );
         }
     }
 }
