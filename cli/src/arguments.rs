@@ -292,6 +292,7 @@ Example:
     #[command(after_help = "\
 Examples:
   baton policy dump                                disassembled
+  baton policy dump --format disasm                as seccomp-tools writes it
   baton policy dump --format json | jq .filters
   baton policy dump --format bpf --role vcpu > vcpu.bpf")]
     Dump {
@@ -315,6 +316,8 @@ Examples:
 pub(crate) enum DumpFormat {
     /// Disassembled, for people
     Text,
+    /// Disassembled as seccomp-tools does
+    Disasm,
     /// The policy and its filters in one document
     Json,
     /// One filter's bytes, as the kernel takes them

@@ -24,6 +24,7 @@ pub mod declaration;
 pub mod descriptors;
 pub mod diff;
 mod digest;
+pub mod disasm;
 pub mod dump;
 pub mod explain;
 pub mod judge;

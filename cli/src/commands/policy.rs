@@ -188,9 +188,21 @@ fn dump(
         _ if output.json() => output.document(&value(&policy.document(&compiled))?)?,
         DumpFormat::Json => output.document(&value(&policy.document(&compiled))?)?,
         DumpFormat::Text => output.text(compiled.disassemble().trim_end())?,
+        DumpFormat::Disasm => output.text(listings(&compiled).trim_end())?,
         DumpFormat::Bpf => bpf(&compiled, role, index)?,
     }
     Ok(Exit::Done)
+}
+
+/// Every filter as seccomp-tools writes it, each under a heading.
+fn listings(compiled: &Compiled) -> String {
+    compiled
+        .filters()
+        .map(|filter| {
+            let listing = baton_policy::disasm::listing(filter.program);
+            format!("{}, filter {}\n{listing}\n", filter.role, filter.index)
+        })
+        .collect()
 }
 
 /// One filter as the kernel takes it, `struct sock_filter` by `struct sock_filter`.

@@ -92,4 +92,7 @@ fn a_dumped_filter_is_what_the_policy_compiles_to() {
         compiled.digest().to_string()
     );
     assert!(stdout(&run(dir.path(), &["policy", "dump"])).contains("; vcpu, filter 0"));
+    let listing = stdout(&run(dir.path(), &["policy", "dump", "--format", "disasm"]));
+    assert!(listing.contains("vcpu, filter 0\n line  CODE  JT   JF      K\n"));
+    assert!(listing.contains("return KILL_PROCESS"));
 }
