@@ -51,6 +51,8 @@ use crate::vsock::Vsock;
 const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
 /// The one of the socket device.
 const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
+/// The one of the balloon.
+const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
 
 #[derive(Serialize)]
 struct Opened<'a> {
@@ -119,6 +121,9 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
     }
     for (net, slot) in vm.net.0.iter().zip(&mut slots) {
         virtio.push(opening.net(slot, net)?);
+    }
+    if vm.memory.balloon {
+        virtio.push(opening.plug(BALLOON_SLOT, VirtioKind::Balloon)?);
     }
     if let Some(vsock) = &vm.vsock {
         let config = VsockConfig { cid: vsock.cid.0 };

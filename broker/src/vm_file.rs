@@ -165,6 +165,9 @@ pub(crate) struct Memory {
     /// How it is backed.
     #[serde(default = "small_pages")]
     pub(crate) pages: Pages,
+    /// Whether the guest has a balloon.
+    #[serde(default)]
+    pub(crate) balloon: bool,
 }
 
 fn small_pages() -> Pages {

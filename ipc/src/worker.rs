@@ -152,6 +152,8 @@ pub enum VirtioKind {
     Net(NetConfig),
     /// A socket device; descriptors `vsock` are the connections that there are.
     Vsock(VsockConfig),
+    /// A memory balloon, without a descriptor of its own.
+    Balloon,
 }
 
 impl VirtioKind {
@@ -163,8 +165,8 @@ impl VirtioKind {
             Self::Entropy => 1,
             // Receive and transmit each, and with several pairs one for commands (virtio 1.2, 5.1.2).
             Self::Net(net) => u32::from(net.queues) * 2 + u32::from(net.queues > 1),
-            // Receive, transmit, events (virtio 1.2, 5.10.2).
-            Self::Vsock(_) => 3,
+            // Receive, transmit, events (virtio 1.2, 5.10.2); inflate, deflate, report (5.5.2).
+            Self::Vsock(_) | Self::Balloon => 3,
         }
     }
 }

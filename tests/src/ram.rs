@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt as _;
 
+use baton_guest::BalloonReport;
 use baton_guest::DiskReport;
 use baton_guest::NetReport;
 use baton_guest::Report;
@@ -83,6 +85,27 @@ impl Ram {
     #[must_use]
     pub fn vsock(&self) -> VsockReport {
         self.says(VsockReport::parse)
+    }
+
+    /// What the guest says of its balloon.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn balloon(&self) -> BalloonReport {
+        self.says(BalloonReport::parse)
+    }
+
+    /// Bytes of the host that it takes.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be asked.
+    #[must_use]
+    pub fn taken(&self) -> u64 {
+        // Of 512 bytes, whatever the file system's are (stat(3type)).
+        self.0.metadata().expect("guest RAM can be asked").blocks() * 512
     }
 
     fn says<T>(&self, parse: fn(&[u8]) -> T) -> T {

@@ -32,6 +32,7 @@ pub struct Builder {
     disks: Vec<(String, u64, String)>,
     nets: Vec<(String, String)>,
     vsock: bool,
+    balloon: bool,
     policy: Option<String>,
 }
 
@@ -50,6 +51,7 @@ impl Builder {
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: false,
+            balloon: false,
             policy: None,
         }
     }
@@ -131,6 +133,13 @@ impl Builder {
         self
     }
 
+    /// With a balloon.
+    #[must_use]
+    pub fn balloon(mut self) -> Self {
+        self.balloon = true;
+        self
+    }
+
     /// Starts it, and waits until its guest counts.
     ///
     /// # Panics
@@ -171,9 +180,9 @@ impl Builder {
             })
             .cpus(self.cpus);
         let mut file = format!(
-            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\n\
+            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\nballoon = {}\n\
              [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n[console]\nkind = \"file\"\npath = \"console.log\"\n",
-            site.name, self.cpus, self.memory
+            site.name, self.cpus, self.memory, self.balloon
         );
         for (id, mib, lines) in &self.disks {
             let image = std::fs::File::create(site.path(&format!("{id}.img"))).unwrap();

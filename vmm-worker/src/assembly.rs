@@ -51,6 +51,7 @@ use crate::cpuid::Told;
 use crate::devices::Trigger;
 use crate::devices::lifecycle::LifecycleError;
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::net::Net;
@@ -189,7 +190,7 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
         }
         match device {
             VirtioKind::Block(block) => check_block(block)?,
-            VirtioKind::Entropy => {}
+            VirtioKind::Entropy | VirtioKind::Balloon => {}
             VirtioKind::Net(net) => check_net(net)?,
             VirtioKind::Vsock(vsock) => check_vsock(vsock)?,
         }
@@ -362,6 +363,7 @@ pub(crate) fn build(
                 Box::new(Net::new(taps, net))
             }
             VirtioKind::Entropy => Box::new(Entropy),
+            VirtioKind::Balloon => Box::new(Balloon::new(memory::page(config.pages))),
             VirtioKind::Vsock(config) => {
                 let held = registry.claim_all(descriptor::VSOCK, DescriptorKind::Stream)?;
                 let (device, link) = Vsock::new(config, held, Arc::clone(wake));

@@ -76,6 +76,14 @@ pub(crate) enum MemoryError {
     },
 }
 
+/// Bytes of the pages that RAM is made of.
+pub(crate) fn page(pages: Pages) -> u64 {
+    match pages {
+        Pages::Huge => HUGE_PAGE,
+        Pages::Small | Pages::Transparent => PAGE,
+    }
+}
+
 /// Maps all of guest RAM. A new worker of a running guest also fills its page tables with every page that exists, so
 /// that the guest does not pay for it after the pause; a cold start touches nothing.
 ///
@@ -91,11 +99,7 @@ pub(crate) fn map(
     if regions.is_empty() {
         return Err(MemoryError::None);
     }
-    let page = if pages == Pages::Huge {
-        HUGE_PAGE
-    } else {
-        PAGE
-    };
+    let page = page(pages);
     let mut ranges = Vec::with_capacity(regions.len());
     for (index, (region, memfd)) in regions.iter().zip(memfds).enumerate() {
         let RamRegion { address, size } = *region;

@@ -151,6 +151,7 @@ pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
             VirtioKind::Entropy => DeviceKind::ENTROPY,
             VirtioKind::Net(_) => DeviceKind::NET,
             VirtioKind::Vsock(_) => DeviceKind::VSOCK,
+            VirtioKind::Balloon => DeviceKind::BALLOON,
         };
         DeviceId::new(kind, device.slot.into())
     });

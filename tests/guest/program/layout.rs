@@ -139,6 +139,17 @@ pub const VSOCK_REFUSED_OFFSET: usize = 0x358;
 /// Header: packets that no device may send.
 pub const VSOCK_WRONG_OFFSET: usize = 0x360;
 
+/// Header: how far the guest is with its balloon ([`DRIVER_WORKING`] and kin), with `balloon`.
+pub const BALLOON_STATE_OFFSET: usize = 0x380;
+/// Header: how often it has filled the balloon's memory.
+pub const BALLOON_FILLED_OFFSET: usize = 0x388;
+/// Header: how often the device has dealt with a report of it.
+pub const BALLOON_REPORTED_OFFSET: usize = 0x390;
+/// The memory that is filled and reported: beyond what a guest of 64 MiB that walks little of it uses.
+pub const BALLOON_ADDRESS: u64 = 40 << 20;
+/// Its bytes.
+pub const BALLOON_BYTES: u64 = 16 << 20;
+
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;
 /// What a frame begins with: to everybody, from an address that nobody has, of a protocol for experiments (IEEE 802,
@@ -292,6 +303,10 @@ pub const COMMAND_NET_REST: u64 = 8;
 pub const COMMAND_NET_WORK: u64 = 9;
 /// Mailbox: connect to the host's port again.
 pub const COMMAND_VSOCK_CONNECT: u64 = 10;
+/// Mailbox: fill the balloon's memory.
+pub const COMMAND_BALLOON_FILL: u64 = 11;
+/// Mailbox: report it as free.
+pub const COMMAND_BALLOON_REPORT: u64 = 12;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

@@ -13,6 +13,7 @@
 
 use core::panic::PanicInfo;
 
+mod balloon;
 mod boot;
 mod console;
 mod disk;
@@ -121,6 +122,11 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut balloon = if vcpu == 0 {
+        balloon::Balloon::new(&machine.options)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
         walker.step(&turn);
@@ -136,6 +142,10 @@ fn run(vcpu: usize) -> ! {
             if let Some(net) = &mut net {
                 net.obey(command);
                 net.step();
+            }
+            if let Some(balloon) = &mut balloon {
+                balloon.obey(command);
+                balloon.step();
             }
             if let Some(vsock) = &mut vsock {
                 vsock.obey(command);

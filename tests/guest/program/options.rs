@@ -20,6 +20,7 @@ pub struct Options {
     pub net: bool,
     pub net_rest: bool,
     pub vsock: Option<u64>,
+    pub balloon: bool,
 }
 
 impl Options {
@@ -40,6 +41,7 @@ impl Options {
             net: false,
             net_rest: false,
             vsock: None,
+            balloon: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -52,6 +54,7 @@ impl Options {
                 (b"net", None) => options.net = true,
                 (b"net_rest", None) => (options.net, options.net_rest) = (true, true),
                 (b"vsock", Some(Some(port))) => options.vsock = Some(port),
+                (b"balloon", None) => options.balloon = true,
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"cpus", Some(Some(count))) => {

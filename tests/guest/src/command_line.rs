@@ -108,6 +108,12 @@ impl CommandLine {
         self.word(format!("vsock={port}"))
     }
 
+    /// Drives the virtio balloon: fills memory, and says that it is free, on command.
+    #[must_use]
+    pub fn balloon(self) -> Self {
+        self.word("balloon".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

@@ -37,6 +37,7 @@
 //! | a warm sweep of 256 MiB | 7 to 9 µs a MiB (28 to 37 ns a page) |
 //! | an interrupt to itself, sent to counted | 14 to 19 µs |
 
+mod balloon;
 mod command_line;
 mod console;
 mod disk;
@@ -47,6 +48,7 @@ mod net;
 mod report;
 mod vsock;
 
+pub use balloon::BalloonReport;
 pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
 pub use disk::DiskReport;

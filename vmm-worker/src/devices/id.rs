@@ -28,6 +28,8 @@ impl DeviceKind {
     pub const NET: DeviceKind = DeviceKind(9);
     /// [`super::virtio::vsock::Vsock`]; the instance is the PCI device number.
     pub const VSOCK: DeviceKind = DeviceKind(10);
+    /// [`super::virtio::balloon::Balloon`]; the instance is the PCI device number.
+    pub const BALLOON: DeviceKind = DeviceKind(11);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -43,6 +45,7 @@ impl DeviceKind {
             DeviceKind::ENTROPY => "virtio-rng",
             DeviceKind::NET => "virtio-net",
             DeviceKind::VSOCK => "virtio-vsock",
+            DeviceKind::BALLOON => "virtio-balloon",
             _ => "device",
         }
     }

@@ -3,6 +3,8 @@
 use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryBackend as _;
 use vm_memory::GuestMemoryMmap;
+use vm_memory::GuestMemoryRegion as _;
+use vm_memory::MemoryRegionAddress;
 use vm_memory::VolatileSlice;
 
 /// Guest RAM, mapped for as long as the process lives.
@@ -58,6 +60,20 @@ impl Buffers {
     #[must_use]
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
+    }
+
+    /// Where in guest-physical memory they are: starts and lengths.
+    pub fn addresses(&self, ram: Ram) -> Vec<(u64, u64)> {
+        let place = |piece: &Piece| {
+            let at = piece.ptr_guard().as_ptr().addr();
+            ram.iter().find_map(|region| {
+                let base = region.get_host_address(MemoryRegionAddress(0)).ok()?;
+                let offset = u64::try_from(at.checked_sub(base.addr())?).ok()?;
+                let length = u64::try_from(piece.len()).ok()?;
+                (offset < region.len()).then(|| (region.start_addr().0 + offset, length))
+            })
+        };
+        self.pieces.iter().filter_map(place).collect()
     }
 
     /// The bytes from `from` on, at most `count`, as a list of its own.
@@ -144,6 +160,8 @@ mod tests {
         assert_eq!((middle.len(), middle.head::<4>()), (4, Some([3, 4, 5, 6])));
         assert_eq!(buffers.range(19, 5).head::<1>(), Some([20]));
         assert!(buffers.range(20, 1).is_empty());
+        let places = buffers.addresses(ram);
+        assert_eq!(places, [(0x10, 3), (0x100, 1), (0x2ff0, 0x10)]);
     }
 
     #[test]

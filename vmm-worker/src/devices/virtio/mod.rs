@@ -16,6 +16,7 @@
 //! Everything that a driver puts into memory is hostile, and may change while it is looked at. What no driver may do
 //! ([`queue::Broken`]) stops the queue and sets DEVICE_NEEDS_RESET; nothing else suffers.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod entropy;
