@@ -32,8 +32,8 @@ fn taken(file: &File) -> u64 {
 }
 
 fn fill(rig: &Rig, from: u64, to: u64) {
-    for page in (from..to).step_by(PAGE as usize) {
-        rig.put(page, &[7; PAGE as usize]);
+    for page in (from..to).step_by(4096) {
+        rig.put(page, &[7; 4096]);
     }
 }
 
