@@ -131,6 +131,8 @@ pub struct AuditLog {
     replenished: Instant,
     /// Records that were not written since the last that was.
     unwritten: u64,
+    /// Somebody else goes on with it.
+    ended: bool,
 }
 
 impl AuditLog {
@@ -183,6 +185,7 @@ impl AuditLog {
             allowance: BURST,
             replenished: Instant::now(),
             unwritten: 0,
+            ended: false,
         };
         log.rotate_when_full()?;
         Ok(log)
@@ -196,6 +199,11 @@ impl AuditLog {
     /// Copies every record to the journal that listens here, if one does.
     pub fn copy_to_journal(&mut self, socket: &Path) {
         self.journal = Journal::at(socket);
+    }
+
+    /// Somebody else goes on with the chain: nothing is written here any more.
+    pub fn end(&mut self) {
+        self.ended = true;
     }
 
     /// Where the chain stands.
@@ -246,6 +254,9 @@ impl AuditLog {
         actor: Option<&Actor>,
         fields: &impl Serialize,
     ) -> Result<(), LogError> {
+        if self.ended {
+            return Ok(());
+        }
         self.rotate_when_full()?;
         self.append(event, actor, fields)
     }

@@ -74,6 +74,10 @@ const EVENTS: &[Row] = &[
     ("upgrade-begin",     Lifecycle,  8,     INFORMATIONAL, SUCCESS), // Update
     ("commit-intent",     Lifecycle,  8,     INFORMATIONAL, SUCCESS), // Update
     ("upgrade",           Lifecycle,  8,     INFORMATIONAL, SUCCESS), // Update; see `judged`
+    ("incoming-refused",  Lifecycle,  OTHER, MEDIUM,        FAILURE),
+    ("incoming-undecided", Lifecycle, OTHER, HIGH,          FAILURE),
+    ("taken-over",        Lifecycle,  8,     INFORMATIONAL, SUCCESS), // Update
+    ("received",          File,       14,    INFORMATIONAL, SUCCESS), // Open
     ("worker-failed",     Lifecycle,  OTHER, MEDIUM,        FAILURE),
     ("worker-says",       Base,       OTHER, INFORMATIONAL, SUCCESS),
     ("request",           Api,        OTHER, INFORMATIONAL, SUCCESS),

@@ -43,6 +43,8 @@ use crate::console::Console;
 use crate::deadlines::Deadlines;
 use crate::front::Front;
 use crate::ids::VmIds;
+use crate::incoming::Channels;
+use crate::incoming::Incoming;
 use crate::nascent::Nascent;
 use crate::proof::Prover;
 use crate::refusal::Doing;
@@ -68,6 +70,8 @@ pub(crate) struct Options {
     pub(crate) detach: bool,
     pub(crate) log: bool,
     pub(crate) slowness: u32,
+    /// Wait for another broker's guest.
+    pub(crate) incoming: Option<Channels>,
 }
 
 /// What a worker's privileges come from: a policy as it was read for that worker.
@@ -102,17 +106,24 @@ pub(crate) struct Broker {
     pub(crate) prover: Prover,
     pub(crate) deadlines: Deadlines,
     /// Goes before the clients do: who sees the hang-up finds the name free.
-    directory: VmDirectory,
+    pub(crate) directory: VmDirectory,
     pub(crate) clients: Clients,
     pub(crate) front: Front,
     pub(crate) last_upgrade: Option<UpgradeOutcome>,
-    console: Console,
+    /// None while another broker has it.
+    pub(crate) console: Option<Console>,
     /// The host's side of its vsock.
     pub(crate) vsock: Option<Vsock>,
     signals: Signals,
     first: Option<Nascent>,
-    starter: Option<Channel<StartReport, ()>>,
-    began: Instant,
+    pub(crate) starter: Option<Channel<StartReport, ()>>,
+    pub(crate) began: Instant,
+    /// A guest of another broker is awaited, or what follows it.
+    pub(crate) incoming: Option<Incoming>,
+    /// The log is the VM's own: not that of a broker that waits beside it.
+    pub(crate) has_log: bool,
+    /// The guest is another broker's, and this one stays until then for those who ask.
+    pub(crate) linger: Option<Instant>,
     status: WorkerStatus,
     power_off_by: Option<Instant>,
     /// When the first worker has to have said that it runs.
@@ -130,16 +141,23 @@ impl Broker {
     /// Serves until the VM has ended. `starter` is told how the start went, and in the foreground its end is the VM's.
     pub(crate) fn run(mut self, starter: Option<Channel<StartReport, ()>>) -> Exit {
         self.starter = starter;
+        if self.incoming.is_some() {
+            self.say_waiting();
+        }
         loop {
             self.wait();
             match self.turn() {
                 Ok(()) => {}
-                Err(refusal) if self.state == VmState::Starting => {
+                Err(refusal) if matches!(self.state, VmState::Starting | VmState::Incoming) => {
                     self.fail_start(&refusal);
                     self.end.get_or_insert(refusal.exit);
                 }
                 // Whatever it is, the guest does not pay for it.
                 Err(refusal) => complain(&refusal),
+            }
+            if self.incoming.as_ref().is_some_and(Incoming::is_undecided) {
+                // Ending now could take a guest that has just begun to run here.
+                continue;
             }
             if let Some(exit) = self.end {
                 self.farewell(exit);
@@ -156,11 +174,19 @@ impl Broker {
             .sources()
             .for_each(|fd| watch(fd, PollFlags::IN));
         self.console
-            .sources()
+            .iter()
+            .flat_map(Console::sources)
             .for_each(|(fd, flags)| watch(fd, flags));
         self.vsock
             .iter()
             .flat_map(Vsock::sources)
+            .for_each(|fd| watch(fd, PollFlags::IN));
+        if let Some(outgoing) = self.upgrade.as_ref().and_then(Upgrade::outgoing) {
+            watch(outgoing.source(), PollFlags::IN);
+        }
+        self.incoming
+            .iter()
+            .flat_map(Incoming::sources)
             .for_each(|fd| watch(fd, PollFlags::IN));
         self.front
             .sources(self.clients.qmp_count())
@@ -202,6 +228,10 @@ impl Broker {
             self.upgrade.as_ref().map(Upgrade::deadline),
             self.power_off_by,
             self.start_by,
+            self.linger
+                .is_some()
+                .then(|| Instant::now() + Duration::from_millis(100)),
+            self.incoming.as_ref().and_then(Incoming::deadline),
             self.front.deadline(),
             self.clients
                 .any_waiting()
@@ -226,10 +256,11 @@ impl Broker {
             self.end = Some(Exit::Done);
             return Ok(());
         }
-        self.console.pump();
+        self.console.iter_mut().for_each(Console::pump);
         self.retired.retain(|worker| worker.reap().is_none());
         self.first_worker()?;
         self.running_worker()?;
+        self.advance_incoming()?;
         self.advance_upgrade()?;
         self.advance_vsock();
         self.clients.accept(&self.rules.policy);
@@ -256,6 +287,12 @@ impl Broker {
                 "the audit log has what it said",
             ));
         }
+        if self
+            .linger
+            .is_some_and(|by| self.clients.is_empty() || Instant::now() > by)
+        {
+            self.end = Some(Exit::Done);
+        }
         if self.power_off_by.is_some_and(|by| Instant::now() > by) {
             self.log.note("power-off-timeout", &json!({}));
             self.end = Some(Exit::Done);
@@ -270,12 +307,19 @@ impl Broker {
             self.first
                 .iter()
                 .chain(self.upgrade.iter().filter_map(Upgrade::nascent))
+                .chain(self.incoming.iter().filter_map(Incoming::nascent))
         };
         let known: Vec<i32> = self
             .worker
             .iter()
             .map(worker)
             .chain(self.retired.iter().map(worker))
+            .chain(
+                self.incoming
+                    .iter()
+                    .filter_map(Incoming::worker)
+                    .map(worker),
+            )
             .chain(makings().filter_map(Nascent::worker).map(worker))
             .chain(makings().filter_map(Nascent::stage1))
             .chain(self.front.processes())
@@ -334,11 +378,15 @@ impl Broker {
         // Before the directory goes: nobody may find a name whose ids and cgroup are still in use.
         self.first = None;
         self.upgrade = None;
+        self.incoming = None;
         self.retired.clear();
         self.front.end();
     }
 
     pub(crate) fn attach_console(&mut self) -> Result<OwnedFd> {
-        self.console.attach()
+        match &mut self.console {
+            Some(console) => console.attach(),
+            None => Err(unfit("another broker has this VM's console", "")),
+        }
     }
 }

@@ -183,7 +183,9 @@ fn sweep(parent: &Path, vm: &str) {
             .and_then(|name| name.strip_prefix(vm)?.strip_prefix('-'))
             .filter(|process| process.bytes().all(|byte| byte.is_ascii_digit()));
         // A process of that number that is no broker spares the cgroup until the next start.
-        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+        // One that nobody has reaped yet is dead, too.
+        let process = process.and_then(|process| process.parse().ok());
+        if process.is_some_and(crate::process::is_exiting) {
             // Fails when somebody is in it.
             let _ = fs::remove_dir(entry.path());
         }

@@ -49,8 +49,10 @@ const REST: Duration = Duration::from_millis(100);
 use Right::Power;
 use Right::Upgrade;
 use Right::View;
+use VmState::Incoming;
 use VmState::Lost;
 use VmState::Paused;
+use VmState::Postmigrate;
 use VmState::Running;
 use VmState::Starting;
 use VmState::Stopped;
@@ -64,7 +66,16 @@ type Row = (
     Right,
 );
 
-const ANY: &[VmState] = &[Starting, Running, Paused, Upgrading, Stopped, Lost];
+const ANY: &[VmState] = &[
+    Starting,
+    Running,
+    Paused,
+    Upgrading,
+    Stopped,
+    Lost,
+    Incoming,
+    Postmigrate,
+];
 
 #[rustfmt::skip]
 const REQUESTS: &[Row] = &[
@@ -81,6 +92,8 @@ const REQUESTS: &[Row] = &[
     ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade { .. }), &[Running, Paused], Upgrade),
     ("continue",      |r| matches!(r, Request::Continue),     &[Upgrading],     Upgrade),
     ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running],       Power),
+    ("transfer",      |r| matches!(r, Request::Transfer { .. }), &[Running, Paused],    Upgrade),
+    ("incoming",      |r| matches!(r, Request::Incoming { .. }), &[Incoming, Running, Paused], Upgrade),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];
 
@@ -254,6 +267,11 @@ impl Clients {
     pub(crate) fn qmp_count(&self) -> usize {
         let connections = self.clients.iter().filter(|client| client.qmp).count();
         connections.div_ceil(QMP_CONNECTIONS)
+    }
+
+    /// Whether nobody is there.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.clients.is_empty()
     }
 
     /// The QMP front is gone, and its clients with it.
@@ -473,6 +491,8 @@ fn admit(
         Upgrading => "is being upgraded",
         Stopped => "has stopped",
         Lost => "is lost",
+        Incoming => "is awaited from another broker",
+        Postmigrate => "was handed to another broker",
         VmState::Orphaned => "is orphaned",
     };
     Err(refusal(

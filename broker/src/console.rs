@@ -4,6 +4,8 @@
 //! and a guest that floods its console harms only itself: every buffer is bounded, and a listener that does not read is
 //! dropped.
 
+pub(crate) mod handover;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::fs::OpenOptions;
@@ -194,7 +196,7 @@ fn drain_into(queue: &mut VecDeque<u8>, to: &mut impl Write) {
     }
 }
 
-fn open_file(path: &Path) -> Result<File> {
+pub(crate) fn open_file(path: &Path) -> Result<File> {
     OpenOptions::new()
         .create(true)
         .append(true)

@@ -39,6 +39,7 @@ impl Broker {
         clock: &PhaseClock,
         end: &PauseEnd,
         facts: &PauseFacts,
+        handed_away: bool,
     ) {
         let stood_already = self.paused;
         for step in [Step::Park, Step::Save] {
@@ -51,7 +52,8 @@ impl Broker {
             self.happened_before(ago, Happening::UpgradeStep(step));
         }
         let runs = !matches!(end, PauseEnd::Lost(_));
-        if runs && !stood_already {
+        // A guest that has gone to another broker resumes there.
+        if runs && !stood_already && !handed_away {
             // When its worker said so; what came after that is not the guest's pause.
             let pause = Duration::from_micros(facts.pause_us);
             let ago = clock.since(Step::Park).unwrap_or_default();

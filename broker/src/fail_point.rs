@@ -30,6 +30,8 @@ mod armed {
         KillNew,
         KillBoth,
         KillBroker,
+        /// The broker whose child the new worker is, in a transfer.
+        KillOtherBroker,
         StopOld,
         StopNew,
     }
@@ -80,6 +82,7 @@ mod armed {
             "kill-new" => Act::KillNew,
             "kill-both" => Act::KillBoth,
             "kill-broker" => Act::KillBroker,
+            "kill-other-broker" => Act::KillOtherBroker,
             "stop-old" => Act::StopOld,
             "stop-new" => Act::StopNew,
             other => return Err(format!("no act {other:?}")),
@@ -142,6 +145,15 @@ mod armed {
                 Act::KillBoth => old.into_iter().chain(new).for_each(Worker::kill),
                 Act::StopOld => old.into_iter().for_each(Worker::stop),
                 Act::StopNew => new.into_iter().for_each(Worker::stop),
+                Act::KillOtherBroker => {
+                    let parent = new
+                        .and_then(|new| crate::process::parent(new.process.pid))
+                        .and_then(rustix::process::Pid::from_raw);
+                    if let Some(parent) = parent {
+                        let _ =
+                            rustix::process::kill_process(parent, rustix::process::Signal::KILL);
+                    }
+                }
                 Act::KillBroker => {
                     let _ = rustix::process::kill_process(
                         rustix::process::getpid(),

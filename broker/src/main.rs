@@ -6,6 +6,7 @@ mod audit;
 mod binary;
 mod broker;
 mod cgroup;
+mod channel_socket;
 mod clients;
 mod console;
 mod deadlines;
@@ -14,9 +15,12 @@ mod events;
 mod evidence;
 mod fail_point;
 mod front;
+mod guest_machine;
 mod ids;
+mod incoming;
 mod launch;
 mod nascent;
+mod outgoing;
 mod own;
 mod pause;
 mod phase_clock;
@@ -39,6 +43,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use baton_ipc::Address;
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
 use baton_ipc::control::StartReport;
@@ -48,6 +53,7 @@ use rustix::net::SocketType;
 
 use crate::broker::Broker;
 use crate::broker::Options;
+use crate::incoming::Channels;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 
@@ -86,6 +92,15 @@ enum Command {
         /// Multiply every deadline, for hosts that are emulated.
         #[arg(long, default_value_t = 1, value_name = "N")]
         slow_host: u32,
+        /// Wait for another broker's guest, whose CPR state comes in here: unix:PATH or fd:NUMBER.
+        #[arg(long, value_name = "ADDRESS")]
+        incoming_cpr: Option<Address>,
+        /// Where its main channel comes in; without this, `migrate-incoming` says where.
+        #[arg(long, value_name = "ADDRESS", requires = "incoming_cpr")]
+        incoming_main: Option<Address>,
+        /// Let the guest that came stand still.
+        #[arg(long, requires = "incoming_cpr")]
+        incoming_paused: bool,
     },
     /// A stage of a worker's launch.
     #[command(hide = true)]
@@ -108,7 +123,15 @@ fn main() -> ExitCode {
             detach,
             log,
             slow_host,
+            incoming_cpr,
+            incoming_main,
+            incoming_paused,
         } => {
+            let incoming = incoming_cpr.map(|cpr| Channels {
+                cpr,
+                main: incoming_main,
+                paused: incoming_paused,
+            });
             let options = Options {
                 vm_file: vm,
                 run_dir,
@@ -116,6 +139,7 @@ fn main() -> ExitCode {
                 detach,
                 log,
                 slowness: slow_host,
+                incoming,
             };
             serve(options, began)
         }

@@ -430,6 +430,16 @@ impl Pause<'_> {
                     self.new.kill();
                     (fenced, killed) = (true, true);
                 }
+                // Should its own broker die now, the kernel would continue it (the launcher has set its parent-death
+                // signal to SIGCONT), with `commit` in its queue. So it dies first, and what it said until then counts.
+                Ok(None) | Err(_) if self.new.is_lent() && !killed => {
+                    self.new.kill();
+                    killed = true;
+                    let deadline = Instant::now() + self.deadlines.fence();
+                    while !self.new.is_dead() && Instant::now() < deadline {
+                        std::thread::sleep(Duration::from_micros(20));
+                    }
+                }
                 Ok(None) | Err(_) => return self.roll_back(reason),
             }
         }

@@ -1,6 +1,8 @@
 //! What /proc says of a process, as far as the broker acts on it. Everything here is the kernel's own record.
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use baton_policy::procfs::TaskStat;
@@ -62,6 +64,36 @@ pub(crate) fn is_exiting(pid: i32) -> bool {
     true
 }
 
+/// Whether every thread of a process is stopped (state T of proc_pid_stat(5)) or exiting, twice over the same threads: then no
+/// thread has run between the two looks, and none runs until SIGCONT.
+pub(crate) fn is_wholly_stopped(pid: i32) -> bool {
+    let look = || -> Option<Vec<std::ffi::OsString>> {
+        let mut threads = Vec::new();
+        for task in fs::read_dir(format!("/proc/{pid}/task")).ok()? {
+            let task = task.ok()?;
+            let stat = parse(&fs::read(task.path().join("stat")).ok()?)?;
+            if stat.state != 'T' && !stat.is_exiting() {
+                return None;
+            }
+            threads.push(task.file_name());
+        }
+        Some(threads)
+    };
+    look().is_some_and(|first| !first.is_empty() && look().as_ref() == Some(&first))
+}
+
+/// The process behind a pidfd, unless it has been reaped or is of another pid namespace (field `Pid`, proc_pid_fdinfo(5)).
+pub(crate) fn of_pidfd(pidfd: BorrowedFd<'_>) -> Option<ProcessId> {
+    let number = || {
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+        line.trim().parse::<i32>().ok().filter(|pid| *pid > 0)
+    };
+    let process = ProcessId::of(number()?)?;
+    // Not reaped in between: the record was its own.
+    (number() == Some(process.pid)).then_some(process)
+}
+
 /// Whether an error of /proc says that the process or the thread is gone.
 fn is_absent(error: &std::io::Error) -> bool {
     error.kind() == std::io::ErrorKind::NotFound
@@ -71,6 +103,13 @@ fn is_absent(error: &std::io::Error) -> bool {
 /// Whether a process is stopped, or is in the kernel and cannot be reached: it will take no orders.
 pub(crate) fn is_stopped(pid: i32) -> bool {
     stat(Path::new(&format!("/proc/{pid}/stat"))).is_some_and(|stat| stat.state == 'T')
+}
+
+/// Whose child a process is.
+#[cfg(feature = "fail-points")]
+pub(crate) fn parent(pid: i32) -> Option<i32> {
+    let stat = stat(Path::new(&format!("/proc/{pid}/stat")))?;
+    i32::try_from(stat.ppid).ok()
 }
 
 /// This thread's children, the adopted ones too (/proc/PID/task/TID/children, proc(5)).
@@ -117,6 +156,28 @@ mod tests {
             ..me
         };
         assert!(!other.is_alive());
+    }
+
+    #[test]
+    fn a_stopped_process_is_known_by_its_threads_and_by_its_pidfd() {
+        use std::os::fd::AsFd;
+        let mut child = std::process::Command::new("/bin/sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let raw = rustix::process::Pid::from_raw(pid).unwrap();
+        let pidfd = rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::empty()).unwrap();
+        assert_eq!(of_pidfd(pidfd.as_fd()), ProcessId::of(pid));
+        assert!(!is_wholly_stopped(pid));
+        rustix::process::kill_process(raw, rustix::process::Signal::STOP).unwrap();
+        while !is_wholly_stopped(pid) {
+            std::thread::yield_now();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_wholly_stopped(pid), "it is gone");
+        assert_eq!(of_pidfd(pidfd.as_fd()), None);
     }
 
     #[test]

@@ -48,7 +48,7 @@ use crate::vm_file::vsock::Vsock as VsockSection;
 use crate::vsock::Vsock;
 
 /// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
-const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
+pub(crate) const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
 /// The one of the socket device.
 const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
 /// The one of the balloon.
@@ -62,7 +62,7 @@ struct Opened<'a> {
 }
 
 /// What a VM has.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Resources {
     pub(crate) registry: Registry,
     /// Its virtio devices.

@@ -1,13 +1,15 @@
 //! The run directory: one directory a VM, which says to everybody else that the VM exists.
 //!
 //! `DIR/NAME/` holds `lock` (flock(2), held by the broker for the VM's life), `state.json`, `control.sock` and `qmp.sock`;
-//! `DIR/.audit/NAME.jsonl` outlives the VM.
+//! `DIR/.audit/NAME.jsonl` outlives the VM. A broker that waits for the guest of another has `DIR/NAME.incoming/`, and its
+//! log beside, until the two directories exchange their names.
 
 use std::fs;
 use std::fs::DirBuilder;
 use std::fs::File;
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
@@ -17,8 +19,14 @@ use std::path::PathBuf;
 
 use baton_ipc::control::Exit;
 use baton_ipc::control::QMP_SOCKET;
+use baton_ipc::control::Refusal;
 use baton_ipc::control::SOCKET;
+use rustix::fs::AtFlags;
+use rustix::fs::CWD;
 use rustix::fs::FlockOperation;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::fs::RenameFlags;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -81,6 +89,10 @@ impl StateFile {
 pub(crate) struct VmDirectory {
     path: PathBuf,
     audit: PathBuf,
+    run_dir: PathBuf,
+    name: String,
+    /// The directory itself, wherever its name has gone.
+    handle: OwnedFd,
     /// What was found of an earlier broker.
     pub(crate) notes: Vec<String>,
     _lock: File,
@@ -92,11 +104,37 @@ impl VmDirectory {
     /// Refuses when the directory or the run directory is somebody else's or open to others, when another broker has the
     /// name, and when an orphaned worker still runs under it.
     pub(crate) fn claim(run_dir: &Path, name: &Name) -> Result<Self> {
+        let running = refusal(
+            Exit::Unfit,
+            format_args!("a VM named {} is running already", name.as_str()),
+            format_args!(
+                "`baton status {0}` shows it; `baton stop {0}` ends it",
+                name.as_str()
+            ),
+        );
+        Self::claim_as(run_dir, name, name.as_str(), running)
+    }
+
+    /// Takes a place beside the name, to wait there for its guest.
+    ///
+    /// Refuses as [`VmDirectory::claim`] does.
+    pub(crate) fn claim_beside(run_dir: &Path, name: &Name) -> Result<Self> {
+        let place = incoming(name.as_str());
+        let waiting = refusal(
+            Exit::Unfit,
+            format_args!("a broker waits for {} already", name.as_str()),
+            format_args!("`baton stop --force {place}` ends it"),
+        );
+        Self::claim_as(run_dir, name, &place, waiting)
+    }
+
+    fn claim_as(run_dir: &Path, name: &Name, place: &str, taken: Refusal) -> Result<Self> {
         private_directory(run_dir)?;
         let audit = run_dir.join(".audit");
         private_directory(&audit)?;
-        let path = run_dir.join(name.as_str());
+        let path = run_dir.join(place);
         private_directory(&path)?;
+        let handle = open_directory(&path)?;
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -104,16 +142,7 @@ impl VmDirectory {
             .mode(0o600)
             .open(path.join("lock"))
             .doing(format_args!("cannot lock {}", path.display()))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            refusal(
-                Exit::Unfit,
-                format_args!("a VM named {} is running already", name.as_str()),
-                format_args!(
-                    "`baton status {0}` shows it; `baton stop {0}` ends it",
-                    name.as_str()
-                ),
-            )
-        })?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| taken)?;
         // The name's last holder may have removed the file between the open and the lock.
         let same = fs::metadata(path.join("lock")).is_ok_and(|there| {
             lock.metadata()
@@ -126,8 +155,11 @@ impl VmDirectory {
             )));
         }
         let mut directory = Self {
-            audit: audit.join(format!("{}.jsonl", name.as_str())),
+            audit: audit.join(format!("{place}.jsonl")),
             path,
+            run_dir: run_dir.to_owned(),
+            name: name.as_str().to_owned(),
+            handle,
             notes: Vec::new(),
             _lock: lock,
         };
@@ -139,6 +171,62 @@ impl VmDirectory {
                 Err(refusal)
             }
         }
+    }
+
+    /// Device and inode, by which another broker finds it.
+    pub(crate) fn identity(&self) -> (u64, u64) {
+        rustix::fs::fstat(&self.handle).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino))
+    }
+
+    /// Where a broker waits for this VM.
+    fn beside(&self) -> PathBuf {
+        self.run_dir.join(incoming(&self.name))
+    }
+
+    /// Whether the directory of this identity waits beside this one.
+    pub(crate) fn is_beside(&self, identity: (u64, u64)) -> bool {
+        identity_of(&self.beside()) == Some(identity)
+    }
+
+    /// Lets the directory that waits beside this one have the name, in one step: whoever connects finds one or the other. What
+    /// is left of this one is removed.
+    pub(crate) fn give_way(&mut self) -> Result<()> {
+        let beside = self.beside();
+        exchange(&self.path, &beside)?;
+        self.path = beside;
+        self.remove();
+        Ok(())
+    }
+
+    /// Has the name from now on, and goes on with its audit log: taken, unless it was given already.
+    pub(crate) fn take_name(&mut self) -> Result<()> {
+        let named = self.run_dir.join(&self.name);
+        if identity_of(&named) != Some(self.identity()) {
+            exchange(&self.path, &named)?;
+            // Whoever had the name is dead: its lock is gone, and its guest runs here.
+            if let Ok(handle) = open_directory(&self.path) {
+                remove_files(&handle);
+                let _ = fs::remove_dir(&self.path);
+            }
+        }
+        self.path = named;
+        self.audit = self
+            .run_dir
+            .join(".audit")
+            .join(format!("{}.jsonl", self.name));
+        Ok(())
+    }
+
+    /// Removes it, if what is there is still this one.
+    fn remove(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        remove_files(&self.handle);
+        if identity_of(&self.path) == Some(self.identity()) {
+            let _ = fs::remove_dir(&self.path);
+        }
+        self.path = PathBuf::new();
     }
 
     fn clear_remains(&mut self, name: &Name) -> Result<()> {
@@ -228,21 +316,47 @@ impl VmDirectory {
 
 impl Drop for VmDirectory {
     fn drop(&mut self) {
-        if self.path.as_os_str().is_empty() {
-            return;
-        }
-        for file in [
-            "state.json",
-            "state.new",
-            SOCKET,
-            QMP_SOCKET,
-            "console.pty",
-            "broker.log",
-            "lock",
-        ] {
-            let _ = fs::remove_file(self.path.join(file));
-        }
-        let _ = fs::remove_dir(&self.path);
+        self.remove();
+    }
+}
+
+/// The place beside a name.
+fn incoming(name: &str) -> String {
+    format!("{name}.incoming")
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+        .doing(format_args!("cannot open {}", path.display()))
+}
+
+fn identity_of(path: &Path) -> Option<(u64, u64)> {
+    let there = fs::symlink_metadata(path).ok()?;
+    Some((there.dev(), there.ino()))
+}
+
+/// Exchanges two names (RENAME_EXCHANGE, rename(2)).
+fn exchange(one: &Path, other: &Path) -> Result<()> {
+    rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).doing(format_args!(
+        "cannot exchange {} and {}",
+        one.display(),
+        other.display()
+    ))
+}
+
+/// Removes what a broker has made in its directory.
+fn remove_files(directory: &OwnedFd) {
+    for file in [
+        "state.json",
+        "state.new",
+        SOCKET,
+        QMP_SOCKET,
+        "console.pty",
+        "broker.log",
+        "lock",
+    ] {
+        let _ = rustix::fs::unlinkat(directory, file, AtFlags::empty());
     }
 }
 
@@ -306,6 +420,30 @@ mod tests {
         assert!(first.path().is_dir());
         drop(first);
         assert!(!run_dir.join("web1").exists());
+    }
+
+    #[test]
+    fn a_name_changes_hands_whole_and_nobody_removes_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = dir.path().join("run");
+        for given in [true, false] {
+            let mut old = VmDirectory::claim(&run_dir, &name()).unwrap();
+            let mut new = VmDirectory::claim_beside(&run_dir, &name()).unwrap();
+            VmDirectory::claim_beside(&run_dir, &name()).unwrap_err();
+            fs::write(old.socket(), b"old").unwrap();
+            fs::write(new.socket(), b"new").unwrap();
+            assert!(old.is_beside(new.identity()) && !old.is_beside(old.identity()));
+            if given {
+                old.give_way().unwrap();
+            }
+            new.take_name().unwrap();
+            drop(old);
+            assert_eq!(fs::read(run_dir.join("web1").join(SOCKET)).unwrap(), b"new");
+            assert!(new.audit_log().ends_with("web1.jsonl"));
+            assert!(!run_dir.join("web1.incoming").exists());
+            drop(new);
+            assert!(!run_dir.join("web1").exists());
+        }
     }
 
     #[test]

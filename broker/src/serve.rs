@@ -106,6 +106,24 @@ impl Broker {
                 };
                 self.clients.reply(client, &reply);
             }
+            Request::Transfer { main, cpr, hold } => {
+                let reply = match self.begin_transfer(main, &cpr, hold, &who) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => {
+                        let record = json!({"request": name, "reason": quoted(&refusal.reason)});
+                        self.log.note_by("upgrade-refused", Some(&who), &record);
+                        Reply::Refused(refusal)
+                    }
+                };
+                self.clients.reply(client, &reply);
+            }
+            Request::Incoming { main } => {
+                let reply = match self.open_main(&main) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => Reply::Refused(refusal),
+                };
+                self.clients.reply(client, &reply);
+            }
             Request::Continue => {
                 let reply = match self.continue_upgrade() {
                     Ok(()) => Reply::Done,

@@ -36,6 +36,7 @@ use crate::launch::Begun;
 use crate::launch::Program;
 use crate::nascent::Advance;
 use crate::nascent::Nascent;
+use crate::outgoing::Outgoing;
 use crate::pause::PauseFacts;
 use crate::phase_clock::PhaseClock;
 use crate::process::is_stopped;
@@ -49,6 +50,8 @@ use crate::worker::Worker;
 #[derive(Debug)]
 pub(crate) struct Upgrade {
     nascent: Option<Nascent>,
+    /// Another broker makes the new worker.
+    outgoing: Option<Outgoing>,
     rules: Rc<Rules>,
     clock: PhaseClock,
     dry_run: bool,
@@ -78,6 +81,36 @@ struct Abort {
 }
 
 impl Upgrade {
+    /// One whose new worker is another broker's.
+    pub(crate) fn there(outgoing: Outgoing, rules: Rc<Rules>, clock: PhaseClock) -> Self {
+        Self {
+            nascent: None,
+            outgoing: Some(outgoing),
+            rules,
+            clock,
+            dry_run: false,
+            hold: Hold::No,
+            aborting: None,
+        }
+    }
+
+    pub(crate) fn outgoing(&self) -> Option<&Outgoing> {
+        self.outgoing.as_ref()
+    }
+
+    pub(crate) fn outgoing_mut(&mut self) -> Option<&mut Outgoing> {
+        self.outgoing.as_mut()
+    }
+
+    pub(crate) fn is_aborting(&self) -> bool {
+        self.aborting.is_some()
+    }
+
+    /// A step has begun.
+    pub(crate) fn enter(&mut self, step: Step) {
+        self.clock.enter(step);
+    }
+
     pub(crate) fn nascent(&self) -> Option<&Nascent> {
         self.nascent.as_ref()
     }
@@ -91,7 +124,10 @@ impl Upgrade {
         match (&self.aborting, &self.nascent) {
             (Some(abort), _) => abort.by,
             (None, Some(nascent)) => nascent.deadline,
-            (None, None) => Instant::now(),
+            (None, None) => self
+                .outgoing
+                .as_ref()
+                .map_or_else(Instant::now, |outgoing| outgoing.deadline),
         }
     }
 }
@@ -129,6 +165,17 @@ impl Broker {
         asked_by: &Actor,
     ) -> Result<()> {
         let clock = PhaseClock::start(Instant::now());
+        self.check_old()?;
+        self.log.reserve().recorded()?;
+        let begun = self.admit_upgrade(file, dry_run, asked_by, clock);
+        if self.upgrade.is_none() {
+            self.log.release();
+        }
+        begun
+    }
+
+    /// The worker that runs the guest has to be able to hand it over.
+    pub(crate) fn check_old(&self) -> Result<()> {
         let old = self
             .worker
             .as_ref()
@@ -144,12 +191,7 @@ impl Broker {
                 "the worker is still busy with what it was told last",
             ));
         }
-        self.log.reserve().recorded()?;
-        let begun = self.admit_upgrade(file, dry_run, asked_by, clock);
-        if self.upgrade.is_none() {
-            self.log.release();
-        }
-        begun
+        Ok(())
     }
 
     fn admit_upgrade(
@@ -196,6 +238,7 @@ impl Broker {
         self.state = VmState::Upgrading;
         self.upgrade = Some(Upgrade {
             nascent: Some(nascent),
+            outgoing: None,
             rules: Rc::new(rules),
             clock,
             dry_run,
@@ -218,6 +261,9 @@ impl Broker {
             } else {
                 Ok(())
             };
+        }
+        if upgrade.outgoing.is_some() {
+            return self.advance_outgoing();
         }
         let Some(nascent) = &mut upgrade.nascent else {
             return Ok(());
@@ -248,19 +294,28 @@ impl Broker {
                 let generation = self.generation() + 1;
                 self.log
                     .note("ready", &json!({"generation": generation, "mode": StartMode::CprTransfer, "times": times}));
-                match &mut self.upgrade {
-                    Some(upgrade) if upgrade.hold == Hold::Asked => {
-                        upgrade.hold = Hold::Holds;
-                        if let Some(nascent) = &mut upgrade.nascent {
-                            nascent.deadline = Instant::now() + HOLD;
-                        }
-                        self.happened(Happening::UpgradeHeld);
-                        Ok(())
-                    }
-                    _ => self.or_abort(Self::take_over),
-                }
+                self.built()
             }
             Err(fault) => self.abort(&fault.to_string()),
+        }
+    }
+
+    /// The new worker waits for its guest; now, or when the operator says so.
+    pub(crate) fn built(&mut self) -> Result<()> {
+        match &mut self.upgrade {
+            Some(upgrade) if upgrade.hold == Hold::Asked => {
+                upgrade.hold = Hold::Holds;
+                let by = Instant::now() + HOLD;
+                if let Some(nascent) = &mut upgrade.nascent {
+                    nascent.deadline = by;
+                }
+                if let Some(outgoing) = &mut upgrade.outgoing {
+                    outgoing.deadline = by;
+                }
+                self.happened(Happening::UpgradeHeld);
+                Ok(())
+            }
+            _ => self.or_abort(Self::take_over),
         }
     }
 
@@ -286,7 +341,7 @@ impl Broker {
     }
 
     /// Runs a step whose failure aborts the upgrade.
-    fn or_abort(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    pub(crate) fn or_abort(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         match step(self) {
             Ok(()) => Ok(()),
             Err(refusal) => self.abort(&refusal.reason),

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use baton_ipc::Channel;
 use baton_ipc::ChannelError;
+use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
@@ -25,6 +26,7 @@ use crate::ids::HostIds;
 use crate::launch::Launched;
 use crate::process::ProcessId;
 use crate::process::is_exiting;
+use crate::process::is_wholly_stopped;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -142,9 +144,61 @@ pub(crate) struct Worker {
     pidfd: OwnedFd,
     channel: Channel<Order, Report>,
     diagnostics: Option<File>,
+    bond: Bond,
+}
+
+/// Whose child a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bond {
+    /// This broker's.
+    Child,
+    /// Another broker's, which has lent it for the pause: waitid(2) does not know it, /proc does.
+    Lent,
+    /// Another broker's from now on.
+    GivenBack,
 }
 
 impl Worker {
+    /// A worker that another broker has built, and lends until it is clear who runs the guest. `channel` is the other end of
+    /// its control socket, which nobody else uses meanwhile.
+    pub(crate) fn lent(
+        channel: OwnedFd,
+        pidfd: OwnedFd,
+        generation: u32,
+        digest: Digest,
+        build: String,
+    ) -> Result<Self> {
+        let process = crate::process::of_pidfd(pidfd.as_fd())
+            .ok_or_else(|| unfit("the other broker's worker is not there", ""))?;
+        Ok(Self {
+            process,
+            phase: Phase::Ready,
+            generation,
+            digest,
+            build,
+            ids: HostIds {
+                uid: u32::MAX,
+                gid: u32::MAX,
+            },
+            executable: None,
+            standard: [0; 2],
+            pidfd,
+            channel: Channel::new(FdSocket::from(channel)),
+            diagnostics: None,
+            bond: Bond::Lent,
+        })
+    }
+
+    /// Whether it is another broker's child.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.bond == Bond::Lent
+    }
+
+    /// It runs the guest, and is its own broker's again.
+    pub(crate) fn give_back(mut self) {
+        self.bond = Bond::GivenBack;
+    }
+
     pub(crate) fn new(launched: Launched, generation: u32, binary: &WorkerBinary) -> Result<Self> {
         let pid = rustix::process::Pid::from_raw(launched.pid)
             .ok_or_else(|| unfit("the launcher reported an impossible process", ""))?;
@@ -165,6 +219,7 @@ impl Worker {
             pidfd,
             channel: Channel::new(launched.socket),
             diagnostics: Some(File::from(launched.diagnostics)),
+            bond: Bond::Child,
         })
     }
 
@@ -237,7 +292,11 @@ impl Worker {
 
     /// Whether it will never run again, though its process may take long to be gone.
     pub(crate) fn is_dead(&self) -> bool {
-        is_exiting(self.process.pid)
+        match self.bond {
+            Bond::Child => is_exiting(self.process.pid),
+            // Its own broker may have reaped it, and the number be another's by now.
+            Bond::Lent | Bond::GivenBack => !self.process.is_alive(),
+        }
     }
 
     fn signal(&self, signal: Signal) {
@@ -252,6 +311,15 @@ impl Worker {
 
     /// Asks whether the fence holds by now.
     pub(crate) fn fenced(&self) -> Fence {
+        if self.bond != Bond::Child {
+            return if self.is_dead() {
+                Fence::Exiting
+            } else if is_wholly_stopped(self.process.pid) {
+                Fence::Stopped
+            } else {
+                Fence::Unconfirmed
+            };
+        }
         let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         match rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options) {
             Ok(Some(status)) if status.stopped() => Fence::Stopped,
@@ -301,6 +369,9 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        if self.bond == Bond::GivenBack {
+            return;
+        }
         self.kill();
         // It is being torn down. Waiting here would hold up a guest; a retired worker is kept until it is gone.
         while self.reap().is_none() {

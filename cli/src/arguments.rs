@@ -357,7 +357,10 @@ guest's power button; a second Ctrl-C ends the VM at once.
 Examples:
   baton run web1.toml
   baton run web1.toml --detach --json | jq .worker_pid
-  baton run web1.toml --worker target/release/baton-worker")]
+  baton run web1.toml --worker target/release/baton-worker
+  baton run web1.toml --detach --incoming unix:/run/web1.main \\
+    --incoming cpr,addr.transport=socket,addr.type=unix,addr.path=/run/web1.cpr
+                              wait for what `migrate` on the running side sends")]
 pub(crate) struct Run {
     /// The VM's description
     #[arg(value_name = "VM.toml")]
@@ -365,6 +368,12 @@ pub(crate) struct Run {
     /// Leave the VM running and return
     #[arg(long)]
     pub(crate) detach: bool,
+    /// Wait for the guest of another broker of this VM; once for each channel, in the words of QEMU's -incoming
+    #[arg(long, value_name = "CHANNEL")]
+    pub(crate) incoming: Vec<String>,
+    /// Let the guest that came stand still, until `baton resume`
+    #[arg(short = 'S', long, requires = "incoming")]
+    pub(crate) paused: bool,
     #[command(flatten)]
     pub(crate) starting: Starting,
 }

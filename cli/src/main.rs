@@ -12,6 +12,7 @@ mod console;
 mod demo;
 mod doctor;
 mod failure;
+mod incoming;
 mod output;
 mod process;
 mod report;

@@ -17,10 +17,11 @@ use serde::Deserialize;
 use serde::Serialize;
 
 use crate::Access;
+use crate::Address;
 use crate::DescriptorKind;
 
 /// The version of these messages.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// The control socket's name in a VM's directory.
 pub const SOCKET: &str = "control.sock";
@@ -110,6 +111,20 @@ pub enum Request {
     },
     /// Go on with the upgrade that waits for this.
     Continue,
+    /// Hand the guest to another broker, answered as soon as that has begun; events tell the rest.
+    Transfer {
+        /// Where the other broker listens for the main channel.
+        main: Address,
+        /// Where it listens for the cpr channel.
+        cpr: Address,
+        /// Before the pause, wait for [`Request::Continue`].
+        hold: bool,
+    },
+    /// To a broker that waits for a guest: where to listen for the main channel.
+    Incoming {
+        /// There.
+        main: Address,
+    },
 }
 
 /// A reply.
@@ -230,6 +245,19 @@ pub enum StartReport {
     Started(Started),
     /// It does not, and the broker exits.
     Failed(Refusal),
+    /// The broker waits for a guest that another broker has; `started` or `failed` follows.
+    Waiting(Waiting),
+}
+
+/// A broker that waits for a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// The VM's name.
+    pub name: String,
+    /// The broker.
+    pub broker_pid: u32,
+    /// The directory in which it waits, beside the VM's own.
+    pub directory: String,
 }
 
 /// A started VM.
@@ -269,6 +297,10 @@ pub enum VmState {
     Lost,
     /// The worker runs and its broker is dead.
     Orphaned,
+    /// The broker waits for a guest that another broker has.
+    Incoming,
+    /// Another broker has the guest.
+    Postmigrate,
 }
 
 /// How a VM is.

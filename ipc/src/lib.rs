@@ -6,6 +6,7 @@
 //! names the value that was refused.
 #![forbid(unsafe_code)]
 
+mod address;
 pub mod channel;
 pub mod control;
 pub mod cpr;
@@ -17,9 +18,12 @@ mod registry;
 mod socket;
 mod start_mode;
 pub mod state_stream;
+pub mod transfer;
 mod vm_id;
 pub mod worker;
 
+pub use address::Address;
+pub use address::AddressError;
 pub use channel::Channel;
 pub use channel::ChannelError;
 pub use channel::decode;

@@ -332,6 +332,8 @@ pub enum Order {
     Commit,
     /// The guest is yours, and stands still at the operator's wish: say [`Report::Running`], and hold it.
     CommitPaused,
+    /// Nobody will ever say `commit` any more: end, unless it was said. A worker that has the guest answers as to `query`.
+    Abandon,
     /// A deterministic fault, for tests; a release build does not contain it.
     #[cfg(feature = "fail-points")]
     Fail(crate::FailPoint),

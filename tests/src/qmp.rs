@@ -66,7 +66,17 @@ impl Qmp {
     /// When that is refused.
     #[must_use]
     pub fn connect(vm: &Vm) -> Self {
-        let mut qmp = Self::greeted(vm);
+        Self::connect_to(vm, &vm.site.name)
+    }
+
+    /// The same to the broker whose directory is called this.
+    ///
+    /// # Panics
+    ///
+    /// When that is refused.
+    #[must_use]
+    pub fn connect_to(vm: &Vm, directory: &str) -> Self {
+        let mut qmp = Self::at(&vm.site.run_dir().join(directory).join("qmp.sock"));
         qmp.done("qmp_capabilities", json!({"enable": ["oob"]}));
         let events = json!([{"capability": "events", "state": true}]);
         qmp.done("migrate-set-capabilities", json!({"capabilities": events}));
@@ -186,6 +196,12 @@ impl Qmp {
                 .unwrap_or_default();
             matches!(status, "completed" | "failed" | "cancelled").then_some(info)
         })
+    }
+
+    /// The same, after everything that has come by now.
+    pub fn event_names_now(&mut self) -> Vec<String> {
+        self.returns("query-version", json!({}));
+        self.event_names()
     }
 
     /// The events so far, by name; MIGRATION's with their status.

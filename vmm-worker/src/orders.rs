@@ -38,7 +38,11 @@ impl Worker {
             return Err(Exit(EXIT_FAILED));
         }
         match (order, &self.phase) {
-            (Order::Query, _) => {
+            // It never ran its guest, and never will.
+            (Order::Abandon, Phase::Built | Phase::Receiving(_) | Phase::Loaded) => {
+                return Err(Exit(EXIT_DONE));
+            }
+            (Order::Query | Order::Abandon, _) => {
                 let status = WorkerStatus {
                     tsc_khz: self.machinery.inventory.tsc_khz(),
                     exits: self.machinery.vcpus.exits(),

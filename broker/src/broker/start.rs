@@ -8,6 +8,7 @@ use crate::console::Console;
 use crate::deadlines::Deadlines;
 use crate::front::Front;
 use crate::ids::VmIds;
+use crate::incoming::Incoming;
 use crate::launch::Begun;
 use crate::launch::Program;
 use crate::nascent::Advance;
@@ -63,9 +64,15 @@ impl Broker {
                 "choose another console.kind, or run it without --detach",
             ));
         }
+        if options.incoming.is_some() {
+            crate::outgoing::refuse_vsock(&vm)?;
+        }
         let signals = Signals::new()?;
         nix::sys::prctl::set_child_subreaper(true).doing("cannot adopt workers")?;
-        let directory = VmDirectory::claim(&options.run_dir, &vm.name)?;
+        let directory = match options.incoming {
+            None => VmDirectory::claim(&options.run_dir, &vm.name)?,
+            Some(_) => VmDirectory::claim_beside(&options.run_dir, &vm.name)?,
+        };
         let mut log = open_log(&directory, &vm, options.log)?;
         let rules = crate::rules::load(&vm)?;
         let ids = VmIds::claim(&rules.policy)?;
@@ -75,19 +82,33 @@ impl Broker {
             "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))
         .recorded()?;
+        let incoming = options
+            .incoming
+            .as_ref()
+            .map(Incoming::listen)
+            .transpose()?;
         // First, because it takes its time by itself: a refusal of what follows ends it again.
-        let begun = Begun::start(Program::Worker, ids.ids, cgroup.as_ref())?;
-        let Resources {
-            mut registry,
-            virtio,
-        } = resources::open(&vm, &rules.policy, &mut log)?;
-        resources::check_console(&vm.console, &rules.policy, &mut log)?;
-        let (console, end) = Console::open(&vm.console, directory.path())?;
-        let key = DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
-        registry
-            .save(key, DescriptorKind::Stream, end)
-            .doing("cannot hold the console")?;
-        let vsock = resources::listen_vsock(vm.vsock.as_ref(), &rules.policy, &mut log)?;
+        let begun = match incoming {
+            None => Some(Begun::start(Program::Worker, ids.ids, cgroup.as_ref())?),
+            Some(_) => None,
+        };
+        let mut resources = Resources::default();
+        let mut console = None;
+        let mut vsock = None;
+        if incoming.is_none() {
+            resources = resources::open(&vm, &rules.policy, &mut log)?;
+            resources::check_console(&vm.console, &rules.policy, &mut log)?;
+            let (opened, end) = Console::open(&vm.console, directory.path())?;
+            let key =
+                DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
+            resources
+                .registry
+                .save(key, DescriptorKind::Stream, end)
+                .doing("cannot hold the console")?;
+            console = Some(opened);
+            vsock = resources::listen_vsock(vm.vsock.as_ref(), &rules.policy, &mut log)?;
+        }
+        let Resources { registry, virtio } = resources;
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose an identity for the VM")?;
@@ -99,7 +120,11 @@ impl Broker {
         let mut broker = Self {
             deadlines,
             id: VmId(id),
-            state: VmState::Starting,
+            state: if incoming.is_some() {
+                VmState::Incoming
+            } else {
+                VmState::Starting
+            },
             worker: None,
             rules: Rc::new(rules),
             upgrade: None,
@@ -125,10 +150,16 @@ impl Broker {
             pausing: false,
             paused: false,
             resets_asked: 0,
+            has_log: incoming.is_none(),
+            incoming,
+            linger: None,
             end: None,
             options,
             vm,
             log,
+        };
+        let Some(begun) = begun else {
+            return Ok(broker);
         };
         let prepared =
             crate::rules::worker_binary(&broker.vm, &broker.options, &broker.rules.policy, None)
@@ -207,6 +238,21 @@ impl Broker {
             return Ok(());
         };
         worker.phase = Phase::Running;
+        self.state = VmState::Running;
+        self.start_by = None;
+        self.log.note(
+            "running",
+            &json!({"generation": 1, "mode": StartMode::None, "start_us": crate::phase_clock::micros(self.began.elapsed())}),
+        );
+        self.say_started();
+        Ok(())
+    }
+
+    /// Tells whoever started this broker that the guest runs.
+    pub(crate) fn say_started(&mut self) {
+        let Some(worker) = &self.worker else {
+            return;
+        };
         let started = Started {
             name: self.vm.name.as_str().to_owned(),
             broker_pid: rustix::process::getpid()
@@ -219,30 +265,33 @@ impl Broker {
             start_us: crate::phase_clock::micros(self.began.elapsed()),
             notes: self.directory.notes.clone(),
         };
-        self.state = VmState::Running;
-        self.start_by = None;
-        self.log.note(
-            "running",
-            &json!({"generation": 1, "mode": StartMode::None, "start_us": started.start_us}),
-        );
-        if self.options.detach && !self.options.log {
-            // Until now a failure could be said there. Whoever reads it to its end need not wait for the VM's.
-            if let Err(refusal) = crate::leave_standard_error() {
-                complain(&refusal);
-            }
-        }
+        self.release_standard_error();
         if let Some(starter) = &self.starter {
             // Whoever started it may be gone already; the VM runs.
             let _ = starter.send(&StartReport::Started(started));
         }
-        Ok(())
+    }
+
+    /// In the background, lets go of what a failure could be said on until now.
+    pub(crate) fn release_standard_error(&self) {
+        if self.options.detach && !self.options.log {
+            // Whoever reads it to its end need not wait for the VM's.
+            if let Err(refusal) = crate::leave_standard_error() {
+                complain(&refusal);
+            }
+        }
+    }
+
+    /// The log of the place that this broker has now, whose chain it goes on with.
+    pub(crate) fn open_own_log(&self) -> Result<AuditLog> {
+        open_log(&self.directory, &self.vm, self.options.log)
     }
 
     pub(super) fn fail_start(&mut self, refusal: &Refusal) {
         let _ = self
             .log
             .write_synced("failed", &json!({"reason": refusal.reason}));
-        if self.state == VmState::Starting {
+        if matches!(self.state, VmState::Starting | VmState::Incoming) {
             report_failure(self.starter.as_ref(), refusal);
         }
     }

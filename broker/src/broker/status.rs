@@ -8,6 +8,7 @@ use crate::refusal::unfit;
 use crate::run_dir::BrokerProcess;
 use crate::run_dir::StateFile;
 use crate::run_dir::Successor;
+use crate::worker::Worker;
 use baton_ipc::StartMode;
 use baton_ipc::control::VmStatus;
 use serde_json::json;
@@ -24,9 +25,20 @@ impl Broker {
 
     /// The same, with the worker that may run the guest from a commit on.
     pub(crate) fn publish_with(&mut self, successor: Option<ProcessId>) -> Result<()> {
-        let Some(worker) = &self.worker else {
+        let Some(worker) = self.worker.take() else {
             return Ok(());
         };
+        let published = self.publish_worker(&worker, successor);
+        self.worker = Some(worker);
+        published
+    }
+
+    /// The same for this worker, which need not hold the guest yet.
+    pub(crate) fn publish_worker(
+        &mut self,
+        worker: &Worker,
+        successor: Option<ProcessId>,
+    ) -> Result<()> {
         let me = ProcessId::of_self()
             .ok_or_else(|| unfit("/proc has no record of this process", "mount /proc"))?;
         let runners: Vec<_> = std::iter::once(worker.process).chain(successor).collect();

@@ -64,7 +64,10 @@ impl Broker {
             by: Instant::now() + self.deadlines.order(),
         });
         let dead = upgrade.nascent.take().and_then(Nascent::into_dead);
-        self.retired.extend(dead);
+        let cancelled = upgrade.aborting.as_ref().map(|abort| abort.reason.clone());
+        let outgoing = upgrade.outgoing.take();
+        let lent = outgoing.and_then(|outgoing| outgoing.cancel(&cancelled.unwrap_or_default()));
+        self.retired.extend(dead.into_iter().chain(lent));
         match &mut self.worker {
             // It knows of the transfer, and says when it has forgotten it.
             Some(old)
@@ -113,6 +116,9 @@ impl Broker {
         };
         self.retired
             .extend(upgrade.nascent.take().and_then(Nascent::into_dead));
+        let outgoing = upgrade.outgoing.take();
+        self.retired
+            .extend(outgoing.and_then(|outgoing| outgoing.cancel(reason)));
         let step = upgrade.clock.step();
         let reason = match upgrade.aborting {
             Some(abort) => format!("{reason}, while the upgrade was aborted: {}", abort.reason),

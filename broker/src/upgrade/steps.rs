@@ -76,6 +76,13 @@ impl Broker {
 
     /// S4: versions and machine agree; the descriptors go over.
     pub(crate) fn upgrade_agreed(&mut self) -> Result<()> {
+        if self
+            .upgrade
+            .as_ref()
+            .is_some_and(|upgrade| upgrade.outgoing.is_some() && upgrade.aborting.is_none())
+        {
+            return self.or_abort(Self::transfer_agreed);
+        }
         self.or_abort(|broker| {
             let Some(mut upgrade) = broker.upgrade.take() else {
                 return Ok(());
@@ -114,11 +121,19 @@ impl Broker {
         let Some(mut upgrade) = self.upgrade.take() else {
             return Ok(());
         };
-        let Some(nascent) = upgrade.nascent.take() else {
-            return Ok(());
+        let (new, confirmed) = match (upgrade.nascent.take(), &mut upgrade.outgoing) {
+            (Some(nascent), _) => {
+                let new = nascent.into_worker()?;
+                let confirmed = self.confirm_settled(&new, &upgrade.rules);
+                (new, confirmed)
+            }
+            // The other broker has confirmed it against its own policy.
+            (None, Some(outgoing)) => match outgoing.take_ready() {
+                Some(new) => (new, Ok(())),
+                None => return Ok(()),
+            },
+            (None, None) => return Ok(()),
         };
-        let new = nascent.into_worker()?;
-        let confirmed = self.confirm_settled(&new, &upgrade.rules);
         let stopped = self
             .worker
             .as_ref()
@@ -148,6 +163,7 @@ impl Broker {
         let (log, clients, policy) = (&mut self.log, &mut self.clients, &self.rules.policy);
         let mut canceller = None;
         let generation = new.generation;
+        let mut outgoing = upgrade.outgoing.take();
         let (end, facts) = pause::run(
             &mut old,
             &mut new,
@@ -159,6 +175,10 @@ impl Broker {
                 canceller.is_some()
             },
             |digest| {
+                // One that is dead cannot take the guest; later it is found by its worker.
+                outgoing
+                    .as_mut()
+                    .map_or(Ok(()), crate::outgoing::Outgoing::still_there)?;
                 log.write(
                     "commit-intent",
                     &json!({"generation": generation, "state_digest": digest.to_string()}),
@@ -167,10 +187,14 @@ impl Broker {
             },
         );
         let step = upgrade.clock.step();
+        if let (PauseEnd::Committed, Some(outgoing)) = (&end, &mut outgoing) {
+            self.hand_name_over(outgoing);
+        }
+        let handed_away = outgoing.is_some() && matches!(end, PauseEnd::Committed);
         if let Some(client) = canceller {
             self.cancelled_in_pause(client);
         }
-        self.paused_and_switched(&upgrade.clock, &end, &facts);
+        self.paused_and_switched(&upgrade.clock, &end, &facts, handed_away);
         let (outcome, reason) = match end {
             PauseEnd::Committed => {
                 upgrade.clock.enter(Step::Retire);
@@ -192,9 +216,18 @@ impl Broker {
                 (Outcome::Lost, reason)
             }
         };
+        let mut handed_to = None;
+        match outgoing {
+            Some(outgoing) if outcome == Outcome::Committed => handed_to = Some(outgoing),
+            Some(outgoing) => self.retired.extend(outgoing.cancel(&reason)),
+            None => {}
+        }
         // Each of these whatever becomes of the others: the guest's fate is decided.
         facts.vsock.iter().for_each(|said| self.vsock_said(*said));
-        let published = self.publish();
+        let published = match handed_to {
+            None => self.publish(),
+            Some(_) => Ok(()),
+        };
         let finished = self.finish(outcome, step, &reason, upgrade.clock, &facts);
         let handled = facts
             .events
@@ -207,6 +240,11 @@ impl Broker {
         for failed in [published, finished, handled, lost] {
             if let Err(refusal) = failed {
                 complain(&refusal);
+            }
+        }
+        if let (Some(outgoing), Some(outcome)) = (handed_to, self.last_upgrade.clone()) {
+            if let Some(new) = self.worker.take() {
+                self.retire_broker(outgoing, new, &outcome);
             }
         }
         // A worker that was parked had no time for questions.
@@ -228,7 +266,7 @@ impl Broker {
     }
 
     /// The state between upgrades.
-    pub(super) fn at_rest(&self) -> VmState {
+    pub(crate) fn at_rest(&self) -> VmState {
         if self.paused {
             VmState::Paused
         } else {
@@ -236,7 +274,7 @@ impl Broker {
         }
     }
 
-    pub(super) fn progress(&mut self, step: Step) {
+    pub(crate) fn progress(&mut self, step: Step) {
         self.clients
             .answer(Awaiting::Upgrade, &Reply::Progress(step));
     }

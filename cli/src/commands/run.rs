@@ -20,6 +20,8 @@ use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::StartReport;
 use baton_ipc::control::Started;
+use baton_ipc::control::VmState;
+use baton_ipc::control::Waiting;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::event::Timespec;
@@ -38,6 +40,7 @@ use crate::console::Console;
 use crate::console::End;
 use crate::failure::failure;
 use crate::failure::unfit;
+use crate::incoming::Incoming;
 use crate::output::Output;
 use crate::output::printable;
 use crate::run_dir::RunDir;
@@ -56,6 +59,13 @@ pub(crate) struct Broker {
     channel: Channel<(), StartReport>,
 }
 
+/// How a broker has begun.
+#[derive(Debug)]
+enum Begun {
+    Started(Started),
+    Waiting(Waiting),
+}
+
 pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<Exit, Refusal> {
     let stdio = !run.detach && console_is_stdio(&run.file);
     if stdio && output.json() {
@@ -68,7 +78,16 @@ pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<E
     let signals = Signals::take()?;
     let run_dir = RunDir::resolve(globals.run_dir.as_deref())?;
     let mut broker = Broker::spawn(run, &run_dir)?;
-    let started = broker.started(&signals)?;
+    let started = match broker.begun(&signals)? {
+        Begun::Started(started) => started,
+        Begun::Waiting(waiting) => {
+            say_waiting(&waiting, run.detach, output)?;
+            if run.detach {
+                return Ok(Exit::Done);
+            }
+            broker.started(&signals)?
+        }
+    };
     for note in &started.notes {
         output.note(&printable(note));
     }
@@ -104,6 +123,29 @@ pub(crate) fn execute(globals: &Globals, run: &Run, output: &Output) -> Result<E
     broker.attend(&run_dir, name, stdio, &signals, output)
 }
 
+/// Says that a broker waits for a guest. In the foreground the one document is that of the started VM.
+fn say_waiting(waiting: &Waiting, detach: bool, output: &Output) -> Result<(), Refusal> {
+    let Waiting {
+        name,
+        broker_pid,
+        directory,
+    } = waiting;
+    let sentence = format!("{name}: waits for its guest; broker pid {broker_pid}");
+    if !detach {
+        output.hint(&sentence);
+        return Ok(());
+    }
+    if output.json() {
+        return output.document(&json!({
+            "name": name,
+            "broker_pid": broker_pid,
+            "state": VmState::Incoming,
+            "qmp": format!("{directory}/{}", baton_ipc::control::QMP_SOCKET),
+        }));
+    }
+    output.text(&sentence)
+}
+
 impl Broker {
     /// Starts one.
     pub(crate) fn spawn(run: &Run, run_dir: &RunDir) -> Result<Self, Refusal> {
@@ -125,6 +167,15 @@ impl Broker {
         }
         if let Some(factor) = slow_host {
             command.arg("--slow-host").arg(factor.to_string());
+        }
+        if let Some(Incoming { cpr, main }) = Incoming::parse(&run.incoming)? {
+            command.arg("--incoming-cpr").arg(cpr.to_string());
+            if let Some(main) = main {
+                command.arg("--incoming-main").arg(main.to_string());
+            }
+            if run.paused {
+                command.arg("--incoming-paused");
+            }
         }
         if run.detach {
             // It makes a session of its own, which the leader of a group could not.
@@ -154,10 +205,23 @@ impl Broker {
 
     /// Waits until it says that the VM runs, or why not. How long that may take is the broker's to bound.
     pub(crate) fn started(&mut self, signals: &Signals) -> Result<Started, Refusal> {
+        match self.begun(signals)? {
+            Begun::Started(started) => Ok(started),
+            Begun::Waiting(_) => Err(unfit("the broker waits twice", "")),
+        }
+    }
+
+    /// The same, or until it says that it waits for another's guest.
+    fn begun(&mut self, signals: &Signals) -> Result<Begun, Refusal> {
         let mut patience = true;
         loop {
             match self.channel.receive() {
-                Ok(Received::Message(StartReport::Started(started), _)) => return Ok(started),
+                Ok(Received::Message(StartReport::Started(started), _)) => {
+                    return Ok(Begun::Started(started));
+                }
+                Ok(Received::Message(StartReport::Waiting(waiting), _)) => {
+                    return Ok(Begun::Waiting(waiting));
+                }
                 Ok(Received::Message(StartReport::Failed(refusal), _)) => return Err(refusal),
                 Ok(Received::Empty) => {}
                 Ok(Received::HungUp) => {

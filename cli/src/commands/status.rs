@@ -93,6 +93,8 @@ pub(crate) fn state_name(state: VmState) -> (Style, &'static str) {
         VmState::Stopped => (Style::Dim, "stopped"),
         VmState::Lost => (Style::Bad, "lost"),
         VmState::Orphaned => (Style::Bad, "orphaned"),
+        VmState::Incoming => (Style::Warning, "incoming"),
+        VmState::Postmigrate => (Style::Dim, "postmigrate"),
     }
 }
 

@@ -82,6 +82,8 @@ impl Machine {
         fs::write(&file, description(plan)?).map_err(failed)?;
         let run_dir = RunDir::resolve(Some(&temporary.path().join("run")))?;
         let run = Run {
+            incoming: Vec::new(),
+            paused: false,
             file,
             detach: false,
             starting: plan.starting.clone(),

@@ -9,6 +9,8 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::capability::CAPABILITIES;
+use crate::channels;
+use crate::channels::Both;
 use crate::failure::Class;
 use crate::failure::Failure;
 use crate::introspect;
@@ -174,57 +176,59 @@ pub(crate) fn migrate_set_capabilities(shared: &mut Shared, arguments: &Object) 
 
 pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
     match plan(shared, arguments) {
-        Ok(()) => {
+        Ok(channels) => {
             let hold = shared.migration.is_enabled("pause-before-switchover");
-            Answer::ask(
-                Request::BeginUpgrade { hold },
-                |shared, reply| match reply {
-                    Ok(_) => Answer::done(),
-                    Err(refusal) => Answer::failed(busy_or(shared, refusal)),
-                },
-            )
+            let request = match channels {
+                None => Request::BeginUpgrade { hold },
+                Some(Both { main, cpr }) => Request::Transfer { main, cpr, hold },
+            };
+            Answer::ask(request, |shared, reply| match reply {
+                Ok(_) => Answer::done(),
+                Err(_) if shared.migration.in_progress() => {
+                    Answer::failed(Failure::generic(IN_PROGRESS))
+                }
+                Err(refusal) => why_not(refusal),
+            })
         }
         Err(failure) => Answer::failed(failure),
     }
 }
 
-fn busy_or(shared: &Shared, refusal: Refusal) -> Failure {
-    if shared.migration.in_progress() {
-        Failure::generic(IN_PROGRESS)
-    } else {
-        refusal.into()
-    }
+/// A refusal of `migrate`: in QEMU's words where the VM's state is the reason.
+fn why_not(refusal: Refusal) -> Answer {
+    with_status(|_, status| {
+        Answer::failed(match status.state {
+            VmState::Incoming => Failure::generic("Guest is waiting for an incoming migration"),
+            VmState::Postmigrate => {
+                Failure::generic("Can't migrate the vm that was paused due to previous migration")
+            }
+            _ => refusal.into(),
+        })
+    })
 }
 
 /// What is wrong with a `migrate`, in the order in which QEMU looks.
-fn plan(shared: &Shared, arguments: &Object) -> Result<(), Failure> {
+fn plan(shared: &Shared, arguments: &Object) -> Result<Option<Both>, Failure> {
     let migration = &shared.migration;
     let in_place = migration.mode == Mode::CprTransfer;
     let channels = arguments.get("channels").and_then(Value::as_array);
+    let channels = channels.map(Vec::as_slice);
     let uri = arguments.contains_key("uri");
     let resume = arguments.get("resume").and_then(Value::as_bool);
     if uri == channels.is_some() && (uri || !in_place) {
         return Err(Failure::generic("need either 'uri' or 'channels' argument"));
     }
-    let of_type = |kind: &str| {
-        let channels = channels.into_iter().flatten();
-        channels
-            .filter(|channel| channel.get("channel-type").and_then(Value::as_str) == Some(kind))
-            .count()
-    };
-    for kind in ["main", "cpr"] {
-        if of_type(kind) > 1 {
-            return Err(Failure::generic(format_args!(
-                "Channel list has more than one {kind} entry"
-            )));
-        }
+    if let Some(channels) = channels {
+        channels::count(channels)?;
     }
-    if channels.is_some() && of_type("main") == 0 {
-        return Err(Failure::generic("Channel list has no main entry"));
-    }
-    if in_place && (uri || channels.is_some()) && of_type("cpr") == 0 {
+    let has_cpr = channels.is_some_and(channels::has_cpr);
+    if in_place && (uri || channels.is_some()) && !has_cpr {
         return Err(Failure::generic("missing 'cpr' migration channel"));
     }
+    let both = match channels {
+        Some(channels) if in_place => Some(channels::both(channels)?),
+        _ => None,
+    };
     if resume == Some(true) {
         return Err(Failure::generic(
             "Cannot resume if there is no paused migration",
@@ -235,10 +239,7 @@ fn plan(shared: &Shared, arguments: &Object) -> Result<(), Failure> {
         Mode::Normal => Err(Failure::generic(
             "mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer'",
         )),
-        Mode::CprTransfer if channels.is_some() => Err(Failure::generic(
-            "transfer to another broker is not supported by this VMM: without 'channels' the worker is replaced in place",
-        )),
-        Mode::CprTransfer => Ok(()),
+        Mode::CprTransfer => Ok(both),
     }
 }
 
@@ -268,10 +269,17 @@ pub(crate) fn query_block(_: &mut Shared, _: &Object) -> Answer {
     view(machine::block)
 }
 
-pub(crate) fn migrate_incoming(_: &mut Shared, _: &Object) -> Answer {
-    Answer::failed(Failure::generic(
-        "'-incoming' was not specified on the command line",
-    ))
+pub(crate) fn migrate_incoming(_: &mut Shared, arguments: &Object) -> Answer {
+    match channels::incoming(arguments) {
+        Ok(main) => Answer::order(Request::Incoming { main }),
+        // As in QEMU, where nothing is awaited that is what is wrong.
+        Err(failure) => with_status(|_, status| match status.state {
+            VmState::Incoming => Answer::failed(failure),
+            _ => Answer::failed(Failure::generic(
+                "'-incoming' was not specified on the command line",
+            )),
+        }),
+    }
 }
 
 pub(crate) fn query_yank(shared: &mut Shared, _: &Object) -> Answer {

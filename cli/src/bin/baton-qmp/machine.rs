@@ -14,6 +14,8 @@ pub(crate) fn run_state(status: &VmStatus) -> &'static str {
         VmState::Upgrading if status.paused => "paused",
         VmState::Upgrading => "running",
         VmState::Stopped => "shutdown",
+        VmState::Incoming => "inmigrate",
+        VmState::Postmigrate => "postmigrate",
         VmState::Lost | VmState::Orphaned => "internal-error",
     }
 }

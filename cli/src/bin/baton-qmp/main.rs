@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod capability;
+mod channels;
 mod commands;
 mod document;
 mod failure;

@@ -105,6 +105,11 @@ choice!(
         ),
         ("paused", "It stands still at an operator's wish."),
         ("shutdown", "It has powered itself off."),
+        ("inmigrate", "It is another broker's, and is awaited here."),
+        (
+            "postmigrate",
+            "It was handed to another broker, and runs there."
+        ),
         ("internal-error", "Its worker is dead: the guest is lost."),
     ]
 );
@@ -514,7 +519,7 @@ object!(
         optional(
             "channels",
             List(&Of(&CHANNEL)),
-            "Where to, for each channel. Left out in mode `cpr-transfer`: the broker makes them, and the worker is replaced in place."
+            "Where to: a `main` and a `cpr` channel, each a unix socket on which another broker of the same user listens (a relative path is one in the VM's directory; no symbolic links). Left out in mode `cpr-transfer`: the broker makes them, and the worker is replaced in place."
         ),
         optional(
             "detach",
@@ -543,13 +548,17 @@ object!(
     "q_obj_migrate-incoming-arg",
     "Arguments of `migrate-incoming`.",
     [
-        optional("uri", Str, "Where to listen."),
+        optional("uri", Str, "Where to listen: `unix:PATH`."),
         optional(
             "channels",
             List(&Of(&CHANNEL)),
-            "Where to listen, for each channel."
+            "Where to listen: one entry, of type `main`, a unix socket."
         ),
-        optional("exit-on-error", Bool, "End when it fails."),
+        optional(
+            "exit-on-error",
+            Bool,
+            "Accepted, and always so: a broker that cannot take the guest ends with the reason."
+        ),
     ]
 );
 
@@ -763,13 +772,13 @@ pub(crate) static COMMANDS: &[Command] = &[
         "Press the power button. What follows is the guest's decision: SHUTDOWN says that it did."),
     command!("quit", &EMPTY, Of(&EMPTY), commands::quit, "End the VM at once; the broker ends too."),
     command!("migrate", &MIGRATE, Of(&EMPTY), commands::migrate,
-        "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays."),
+        "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays. With channels the guest goes to the broker that waits there (`baton run --incoming`): this one is then in `postmigrate`, and ends when its clients have gone."),
     command!("migrate_cancel", &EMPTY, Of(&EMPTY), commands::migrate_cancel,
         "Cancel the upgrade that is under way. Of no effect when there is none, or when it is too late."),
     command!("migrate-continue", &CONTINUE, Of(&EMPTY), commands::migrate_continue,
         "Go on with an upgrade that waits in `pre-switchover`."),
     command!("migrate-incoming", &INCOMING, Of(&EMPTY), commands::migrate_incoming,
-        "Refused: this VM was not started to wait for a guest."),
+        "To a broker that waits with `--incoming defer`: listen for the main channel. The old side, which may have sent its CPR state already, goes on only then; it waits for ten minutes."),
     command!("query-migrate", &EMPTY, Of(&MIGRATION_INFO), commands::query_migrate,
         "The upgrade that is under way, or the last one, whoever asked for it."),
     command!("migrate-set-parameters", &PARAMETERS, Of(&EMPTY), commands::migrate_set_parameters, "Set parameters; what is left out stays."),

@@ -1,0 +1,192 @@
+//! The sockets on which a migration's channels come in, and go out.
+//!
+//! Only this broker's own user is at the other end (SO_PEERCRED, unix(7)), whoever named the path: so nobody can have a guest
+//! handed to a socket of theirs.
+
+use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_ipc::Address;
+use nix::sys::socket::sockopt::PeerPidfd;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::fs::ResolveFlags;
+use rustix::io::Errno;
+use rustix::net::AddressFamily;
+use rustix::net::SocketAddrUnix;
+use rustix::net::SocketFlags;
+use rustix::net::SocketType;
+use rustix::process::PidfdFlags;
+use rustix::process::PidfdGetfdFlags;
+
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::refused;
+use crate::refusal::unfit;
+
+/// A listening socket. Dropped, it unlinks its path, if that is still its own.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: OwnedFd,
+    /// Its path, and the device and inode there when it was bound.
+    bound: Option<(PathBuf, (u64, u64))>,
+}
+
+impl Listener {
+    /// Listens, for this user alone.
+    pub(crate) fn at(address: &Address) -> Result<Self> {
+        match address {
+            Address::Unix(path) => Self::bind(Path::new(path)),
+            Address::Fd(number) => Self::inherited(*number),
+        }
+    }
+
+    fn bind(path: &Path) -> Result<Self> {
+        let shown = path.display();
+        let socket = stream_socket()?;
+        let address = unix_address(path)?;
+        rustix::net::bind(&socket, &address)
+            .and_then(|()| rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR))
+            .and_then(|()| rustix::net::listen(&socket, 1))
+            .map_err(|e| {
+                unfit(
+                    format_args!("Failed to bind socket to {shown}: {}", words(e)),
+                    "remove what is there, or name another path",
+                )
+            })?;
+        let there =
+            std::fs::symlink_metadata(path).doing(format_args!("cannot examine {shown}"))?;
+        Ok(Self {
+            socket,
+            bound: Some((path.to_owned(), (there.dev(), there.ino()))),
+        })
+    }
+
+    fn inherited(number: u32) -> Result<Self> {
+        let what = format!("descriptor {number} is no listening Unix stream socket");
+        let me = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
+            .doing(&what)?;
+        let number = i32::try_from(number).doing(&what)?;
+        // Its own number: another descriptor of the same socket, owned by this value alone.
+        let socket = rustix::process::pidfd_getfd(&me, number, PidfdGetfdFlags::empty())
+            .map_err(|_| unfit(&what, "have it inherited, without close-on-exec"))?;
+        let listens = rustix::net::sockopt::socket_acceptconn(&socket).unwrap_or(false);
+        let kind = rustix::net::sockopt::socket_type(&socket).ok();
+        let domain = rustix::net::sockopt::socket_domain(&socket).ok();
+        if !listens || kind != Some(SocketType::STREAM) || domain != Some(AddressFamily::UNIX) {
+            return Err(unfit(what, ""));
+        }
+        rustix::io::ioctl_fionbio(&socket, true).doing(what)?;
+        Ok(Self {
+            socket,
+            bound: None,
+        })
+    }
+
+    /// Whoever has connected, if somebody has and is of this user.
+    pub(crate) fn accept(&self) -> Option<OwnedFd> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let stream = rustix::net::accept_with(&self.socket, flags).ok()?;
+        check_peer(&stream).ok().map(|()| stream)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some((path, identity)) = &self.bound {
+            let there = std::fs::symlink_metadata(path).ok();
+            if there.is_some_and(|there| (there.dev(), there.ino()) == *identity) {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+    }
+}
+
+/// Connects without waiting. A relative path is one in `directory`; no component may be a symbolic link.
+pub(crate) fn connect(address: &Address, directory: &Path) -> Result<OwnedFd> {
+    let Address::Unix(path) = address else {
+        return Err(unfit(
+            format_args!("cannot connect to {address}"),
+            "name the path of a Unix socket",
+        ));
+    };
+    let failed = |e: Errno| {
+        let why = match e {
+            Errno::AGAIN => "nobody accepts there, and its backlog is full".to_owned(),
+            Errno::LOOP => "a symbolic link lies in the path".to_owned(),
+            e => words(e),
+        };
+        unfit(format_args!("Failed to connect to '{path}': {why}"), "")
+    };
+    let place = rustix::fs::openat2(
+        rustix::fs::CWD,
+        directory.join(path),
+        // Without O_NOFOLLOW, with which a link at the path's end would be opened itself (openat2(2)).
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+    )
+    .map_err(failed)?;
+    let socket = stream_socket()?;
+    let address = unix_address(Path::new(&format!("/proc/self/fd/{}", place.as_raw_fd())))?;
+    rustix::net::connect(&socket, &address).map_err(failed)?;
+    check_peer(&socket).map_err(|uid| {
+        refused(
+            format_args!("user {uid} listens at '{path}'"),
+            "a guest goes to a broker of the same user only",
+        )
+    })?;
+    Ok(socket)
+}
+
+/// A descriptor of the process that has connected; none when it is gone by now.
+pub(crate) fn peer_process(stream: &OwnedFd) -> Option<OwnedFd> {
+    nix::sys::socket::getsockopt(stream, PeerPidfd).ok()
+}
+
+/// Whether this broker's user is at the other end; who else, if not.
+fn check_peer(stream: &OwnedFd) -> std::result::Result<(), u32> {
+    let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|_| u32::MAX)?;
+    if peer.uid == rustix::process::geteuid() {
+        Ok(())
+    } else {
+        Err(peer.uid.as_raw())
+    }
+}
+
+fn stream_socket() -> Result<OwnedFd> {
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+    .doing("cannot make a socket")
+}
+
+fn unix_address(path: &Path) -> Result<SocketAddrUnix> {
+    SocketAddrUnix::new(path).map_err(|_| {
+        unfit(
+            format_args!("the socket's path {} is too long", path.display()),
+            "choose a shorter one",
+        )
+    })
+}
+
+/// An error as strerror(3) has it.
+fn words(error: Errno) -> String {
+    nix::errno::Errno::from_raw(error.raw_os_error())
+        .desc()
+        .to_owned()
+}

@@ -1,0 +1,255 @@
+//! The machine that a VM file makes, for comparison with one that runs; and whether descriptors that came from another broker
+//! are what the VM file names.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::Registry;
+use baton_ipc::descriptor;
+use baton_ipc::transfer::GuestMachine;
+use baton_ipc::worker::BlockConfig;
+use baton_ipc::worker::NetConfig;
+use baton_ipc::worker::VirtioConfig;
+use baton_ipc::worker::VirtioKind;
+use baton_policy::Policy;
+
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::unfit;
+use crate::resources::ENTROPY_SLOT;
+use crate::resources::check_grant;
+use crate::taps;
+use crate::vm_file::Console;
+use crate::vm_file::VmFile;
+
+/// The machine of a VM file with these devices.
+pub(crate) fn of(vm: &VmFile, virtio: &[VirtioConfig]) -> GuestMachine {
+    let mut hide = vm.cpus.hide.clone();
+    hide.sort_by_key(ToString::to_string);
+    hide.dedup();
+    GuestMachine {
+        name: vm.name.as_str().to_owned(),
+        cpus: vm.cpus.count.0,
+        hide,
+        ram: vm.ram(),
+        pages: vm.memory.pages,
+        cmdline: vm.boot.cmdline.0.clone(),
+        initrd: vm.boot.initrd.is_some(),
+        console: match vm.console {
+            Console::Socket => "socket",
+            Console::Stdio => "stdio",
+            Console::Pty => "pty",
+            Console::File { .. } => "file",
+        }
+        .to_owned(),
+        virtio: virtio.to_vec(),
+    }
+}
+
+/// The devices that a VM file names, in the order of their slots. What only an open device tells (a disk's size, a tap's MTU)
+/// is taken from the running machine's device in that slot, whose descriptor is compared by itself.
+pub(crate) fn devices(vm: &VmFile, running: &[VirtioConfig]) -> Vec<VirtioConfig> {
+    let running: BTreeMap<u8, &VirtioKind> = running
+        .iter()
+        .map(|config| (config.slot, &config.device))
+        .collect();
+    let mut slots = 1..;
+    let mut devices = Vec::new();
+    for (disk, slot) in vm.disk.0.iter().zip(&mut slots) {
+        let (bytes, device, block_size) = match running.get(&slot) {
+            Some(VirtioKind::Block(block)) => (block.bytes, block.device, block.block_size),
+            _ => (0, false, 512),
+        };
+        let serial = disk.serial.as_ref().unwrap_or(&disk.id);
+        let device = VirtioKind::Block(BlockConfig {
+            bytes,
+            device,
+            readonly: disk.readonly,
+            direct: disk.direct,
+            block_size,
+            queues: disk.queues.0,
+            serial: serial.0.clone(),
+            limits: disk.limit.limits(),
+        });
+        devices.push(VirtioConfig { slot, device });
+    }
+    for (net, slot) in vm.net.0.iter().zip(&mut slots) {
+        let mtu = match running.get(&slot) {
+            Some(VirtioKind::Net(net)) => net.mtu,
+            _ => 0,
+        };
+        let device = VirtioKind::Net(NetConfig {
+            mac: net.mac.0,
+            mtu,
+            queues: net.queues.0,
+            limits: net.limit.limits(),
+        });
+        devices.push(VirtioConfig { slot, device });
+    }
+    devices.push(VirtioConfig {
+        slot: ENTROPY_SLOT,
+        device: VirtioKind::Entropy,
+    });
+    devices
+}
+
+/// Whether the descriptors are those that this machine has, no more and no fewer, each granted by policy and the very file
+/// that the VM file names. Kind, access, size, seals and identity were compared with their descriptions on arrival.
+pub(crate) fn check(
+    vm: &VmFile,
+    policy: &Policy,
+    registry: &Registry,
+    machine: &GuestMachine,
+) -> Result<()> {
+    let wanted = wanted(machine)?;
+    for (key, kind) in &wanted {
+        registry
+            .find(key, *kind)
+            .map_err(|e| unfit(format_args!("the CPR state: {e}"), ""))?;
+    }
+    for (key, description, fd) in registry.iter() {
+        if !wanted.contains_key(key) {
+            return Err(unfit(
+                format_args!(
+                    "the CPR state has a descriptor {key} that the VM file has no use for"
+                ),
+                "",
+            ));
+        }
+        if description.kind == DescriptorKind::GuestRam {
+            let region = machine.ram.iter().zip(0..).find(|(_, id)| *id == key.id());
+            let size = region.map_or(0, |(region, _)| region.size);
+            if description.size != size {
+                return Err(unfit(
+                    format_args!(
+                        "{key}: the CPR state has {} bytes, the VM file {size}",
+                        description.size
+                    ),
+                    "",
+                ));
+            }
+        }
+        let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let path = match description.kind {
+            DescriptorKind::Image
+            | DescriptorKind::Kvm
+            | DescriptorKind::Disk
+            | DescriptorKind::BlockDevice => {
+                Some(fs::read_link(&link).doing(format_args!("cannot resolve {key}"))?)
+            }
+            DescriptorKind::Tap => {
+                // The kernel's own word for which interface it is (tun_chr_show_fdinfo, drivers/net/tun.c).
+                let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
+                    .doing(format_args!("cannot examine {key}"))?;
+                let name = info.lines().find_map(|line| line.strip_prefix("iff:"));
+                let name = name.map(str::trim).unwrap_or_default();
+                check_tap(vm, key, name)?;
+                Some(tap_place(name))
+            }
+            DescriptorKind::GuestRam | DescriptorKind::Stream | DescriptorKind::Eventfd => None,
+        };
+        check_grant(policy, key, description, path.as_deref())?;
+        if matches!(
+            description.kind,
+            DescriptorKind::Disk | DescriptorKind::BlockDevice
+        ) {
+            check_disk(vm, key, (description.device, description.inode))?;
+        }
+    }
+    Ok(())
+}
+
+/// Every descriptor that a machine has.
+fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKind>> {
+    let mut wanted = BTreeMap::new();
+    let mut want = |name: &str, id: u32, kind: DescriptorKind| -> Result<()> {
+        let key = DescriptorKey::new(name, id).doing("cannot name a descriptor")?;
+        wanted.insert(key, kind);
+        Ok(())
+    };
+    want(descriptor::KVM, 0, DescriptorKind::Kvm)?;
+    want(descriptor::KERNEL, 0, DescriptorKind::Image)?;
+    want(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
+    if machine.initrd {
+        want(descriptor::INITRD, 0, DescriptorKind::Image)?;
+    }
+    for (id, _) in (0..).zip(&machine.ram) {
+        want(descriptor::RAM, id, DescriptorKind::GuestRam)?;
+    }
+    for config in &machine.virtio {
+        match &config.device {
+            VirtioKind::Block(block) => {
+                let kind = if block.device {
+                    DescriptorKind::BlockDevice
+                } else {
+                    DescriptorKind::Disk
+                };
+                want(descriptor::DISK, config.slot.into(), kind)?;
+            }
+            VirtioKind::Net(net) => {
+                for pair in 0..net.queues {
+                    want(descriptor::NET, config.tap(pair), DescriptorKind::Tap)?;
+                }
+            }
+            // A VM with a vsock is refused before anything is compared.
+            VirtioKind::Entropy | VirtioKind::Vsock { .. } => {}
+        }
+        for queue in 0..config.device.queues() {
+            want(
+                descriptor::KICK,
+                config.kick(queue),
+                DescriptorKind::Eventfd,
+            )?;
+        }
+    }
+    Ok(wanted)
+}
+
+fn check_disk(vm: &VmFile, key: &DescriptorKey, found: (u64, u64)) -> Result<()> {
+    let index = usize::try_from(key.id())
+        .ok()
+        .and_then(|slot| slot.checked_sub(1));
+    let Some(disk) = index.and_then(|index| vm.disk.0.get(index)) else {
+        return Ok(());
+    };
+    let there = fs::metadata(&disk.path).ok();
+    if there.map(|there| (there.dev(), there.ino())) == Some(found) {
+        return Ok(());
+    }
+    Err(unfit(
+        format_args!(
+            "disk {}: the running VM has another file than {}",
+            disk.id.0,
+            disk.path.display()
+        ),
+        "name the file that the running VM has",
+    ))
+}
+
+fn check_tap(vm: &VmFile, key: &DescriptorKey, found: &str) -> Result<()> {
+    let slot = key.id() / u32::from(baton_ipc::worker::MAX_NET_QUEUES);
+    let index = usize::try_from(slot)
+        .ok()
+        .and_then(|slot| slot.checked_sub(1 + vm.disk.0.len()));
+    match index.and_then(|index| vm.net.0.get(index)) {
+        Some(net) if net.tap.0 != found => Err(unfit(
+            format_args!(
+                "network interface {}: the running VM has the tap {found:?}, not {}",
+                net.id.0, net.tap.0
+            ),
+            "name the tap that the running VM has",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Where a tap that exists comes from, as policy is asked: its place in sysfs.
+fn tap_place(name: &str) -> PathBuf {
+    Path::new(taps::SYSFS).join(name)
+}

@@ -1,0 +1,108 @@
+//! The channels of `migrate` and `migrate-incoming`: what is wrong with them, in QEMU's words, and where they lead.
+
+use baton_ipc::Address;
+use serde_json::Value;
+
+use crate::failure::Failure;
+use crate::schema::Object;
+
+/// Both channels of a `migrate`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Both {
+    pub(crate) main: Address,
+    pub(crate) cpr: Address,
+}
+
+/// The entries of one type.
+fn of_type<'a>(channels: &'a [Value], kind: &'a str) -> impl Iterator<Item = &'a Value> {
+    channels
+        .iter()
+        .filter(move |channel| channel.get("channel-type").and_then(Value::as_str) == Some(kind))
+}
+
+/// Checks how many entries of each type a list has.
+pub(crate) fn count(channels: &[Value]) -> Result<(), Failure> {
+    for kind in ["main", "cpr"] {
+        if of_type(channels, kind).count() > 1 {
+            return Err(Failure::generic(format_args!(
+                "Channel list has more than one {kind} entry"
+            )));
+        }
+    }
+    if of_type(channels, "main").next().is_none() {
+        return Err(Failure::generic("Channel list has no main entry"));
+    }
+    Ok(())
+}
+
+/// Whether there is a cpr entry.
+pub(crate) fn has_cpr(channels: &[Value]) -> bool {
+    of_type(channels, "cpr").next().is_some()
+}
+
+/// Where the channels of a counted list lead.
+pub(crate) fn both(channels: &[Value]) -> Result<Both, Failure> {
+    let addr = |kind: &'static str| {
+        of_type(channels, kind)
+            .next()
+            .and_then(|one| one.get("addr"))
+    };
+    let (Some(main), Some(cpr)) = (addr("main"), addr("cpr")) else {
+        return Err(Failure::generic("missing 'cpr' migration channel"));
+    };
+    let main = main_address(main)?;
+    let cpr =
+        unix(cpr).ok_or_else(|| Failure::generic("bad cpr channel address; must be unix"))??;
+    Ok(Both { main, cpr })
+}
+
+fn main_address(addr: &Value) -> Result<Address, Failure> {
+    if addr.get("transport").and_then(Value::as_str) == Some("file") {
+        return Err(Failure::generic(
+            "Migration requires streamable transport (eg unix)",
+        ));
+    }
+    unix(addr).unwrap_or_else(|| {
+        Err(Failure::generic(
+            "bad main channel address; this VMM takes a unix socket",
+        ))
+    })
+}
+
+/// The address of a Unix socket; `None` for anything else.
+fn unix(addr: &Value) -> Option<Result<Address, Failure>> {
+    let text = |key: &str| addr.get(key).and_then(Value::as_str);
+    match (text("transport"), text("type"), text("path")) {
+        (Some("socket"), Some("unix"), Some(path)) => {
+            Some(Address::unix(path).map_err(Failure::generic))
+        }
+        _ => None,
+    }
+}
+
+/// Where `migrate-incoming` is to listen.
+pub(crate) fn incoming(arguments: &Object) -> Result<Address, Failure> {
+    let channels = arguments.get("channels").and_then(Value::as_array);
+    match (arguments.get("uri").and_then(Value::as_str), channels) {
+        (Some(uri), None) => match uri.split_once(':') {
+            Some(("unix", path)) => Address::unix(path).map_err(Failure::generic),
+            Some((protocol @ ("tcp" | "vsock" | "fd" | "exec" | "rdma" | "file"), _)) => {
+                Err(Failure::generic(format_args!(
+                    "'{protocol}' is not supported by this VMM; use a unix socket"
+                )))
+            }
+            _ => Err(Failure::generic(format_args!(
+                "unknown migration protocol: {uri}"
+            ))),
+        },
+        (None, Some(channels)) => match channels.as_slice() {
+            [channel] if channel.get("channel-type").and_then(Value::as_str) == Some("main") => {
+                main_address(channel.get("addr").unwrap_or(&Value::Null))
+            }
+            _ => Err(Failure::generic(
+                "Channel list must have only one entry, for type 'main'",
+            )),
+        },
+        _ => Err(Failure::generic("need either 'uri' or 'channels' argument")),
+    }
+}

@@ -1,0 +1,277 @@
+//! A running guest goes from one broker to another, and cannot tell; its name, disks, console and audit log go with it.
+
+use std::io::Read;
+use std::process::Stdio;
+
+use baton_guest::CommandLine;
+use baton_tests::Builder;
+use baton_tests::Qmp;
+use baton_tests::is_alive;
+use baton_tests::until;
+use serde_json::json;
+
+#[test]
+fn the_guest_the_name_and_the_log_go_to_the_new_broker() {
+    let mut vm = Builder::release().start();
+    let (before, old, old_broker) = (vm.witness(), vm.worker(), vm.broker);
+    let id = vm.status()["id"].clone();
+    let waiting = vm.wait_for_guest();
+    let waits = vm
+        .site
+        .baton(["status", &format!("{}.incoming", vm.site.name)]);
+    assert_eq!(waits.expect(0).json()["state"], "incoming");
+    assert_eq!(
+        vm.worker(),
+        old,
+        "the name is the old broker's until the commit"
+    );
+
+    let mut qmp = Qmp::connect(&vm);
+    let info = vm.migrate_to(&mut qmp, &waiting);
+    assert_eq!(info["status"], "completed", "{info}");
+    assert!(info["downtime"].as_u64().unwrap() > 0, "{info}");
+    // The old side, as QEMU's: it has no guest, and says so to those who stay.
+    assert_eq!(qmp.status(), "postmigrate");
+    let told = [
+        "MIGRATION setup",
+        "STOP",
+        "MIGRATION active",
+        "MIGRATION device",
+        "MIGRATION completed",
+        "__org.baton_WORKER_REPLACED",
+    ];
+    assert_eq!(qmp.event_names(), told);
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    let again = qmp.refused("migrate", json!({"channels": waiting.channels()}));
+    assert_eq!(
+        again,
+        "Can't migrate the vm that was paused due to previous migration"
+    );
+    assert!(qmp.refused("cont", json!({})).contains("another broker"));
+    qmp.done("quit", json!({}));
+    vm.assert_taken_over(&waiting);
+    assert!(!is_alive(old) && !is_alive(old_broker));
+
+    // The new side is an ordinary broker of the same VM.
+    let status = vm.status();
+    assert_eq!(status["id"], id);
+    assert_eq!(status["generation"], 2);
+    assert_eq!(status["state"], "running");
+    assert_eq!(status["last_upgrade"]["outcome"], "committed");
+    vm.assert_only_runner(vm.worker());
+    vm.assert_goes_on(&before);
+    vm.ask("audit").expect(0);
+    let mut qmp = Qmp::connect(&vm);
+    assert_eq!(
+        qmp.returns("query-migrate", json!({}))["status"],
+        "completed"
+    );
+    assert_eq!(
+        qmp.returns("query-migrate-parameters", json!({}))["mode"],
+        "normal"
+    );
+    vm.assert_upgrades();
+    let log = vm.audit_log();
+    assert_eq!(log.upgrades(), ["committed", "committed"]);
+    assert_eq!((log.count("taken-over"), log.count("vm-end")), (1, 0));
+    for path in [&waiting.main, &waiting.cpr] {
+        assert!(!path.exists(), "{}", path.display());
+    }
+}
+
+#[test]
+fn ten_transfers_follow_each_other() {
+    let line = CommandLine::new()
+        .walk_bytes(4 << 20)
+        .console()
+        .period_ms(20);
+    let mut vm = Builder::release().cpus(2).line(line).start();
+    let first = vm.witness();
+    for _ in 0..10 {
+        vm.assert_transfers();
+    }
+    let last = vm.assert_goes_on(&first);
+    assert_eq!(last.report().nonce, first.report().nonce);
+    let lines = vm.status_lines().lines;
+    assert!(lines.iter().all(|line| line.nonce == first.report().nonce));
+    assert_eq!(vm.audit_log().upgrades(), ["committed"; 10]);
+}
+
+#[test]
+fn a_disk_stays_open_and_locked() {
+    let mut vm = Builder::release().disk("root", 8, "").start();
+    vm.assert_transfers();
+    vm.assert_transfers();
+    let other = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    let other = other.replace(&vm.site.name, &format!("{}-thief", vm.site.name));
+    vm.site.write("thief.toml", other);
+    let refused = vm.site.run("thief.toml").expect(3);
+    assert!(refused.stderr.contains("is locked"), "{refused:?}");
+}
+
+#[test]
+fn who_listens_to_the_console_goes_on_listening() {
+    let mut vm = Builder::release().start();
+    let mut console = vm
+        .site
+        .command()
+        .args(["console", &vm.site.name])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stream = console.stdout.take().unwrap();
+    let mut seen = String::new();
+    let mut read_on = |seen: &mut String, until_longer_than: usize| {
+        let mut buffer = [0; 4096];
+        while seen.len() <= until_longer_than {
+            let count = stream.read(&mut buffer).unwrap();
+            assert!(count > 0, "the console hung up");
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    };
+    read_on(&mut seen, 200);
+    vm.assert_transfers();
+    let length = seen.len();
+    read_on(&mut seen, length + 4096);
+    let log = baton_guest::StatusLog::parse(&seen);
+    assert!(log.unwrap().lines.len() > 10, "every line once, in order");
+    console.kill().unwrap();
+    console.wait().unwrap();
+}
+
+#[test]
+fn a_paused_guest_stays_paused() {
+    let mut vm = Builder::release().start();
+    vm.ask("pause").expect(0);
+    vm.assert_stands_still();
+    let waiting = vm.wait_for_guest();
+    let mut qmp = Qmp::connect(&vm);
+    let info = vm.migrate_to(&mut qmp, &waiting);
+    assert_eq!(info["status"], "completed", "{info}");
+    drop(qmp);
+    vm.assert_taken_over(&waiting);
+    assert_eq!(vm.state(), "paused");
+    vm.assert_stands_still();
+    let before = vm.witness();
+    vm.ask("resume").expect(0);
+    vm.assert_goes_on(&before);
+}
+
+#[test]
+fn a_guest_that_comes_to_a_paused_side_stands_still_there() {
+    let mut vm = Builder::release().start();
+    let waiting = vm.wait_from("vm.toml", &["-S"]);
+    let mut qmp = Qmp::connect(&vm);
+    assert_eq!(vm.migrate_to(&mut qmp, &waiting)["status"], "completed");
+    drop(qmp);
+    vm.assert_taken_over(&waiting);
+    until("it is paused", || (vm.state() == "paused").then_some(()));
+    vm.assert_stands_still();
+    let before = vm.witness();
+    vm.ask("resume").expect(0);
+    vm.assert_goes_on(&before);
+}
+
+#[test]
+fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
+    let mut vm = Builder::release().start();
+    let before = vm.witness();
+    let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
+    let mut old = Qmp::connect(&vm);
+    let mut new = Qmp::connect_to(&vm, &format!("{}.incoming", vm.site.name));
+    assert_eq!(new.status(), "inmigrate");
+    new.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    let waits = new.refused("migrate", json!({}));
+    assert_eq!(waits, "Guest is waiting for an incoming migration");
+    let elsewhere = old.refused("migrate-incoming", json!({"uri": "unix:/nowhere"}));
+    assert_eq!(
+        elsewhere,
+        "'-incoming' was not specified on the command line"
+    );
+
+    old.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    old.done("migrate", json!({"channels": waiting.channels()}));
+    until("the new side has the CPR state", || {
+        new.event_names_now()
+            .contains(&"MIGRATION setup".to_owned())
+            .then_some(())
+    });
+    vm.assert_goes_on(&before);
+    assert_eq!(old.returns("query-migrate", json!({}))["status"], "setup");
+    let main = json!({"channels": [baton_tests::transfer::channel("main", &waiting.main)]});
+    new.done("migrate-incoming", main.clone());
+    assert_eq!(old.migrated()["status"], "completed");
+    until("the new side has it, too", || {
+        new.event_names_now()
+            .contains(&"MIGRATION completed".to_owned())
+            .then_some(())
+    });
+    let names = new.event_names();
+    let at = |name: &str| names.iter().position(|one| one == name).unwrap();
+    assert!(at("MIGRATION setup") < at("RESUME"), "{names:?}");
+    assert!(at("RESUME") < at("MIGRATION completed"), "{names:?}");
+    assert_eq!(new.status(), "running");
+    drop(old);
+    vm.assert_taken_over(&waiting);
+    vm.assert_goes_on(&before);
+}
+
+#[test]
+fn a_transfer_is_cancelled_and_tried_again() {
+    for cut in ["migrate_cancel", "yank"] {
+        let mut vm = Builder::release().start();
+        let (before, old) = (vm.witness(), vm.worker());
+        let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
+        let mut new = Qmp::connect_to(&vm, &format!("{}.incoming", vm.site.name));
+        let mut qmp = Qmp::connect(&vm);
+        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        qmp.done("migrate", json!({"channels": waiting.channels()}));
+        // Before that it has nothing to give up, and waits on.
+        until("the new side has the CPR state", || {
+            new.event_names_now()
+                .contains(&"MIGRATION setup".to_owned())
+                .then_some(())
+        });
+        drop(new);
+        let second = qmp.refused("migrate", json!({"channels": waiting.channels()}));
+        assert_eq!(second, "There's a migration process in progress");
+        match cut {
+            "yank" => qmp.done("yank", json!({"instances": [{"type": "migration"}]})),
+            _ => qmp.done("migrate_cancel", json!({})),
+        }
+        qmp.done("migrate_cancel", json!({}));
+        assert_eq!(qmp.migrated()["status"], "cancelled");
+        assert_eq!(qmp.status(), "running");
+        assert!(!qmp.event_names().contains(&"STOP".to_owned()));
+        // The waiting side is told, and gives up with the reason.
+        vm.assert_nobody_waits(&waiting);
+        vm.assert_only_runner(old);
+        vm.assert_goes_on(&before);
+        drop(qmp);
+        vm.assert_transfers();
+    }
+}
+
+#[test]
+fn before_its_pause_it_waits_and_is_continued() {
+    let mut vm = Builder::release().start();
+    let waiting = vm.wait_for_guest();
+    let mut qmp = Qmp::connect(&vm);
+    let hold = json!([{"capability": "pause-before-switchover", "state": true}]);
+    qmp.done("migrate-set-capabilities", json!({"capabilities": hold}));
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    qmp.done("migrate", json!({"channels": waiting.channels()}));
+    until("it waits", || {
+        let info = qmp.returns("query-migrate", json!({}));
+        (info["status"] == "pre-switchover").then_some(())
+    });
+    let before = vm.witness();
+    vm.assert_goes_on(&before);
+    qmp.done("migrate-continue", json!({"state": "pre-switchover"}));
+    assert_eq!(qmp.migrated()["status"], "completed");
+    drop(qmp);
+    vm.assert_taken_over(&waiting);
+    vm.assert_goes_on(&before);
+}

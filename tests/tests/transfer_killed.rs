@@ -1,0 +1,242 @@
+//! Two brokers and two workers, and each of them killed at each step of a transfer: never two runners. Before the commit the old
+//! worker runs on, and another transfer of the same guest succeeds; after it the new one does, under whichever broker is left,
+//! or as an orphan that is found by its name.
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that cannot do its work fails"
+)]
+
+use baton_tests::Builder;
+use baton_tests::Qmp;
+use baton_tests::Vm;
+use baton_tests::Waiting;
+use baton_tests::Witness;
+use baton_tests::is_alive;
+use baton_tests::until;
+use serde_json::Value;
+use serde_json::json;
+
+/// A transfer that meets its fault.
+struct Faulted {
+    vm: Vm,
+    old: i32,
+    before: Witness,
+    waiting: Waiting,
+    /// What the old side says in the end; none when it is dead.
+    info: Option<Value>,
+}
+
+/// With these faults in the old broker and its worker, and these in the new broker and its worker.
+fn transferring(old_faults: &str, new_faults: &str) -> Faulted {
+    let mut vm = Builder::faulty(old_faults).start();
+    let (old, before) = (vm.worker(), vm.witness());
+    vm.site.environment("BATON_FAIL", new_faults);
+    let waiting = vm.wait_for_guest();
+    vm.site.environment("BATON_FAIL", "");
+    let mut qmp = Qmp::connect(&vm);
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    qmp.done("migrate", json!({"channels": waiting.channels()}));
+    let info = loop {
+        // Nobody may be there any more.
+        qmp.flood(b"{\"execute\": \"query-migrate\"}\n");
+        let answer = loop {
+            match qmp.receive() {
+                Some(message) if message.get("event").is_some() => {}
+                other => break other,
+            }
+        };
+        let Some(answer) = answer else {
+            break None;
+        };
+        let info = answer["return"].clone();
+        let status = info["status"].as_str().unwrap_or_default();
+        if matches!(status, "completed" | "failed" | "cancelled") {
+            break Some(info);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    };
+    Faulted {
+        vm,
+        old,
+        before,
+        waiting,
+        info,
+    }
+}
+
+impl Faulted {
+    fn status(&self) -> &str {
+        self.info
+            .as_ref()
+            .and_then(|info| info["status"].as_str())
+            .unwrap_or("dead")
+    }
+
+    /// The old worker runs the guest under the old broker, nobody waits, and the next transfer succeeds.
+    fn assert_old_runs(mut self) {
+        assert_eq!(self.status(), "failed", "{:?}", self.info);
+        let reason = &self.info.as_ref().expect("an answer")["error-desc"];
+        assert!(
+            reason.as_str().is_some_and(|text| !text.is_empty()),
+            "{reason}"
+        );
+        self.vm.assert_nobody_waits(&self.waiting);
+        assert_eq!(self.vm.worker(), self.old);
+        assert_eq!(self.vm.state(), "running");
+        self.vm.assert_only_runner(self.old);
+        self.vm.assert_goes_on(&self.before);
+        // On the same guest (I8); what the dead have left goes with it.
+        self.vm.assert_transfers();
+    }
+
+    /// The old broker is dead, its worker runs on without it, and the side that waited is gone.
+    fn assert_old_orphaned(self) {
+        assert_eq!(self.status(), "dead", "{:?}", self.info);
+        self.vm.assert_nobody_waits(&self.waiting);
+        self.vm.assert_only_runner(self.old);
+        self.vm.assert_goes_on(&self.before);
+        let status = self.vm.status();
+        assert_eq!(status["state"], "orphaned", "{status}");
+        assert_eq!(status["worker_pid"], self.old, "{status}");
+    }
+
+    /// The new worker runs the guest under the new broker.
+    fn assert_new_runs(mut self) {
+        self.vm.assert_taken_over(&self.waiting);
+        let new = self.vm.worker();
+        assert_ne!(new, self.old);
+        assert_eq!(self.vm.generation(), 2);
+        self.vm.assert_only_runner(new);
+        self.vm.assert_goes_on(&self.before);
+        self.vm.assert_transfers();
+    }
+
+    /// The new broker died after the commit: its worker runs the guest, and is found.
+    fn assert_new_orphaned(self) {
+        assert_eq!(self.status(), "completed", "{:?}", self.info);
+        until("the old worker is gone", || {
+            (!is_alive(self.old)).then_some(())
+        });
+        let workers = self.vm.site.workers();
+        let [new] = workers.as_slice() else {
+            panic!("one has to run the guest: {workers:?}");
+        };
+        self.vm.assert_goes_on(&self.before);
+        let status = self.vm.status();
+        assert_eq!(status["state"], "orphaned", "{status}");
+        assert_eq!(status["worker_pid"], *new, "{status}");
+    }
+
+    /// Nobody runs the guest, and that is said.
+    fn assert_lost(self) {
+        assert_eq!(self.status(), "failed", "{:?}", self.info);
+        self.vm.assert_nobody_waits(&self.waiting);
+        until("nobody is left", || {
+            self.vm.site.workers().is_empty().then_some(())
+        });
+        self.vm.assert_stands_still();
+        assert_eq!(self.vm.state(), "lost");
+    }
+
+    /// Whichever the race between the signal and its victim made of it: that, whole.
+    fn assert_decided(self) {
+        match self.status() {
+            "completed" => {
+                // It ran for a moment, was the VM, and died.
+                until("nobody is left", || {
+                    self.vm.site.workers().is_empty().then_some(())
+                });
+                self.vm.assert_stands_still();
+            }
+            _ if self.vm.state() == "lost" => self.assert_lost(),
+            _ => self.assert_old_runs(),
+        }
+    }
+
+    fn assert_lost_or_new_runs(self) {
+        match self.status() {
+            "failed" => self.assert_lost(),
+            _ => self.assert_new_runs(),
+        }
+    }
+}
+
+macro_rules! cells {
+    ($($name:ident: $old:literal, $new:literal => $check:ident;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                transferring($old, $new).$check();
+            }
+        )*
+    };
+}
+
+mod new_broker {
+    use super::*;
+
+    cells! {
+        s2_spawn_is_aborted: "", "S2:kill-broker" => assert_old_runs;
+        s3_agree_is_aborted: "", "S3:kill-broker" => assert_old_runs;
+        s4_hand_over_is_aborted: "", "S4:kill-broker" => assert_old_runs;
+        s5_build_is_aborted: "", "S5:kill-broker" => assert_old_runs;
+        s6_park_is_rolled_back: "S6:kill-other-broker", "" => assert_old_runs;
+        s7_save_is_rolled_back: "S7:kill-other-broker", "" => assert_old_runs;
+        s8_load_is_rolled_back: "S8:kill-other-broker", "" => assert_old_runs;
+        s9_commit_rolls_forward: "S9:kill-other-broker", "" => assert_new_orphaned;
+        s10_run_rolls_forward: "S10:kill-other-broker", "" => assert_new_orphaned;
+    }
+}
+
+mod old_broker {
+    use super::*;
+
+    cells! {
+        s3_the_old_one_runs_on: "S3:kill-broker", "" => assert_old_orphaned;
+        s4_the_old_one_runs_on: "S4:kill-broker", "" => assert_old_orphaned;
+        s5_the_old_one_runs_on: "S5:kill-broker", "" => assert_old_orphaned;
+        s6_the_old_one_runs_on: "S6:kill-broker", "" => assert_old_orphaned;
+        s7_the_old_one_resumes: "S7:kill-broker", "" => assert_old_orphaned;
+        s8_the_old_one_resumes_though_it_was_stopped: "S8:kill-broker", "" => assert_old_orphaned;
+        s9_before_it_ceded_the_old_one_resumes: "S9:kill-broker", "" => assert_old_orphaned;
+        s10_the_new_side_takes_over_by_itself: "S10:kill-broker", "" => assert_new_runs;
+    }
+}
+
+mod new_worker {
+    use super::*;
+
+    cells! {
+        s3_before_its_offer_is_aborted: "", "new@agree:die" => assert_old_runs;
+        s5_building_is_aborted: "", "new@build:die" => assert_old_runs;
+        s5_rehearsing_is_aborted: "", "new@rehearse:error" => assert_old_runs;
+        s6_park_is_rolled_back: "S6:kill-new", "" => assert_old_runs;
+        s7_save_is_rolled_back: "S7:kill-new", "" => assert_old_runs;
+        s8_half_loaded_is_rolled_back: "", "new@load:die" => assert_old_runs;
+        s8_refusing_is_rolled_back: "", "new@validate:error" => assert_old_runs;
+        s8_hung_is_rolled_back: "S8:stop-new", "" => assert_old_runs;
+        s9_commit_never_said_running: "S9:kill-new", "" => assert_old_runs;
+        s9_hung_never_ran: "S9:stop-new", "" => assert_old_runs;
+        s10_before_running_never_ran: "", "new@commit:die" => assert_old_runs;
+        s10_hung_before_running_never_ran: "", "new@commit:hang" => assert_old_runs;
+        s10_after_running_is_lost: "", "new@running:die" => assert_lost;
+        s10_run_is_decided_by_its_word: "S10:kill-new", "" => assert_decided;
+    }
+}
+
+mod old_worker {
+    use super::*;
+
+    cells! {
+        s3_agree_is_lost: "S3:kill-old", "" => assert_lost;
+        s5_build_is_lost: "S5:kill-old", "" => assert_lost;
+        s6_park_is_lost: "S6:kill-old", "" => assert_lost;
+        s7_half_saved_is_lost: "old@save:die", "" => assert_lost;
+        s7_refusing_is_rolled_back: "old@save:error", "" => assert_old_runs;
+        s8_load_rolls_forward: "S8:kill-old", "" => assert_lost_or_new_runs;
+        s9_commit_rolls_forward: "S9:kill-old", "" => assert_new_runs;
+        s10_run_rolls_forward: "S10:kill-old", "" => assert_new_runs;
+    }
+}
