@@ -22,6 +22,7 @@ use baton_policy::Policy;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::resources::BALLOON_SLOT;
 use crate::resources::ENTROPY_SLOT;
 use crate::resources::check_grant;
 use crate::taps;
@@ -91,6 +92,12 @@ pub(crate) fn devices(vm: &VmFile, running: &[VirtioConfig]) -> Vec<VirtioConfig
             limits: net.limit.limits(),
         });
         devices.push(VirtioConfig { slot, device });
+    }
+    if vm.memory.balloon {
+        devices.push(VirtioConfig {
+            slot: BALLOON_SLOT,
+            device: VirtioKind::Balloon,
+        });
     }
     devices.push(VirtioConfig {
         slot: ENTROPY_SLOT,
@@ -198,7 +205,7 @@ fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKi
                 }
             }
             // A VM with a vsock is refused before anything is compared.
-            VirtioKind::Entropy | VirtioKind::Vsock { .. } => {}
+            VirtioKind::Entropy | VirtioKind::Balloon | VirtioKind::Vsock(_) => {}
         }
         for queue in 0..config.device.queues() {
             want(

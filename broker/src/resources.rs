@@ -52,7 +52,7 @@ pub(crate) const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
 /// The one of the socket device.
 const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
 /// The one of the balloon.
-const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
+pub(crate) const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
 
 #[derive(Serialize)]
 struct Opened<'a> {
