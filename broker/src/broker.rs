@@ -101,6 +101,8 @@ pub(crate) struct Broker {
     pub(crate) registry: Registry,
     /// Its virtio devices, whose descriptors are in the registry.
     pub(crate) virtio: Vec<VirtioConfig>,
+    /// What keeps its taps from other VMs, held.
+    _claims: Vec<OwnedFd>,
     pub(crate) ids: VmIds,
     pub(crate) cgroup: Option<Cgroup>,
     pub(crate) prover: Prover,

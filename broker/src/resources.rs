@@ -67,12 +67,15 @@ pub(crate) struct Resources {
     pub(crate) registry: Registry,
     /// Its virtio devices.
     pub(crate) virtio: Vec<VirtioConfig>,
+    /// What keeps its taps from other VMs.
+    pub(crate) claims: Vec<OwnedFd>,
 }
 
 /// Opens everything but the console, which has a life of its own.
 pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<Resources> {
     let mut opening = Opening {
         registry: Registry::default(),
+        claims: Vec::new(),
         policy,
         log,
     };
@@ -133,11 +136,13 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
     Ok(Resources {
         registry: opening.registry,
         virtio,
+        claims: opening.claims,
     })
 }
 
 struct Opening<'a> {
     registry: Registry,
+    claims: Vec<OwnedFd>,
     policy: &'a Policy,
     log: &'a mut AuditLog,
 }
@@ -197,7 +202,12 @@ impl Opening<'_> {
                 "",
             ));
         }
-        let OpenTap { queues, config } = taps::open(net)?;
+        let OpenTap {
+            queues,
+            config,
+            claim,
+        } = taps::open(net)?;
+        self.claims.push(claim);
         let config = self.plug(slot, VirtioKind::Net(config))?;
         for (queue, pair) in queues.into_iter().zip(0..) {
             let id = config.tap(pair);

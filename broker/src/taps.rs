@@ -14,6 +14,10 @@ use baton_ipc::worker::NetConfig;
 use baton_policy::kernel;
 use nix::libc;
 use rustix::fs::OFlags;
+use rustix::net::AddressFamily;
+use rustix::net::SocketAddrUnix;
+use rustix::net::SocketFlags;
+use rustix::net::SocketType;
 
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -35,6 +39,8 @@ pub(crate) struct OpenTap {
     /// One a queue pair.
     pub(crate) queues: Vec<OwnedFd>,
     pub(crate) config: NetConfig,
+    /// Held as long as the VM has the tap, so that no other broker gives it to another VM.
+    pub(crate) claim: OwnedFd,
 }
 
 /// Where a tap comes from, as policy is asked: its place in sysfs when it exists, else /dev/net/tun.
@@ -48,6 +54,16 @@ pub(crate) fn origin(tap: &Interface) -> PathBuf {
     }
 }
 
+/// Claims a tap's name among all brokers of this network namespace: an abstract socket has one owner there, as a tap's name
+/// has, and is gone with the last descriptor of it (unix(7)). The kernel itself lets several have queues of one tap.
+fn claim(tap: &str) -> rustix::io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new_abstract_name(format!("baton/tap/{tap}").as_bytes())?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+    rustix::net::bind(&socket, &address)?;
+    Ok(socket)
+}
+
 /// Opens every queue of a tap.
 pub(crate) fn open(net: &Net) -> Result<OpenTap> {
     let (id, tap) = (&net.id.0, net.tap.0.as_str());
@@ -57,6 +73,13 @@ pub(crate) fn open(net: &Net) -> Result<OpenTap> {
             remedy,
         )
     };
+    let claim = claim(tap).map_err(|e| {
+        cannot(
+            &format!("have {tap} to itself"),
+            &e,
+            "end what uses it; a tap belongs to one VM",
+        )
+    })?;
     let exists = kernel::interface_mtu(tap).is_ok();
     let mut flags = kernel::IFF_TAP | kernel::IFF_NO_PI | kernel::IFF_VNET_HDR;
     if net.queues.0 > 1 {
@@ -114,6 +137,7 @@ pub(crate) fn open(net: &Net) -> Result<OpenTap> {
         })?;
     Ok(OpenTap {
         queues,
+        claim,
         config: NetConfig {
             mac: net.mac.0,
             mtu,

@@ -69,7 +69,17 @@ fn every_frame_arrives_once_over_twenty_upgrades() {
 
 #[test]
 fn a_tap_is_one_vms_alone_and_gone_with_it() {
-    let (vm, wire) = busy("");
+    assert_alone("");
+}
+
+/// The kernel would let another VM have some of its queues.
+#[test]
+fn a_tap_of_several_queues_is_one_vms_alone_too() {
+    assert_alone("queues = 2");
+}
+
+fn assert_alone(lines: &str) {
+    let (vm, wire) = busy(lines);
     let text = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
     let other = text.replacen(&vm.site.name, &format!("{}-other", vm.site.name), 1);
     vm.site.write("other.toml", other);

@@ -108,7 +108,11 @@ impl Broker {
             console = Some(opened);
             vsock = resources::listen_vsock(vm.vsock.as_ref(), &rules.policy, &mut log)?;
         }
-        let Resources { registry, virtio } = resources;
+        let Resources {
+            registry,
+            virtio,
+            claims,
+        } = resources;
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose an identity for the VM")?;
@@ -131,6 +135,7 @@ impl Broker {
             retired: Vec::new(),
             registry,
             virtio,
+            _claims: claims,
             ids,
             cgroup,
             prover: Prover::new(deadlines.reading()),
