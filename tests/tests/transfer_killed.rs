@@ -116,6 +116,8 @@ impl Faulted {
     /// The new broker died after the commit: its worker runs the guest, and is found.
     fn assert_new_orphaned(self) {
         assert_eq!(self.status(), "completed", "{:?}", self.info);
+        // Its end continues the worker, if a test has stopped that.
+        self.vm.assert_nobody_waits(&self.waiting);
         until("the old worker is gone", || {
             (!is_alive(self.old)).then_some(())
         });
@@ -127,6 +129,14 @@ impl Faulted {
         let status = self.vm.status();
         assert_eq!(status["state"], "orphaned", "{status}");
         assert_eq!(status["worker_pid"], *new, "{status}");
+    }
+
+    /// Rolled back if the old broker saw the new one's end before the commit; a dying process hangs up when it comes to that.
+    fn assert_old_runs_or_new_orphaned(self) {
+        match self.status() {
+            "failed" => self.assert_old_runs(),
+            _ => self.assert_new_orphaned(),
+        }
     }
 
     /// Nobody runs the guest, and that is said.
@@ -182,9 +192,9 @@ mod new_broker {
         s3_agree_is_aborted: "", "S3:kill-broker" => assert_old_runs;
         s4_hand_over_is_aborted: "", "S4:kill-broker" => assert_old_runs;
         s5_build_is_aborted: "", "S5:kill-broker" => assert_old_runs;
-        s6_park_is_rolled_back: "S6:kill-other-broker", "" => assert_old_runs;
-        s7_save_is_rolled_back: "S7:kill-other-broker", "" => assert_old_runs;
-        s8_load_is_rolled_back: "S8:kill-other-broker", "" => assert_old_runs;
+        s6_park_is_decided_by_what_is_seen: "S6:kill-other-broker", "" => assert_old_runs_or_new_orphaned;
+        s7_save_is_decided_by_what_is_seen: "S7:kill-other-broker", "" => assert_old_runs_or_new_orphaned;
+        s8_load_is_decided_by_what_is_seen: "S8:kill-other-broker", "" => assert_old_runs_or_new_orphaned;
         s9_commit_rolls_forward: "S9:kill-other-broker", "" => assert_new_orphaned;
         s10_run_rolls_forward: "S10:kill-other-broker", "" => assert_new_orphaned;
     }
