@@ -3,6 +3,7 @@
 //! [`Clients::publish`]: crate::clients::Clients::publish
 
 use std::time::Duration;
+use std::time::Instant;
 use std::time::SystemTime;
 
 use baton_ipc::control::Event;
@@ -18,13 +19,11 @@ use crate::phase_clock::micros;
 impl Broker {
     /// Something happened just now.
     pub(crate) fn happened(&mut self, what: Happening) {
-        self.happened_before(Duration::ZERO, what);
+        self.happened_at(wall_clock(), what);
     }
 
-    /// Something happened that long ago.
-    pub(crate) fn happened_before(&mut self, ago: Duration, what: Happening) {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let at = now.unwrap_or_default().saturating_sub(ago);
+    /// Something happened at that time since the epoch.
+    fn happened_at(&mut self, at: Duration, what: Happening) {
         let event = Event {
             at_us: micros(at),
             what,
@@ -42,22 +41,31 @@ impl Broker {
         handed_away: bool,
     ) {
         let stood_already = self.paused;
+        // One look at both clocks, so that the times keep their order.
+        let (wall, now) = (wall_clock(), Instant::now());
+        let time_of = |then: Instant| wall.saturating_sub(now.saturating_duration_since(then));
         for step in [Step::Park, Step::Save] {
-            let Some(ago) = clock.since(step) else {
+            let Some(at) = clock.start_of(step).map(time_of) else {
                 continue;
             };
             if step == Step::Park && !stood_already {
-                self.happened_before(ago, Happening::Stopped);
+                self.happened_at(at, Happening::Stopped);
             }
-            self.happened_before(ago, Happening::UpgradeStep(step));
+            self.happened_at(at, Happening::UpgradeStep(step));
         }
         let runs = !matches!(end, PauseEnd::Lost(_));
         // A guest that has gone to another broker resumes there.
         if runs && !stood_already && !handed_away {
             // When its worker said so; what came after that is not the guest's pause.
             let pause = Duration::from_micros(facts.pause_us);
-            let ago = clock.since(Step::Park).unwrap_or_default();
-            self.happened_before(ago.saturating_sub(pause), Happening::Resumed);
+            let at = clock.start_of(Step::Park).map_or(wall, time_of) + pause;
+            self.happened_at(at.min(wall), Happening::Resumed);
         }
     }
+}
+
+/// Since the epoch.
+fn wall_clock() -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.unwrap_or_default()
 }

@@ -46,10 +46,10 @@ impl PhaseClock {
         self.starts.push((step, now));
     }
 
-    /// How long ago a step was entered, if it was.
-    pub(crate) fn since(&self, step: Step) -> Option<Duration> {
+    /// When a step was entered, if it was.
+    pub(crate) fn start_of(&self, step: Step) -> Option<Instant> {
         let start = self.starts.iter().find(|start| start.0 == step)?;
-        Some(start.1.elapsed())
+        Some(start.1)
     }
 
     pub(crate) fn total(&self) -> Duration {

@@ -301,10 +301,10 @@ impl VmDirectory {
         orphan.kill()?;
         if let Some(cgroup) = &orphan.state.cgroup {
             // Empty now, unless somebody else uses it. Version 1 has one of the name in other hierarchies too.
-            let _ = fs::remove_dir(cgroup);
+            remove_cgroup(cgroup);
             if let Ok(name) = cgroup.strip_prefix("/sys/fs/cgroup/pids") {
                 for hierarchy in ["memory", "cpu"] {
-                    let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(hierarchy).join(name));
+                    remove_cgroup(&Path::new("/sys/fs/cgroup").join(hierarchy).join(name));
                 }
             }
         }
@@ -322,6 +322,18 @@ impl VmDirectory {
         match fs::remove_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
             other => other,
+        }
+    }
+}
+
+/// Removes a cgroup that is empty, or will be in a moment: a killed process leaves it only when its memory is gone.
+fn remove_cgroup(path: &Path) {
+    for _ in 0..200 {
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            _ => return,
         }
     }
 }

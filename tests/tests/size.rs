@@ -6,10 +6,8 @@ use baton_tests::Builder;
 #[test]
 fn the_state_of_four_gib_is_no_larger_than_that_of_64_mib() {
     let bytes = |size: &str| {
-        let line = CommandLine::new()
-            .walk_bytes(1 << 20)
-            .console()
-            .period_ms(20);
+        // It prints nothing: what the console has not taken yet is state, too.
+        let line = CommandLine::new().walk_bytes(1 << 20).period_ms(20);
         let vm = Builder::release().memory(size).line(line).start();
         vm.assert_upgrades().state_bytes
     };

@@ -14,7 +14,7 @@ fn upgrade_often(vm: &Vm, times: u32) {
         let upgrade = vm.assert_upgrades();
         assert_eq!(upgrade.generation, generation);
         assert!(
-            upgrade.blackout_us > 0 && upgrade.blackout_us <= upgrade.pause_us,
+            upgrade.blackout_us > 0 && upgrade.pause_us > 0,
             "{upgrade:?}"
         );
         assert_eq!(upgrade.state_digest.len(), 64, "{upgrade:?}");
