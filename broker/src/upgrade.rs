@@ -219,6 +219,8 @@ impl Broker {
             "dry_run": dry_run, "widens": widening.words(), "approved": widening.approved,
         }))
         .recorded()?;
+        #[cfg(feature = "fail-points")]
+        crate::fail_point::act_at(Step::Request, self.worker.as_ref(), None);
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run });
         let launched = Begun::start(Program::Worker, self.ids.ids, self.cgroup.as_ref())
@@ -235,6 +237,8 @@ impl Broker {
                 );
             }
         };
+        #[cfg(feature = "fail-points")]
+        crate::fail_point::act_at(Step::Spawn, self.worker.as_ref(), nascent.worker());
         self.state = VmState::Upgrading;
         self.upgrade = Some(Upgrade {
             nascent: Some(nascent),

@@ -64,6 +64,16 @@ fn in_s0_of_a_later_generation_the_guest_runs_on() {
 }
 
 #[test]
+fn in_s1_the_old_one_runs_on() {
+    old_runs_on("S1:kill-broker");
+}
+
+#[test]
+fn in_s2_the_old_one_runs_on() {
+    old_runs_on("S2:kill-broker");
+}
+
+#[test]
 fn in_s3_the_old_one_runs_on() {
     old_runs_on("S3:kill-broker");
 }
