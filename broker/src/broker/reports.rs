@@ -1,14 +1,5 @@
 //! What the running worker reports, and what follows from it.
 
-use super::Broker;
-use super::MESSAGES;
-use crate::clients::Awaiting;
-use crate::refusal::Result;
-use crate::refusal::complain;
-use crate::refusal::refusal;
-use crate::refusal::unfit;
-use crate::worker::Phase;
-use crate::worker::Worker;
 use baton_audit::quoted;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Happening;
@@ -18,6 +9,16 @@ use baton_ipc::worker::GuestEvent;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
 use serde_json::json;
+
+use super::Broker;
+use super::MESSAGES;
+use crate::clients::Awaiting;
+use crate::refusal::Result;
+use crate::refusal::complain;
+use crate::refusal::refusal;
+use crate::refusal::unfit;
+use crate::worker::Phase;
+use crate::worker::Worker;
 
 impl Broker {
     pub(super) fn running_worker(&mut self) -> Result<()> {

@@ -1,5 +1,34 @@
 //! A start: everything that the VM file names is opened, and the first worker is brought to run its guest.
 
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Instant;
+
+use baton_audit::AuditLog;
+use baton_audit::Limits;
+use baton_audit::shape::Subject;
+use baton_ipc::Channel;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::StartMode;
+use baton_ipc::VmId;
+use baton_ipc::control::Exit;
+use baton_ipc::control::Refusal;
+use baton_ipc::control::StartReport;
+use baton_ipc::control::Started;
+use baton_ipc::control::Step;
+use baton_ipc::control::VmState;
+use baton_ipc::descriptor;
+use baton_ipc::worker::Filters;
+use baton_ipc::worker::MAX_IO_THREADS;
+use baton_ipc::worker::Order;
+use baton_ipc::worker::WorkerConfig;
+use baton_ipc::worker::WorkerStatus;
+use baton_policy::Compiled;
+use baton_policy::Policy;
+use baton_policy::Role;
+use serde_json::json;
+
 use super::Broker;
 use super::Options;
 use crate::cgroup::Cgroup;
@@ -25,33 +54,6 @@ use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
 use crate::vm_file::VmFile;
 use crate::worker::Phase;
-use baton_audit::AuditLog;
-use baton_audit::Limits;
-use baton_audit::shape::Subject;
-use baton_ipc::Channel;
-use baton_ipc::DescriptorKey;
-use baton_ipc::DescriptorKind;
-use baton_ipc::StartMode;
-use baton_ipc::VmId;
-use baton_ipc::control::Exit;
-use baton_ipc::control::Refusal;
-use baton_ipc::control::StartReport;
-use baton_ipc::control::Started;
-use baton_ipc::control::Step;
-use baton_ipc::control::VmState;
-use baton_ipc::descriptor;
-use baton_ipc::worker::Filters;
-use baton_ipc::worker::MAX_IO_THREADS;
-use baton_ipc::worker::Order;
-use baton_ipc::worker::WorkerConfig;
-use baton_ipc::worker::WorkerStatus;
-use baton_policy::Compiled;
-use baton_policy::Policy;
-use baton_policy::Role;
-use serde_json::json;
-use std::path::Path;
-use std::rc::Rc;
-use std::time::Instant;
 
 impl Broker {
     /// Opens everything that the VM file names, and launches the first worker.

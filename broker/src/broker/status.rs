@@ -1,5 +1,9 @@
 //! How the VM is, for those who ask, and for those who find no broker.
 
+use baton_ipc::StartMode;
+use baton_ipc::control::VmStatus;
+use serde_json::json;
+
 use super::Broker;
 use crate::process::ProcessId;
 use crate::refusal::Recorded;
@@ -9,9 +13,6 @@ use crate::run_dir::BrokerProcess;
 use crate::run_dir::StateFile;
 use crate::run_dir::Successor;
 use crate::worker::Worker;
-use baton_ipc::StartMode;
-use baton_ipc::control::VmStatus;
-use serde_json::json;
 
 impl Broker {
     pub(crate) fn generation(&self) -> u32 {

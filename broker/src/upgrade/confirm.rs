@@ -1,5 +1,10 @@
 //! The confirmation of a worker from the kernel's own records, before it is given anything and before a guest runs in it.
 
+use baton_ipc::control::Exit;
+use baton_policy::proof::Finding;
+use baton_policy::proof::Moment;
+use serde_json::json;
+
 use crate::broker::Broker;
 use crate::broker::Rules;
 use crate::nascent::Nascent;
@@ -7,11 +12,6 @@ use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
-use baton_ipc::control::Exit;
-use baton_policy::proof::Finding;
-use baton_policy::proof::Moment;
-use serde_json::json;
-
 use crate::worker::Worker;
 
 impl Broker {

@@ -1,5 +1,16 @@
 //! How an upgrade ends: refused, cancelled, rolled back, committed or lost; with one terminal record.
 
+use std::time::Instant;
+
+use baton_audit::quoted;
+use baton_ipc::control::Happening;
+use baton_ipc::control::Outcome;
+use baton_ipc::control::Reply;
+use baton_ipc::control::Step;
+use baton_ipc::control::UpgradeOutcome;
+use baton_ipc::control::VmState;
+use baton_ipc::worker::Order;
+
 use super::Abort;
 use super::Upgrade;
 use crate::broker::Broker;
@@ -9,16 +20,6 @@ use crate::pause::PauseFacts;
 use crate::phase_clock::PhaseClock;
 use crate::refusal::Result;
 use crate::refusal::complain;
-use baton_audit::quoted;
-use baton_ipc::control::Happening;
-use baton_ipc::control::Outcome;
-use baton_ipc::control::Reply;
-use baton_ipc::control::Step;
-use baton_ipc::control::UpgradeOutcome;
-use baton_ipc::control::VmState;
-use baton_ipc::worker::Order;
-use std::time::Instant;
-
 use crate::worker::Phase;
 use crate::worker::Worker;
 

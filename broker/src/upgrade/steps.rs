@@ -1,5 +1,18 @@
 //! S3 to S12: what the broker does at each step of an upgrade.
 
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use baton_ipc::StartMode;
+use baton_ipc::control::Happening;
+use baton_ipc::control::Outcome;
+use baton_ipc::control::Reply;
+use baton_ipc::control::Step;
+use baton_ipc::control::VmState;
+use baton_ipc::worker::Order;
+use serde_json::json;
+
 use super::Upgrade;
 use crate::broker::Broker;
 use crate::clients::Awaiting;
@@ -11,18 +24,6 @@ use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
-use baton_ipc::StartMode;
-use baton_ipc::control::Happening;
-use baton_ipc::control::Outcome;
-use baton_ipc::control::Reply;
-use baton_ipc::control::Step;
-use baton_ipc::control::VmState;
-use baton_ipc::worker::Order;
-use serde_json::json;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::time::Instant;
-
 use crate::worker::Phase;
 use crate::worker::Worker;
 
