@@ -57,8 +57,9 @@ ticks() {
 has_ticks() { [ "$(ticks "$1")" -ge "$2" ]; }
 is_gone() { ! [ -e /run/baton/$vm ]; }
 
-# order COMMAND: types a line for the ticker.
-order() { echo "$1" | timeout 3 baton console $vm >/dev/null; }
+# order COMMAND: types a line for the ticker. A console stays until it is left: on a busy emulator 3 s were seen to end it
+# before it had typed.
+order() { echo "$1" | timeout 15 baton console $vm >/dev/null; }
 
 # upgrade BOOT NUMBER: replaces the worker, and sees the guest go on.
 upgrade() {
