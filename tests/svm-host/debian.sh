@@ -27,9 +27,9 @@ installed() {
     [[ $(dpkg-query --show --showformat='${db:Status-Status}' "$1" 2>/dev/null) == installed ]]
 }
 
-# Nested paging is what we need QEMU's emulator for. 10.0.2 breaks what it emulates now and then: the host's kernel was given an
-# interrupt at the instruction after VMRUN, where GIF is 0 and GS the guest's; a guest's store faulted as a read. 11.1 was
-# not seen to.
+# Nested paging is what we need QEMU's emulator for. With several processors, 10.0.2 and (less often) 11.1 break what they emulate
+# once guests run: the host's kernel was given an interrupt at the instruction after VMRUN, where GIF is 0 and GS the guest's;
+# a processor got no interrupt any more. With one processor neither was seen.
 readonly oldest_qemu=11
 
 # Runs that QEMU: this machine's own if it is new enough, otherwise Debian 13's from its backports, in a root directory.
