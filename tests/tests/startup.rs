@@ -31,7 +31,7 @@ fn a_starter_that_ignores_its_children_does_not_hide_the_brokers_from_it() {
         .arg("--ignore-signal=CHLD")
         .arg(command.get_program())
         .args(command.get_args())
-        .args(["run", "--detach"])
+        .args(["run", "--detach", "--slow-host", "10"])
         .arg(file)
         .envs(
             command
