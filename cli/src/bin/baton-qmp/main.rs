@@ -24,6 +24,7 @@ mod schema;
 mod session;
 mod shared;
 mod table;
+mod types;
 
 use std::process::ExitCode;
 

@@ -1,720 +1,14 @@
 //! The one table of what QMP offers here. Dispatch, the check of arguments and answers, `query-qmp-schema` and
-//! `docs/qmp.md` are made from it, so that they cannot differ. The names and shapes are QEMU's (`qapi/*.json` of 10.0).
+//! `docs/qmp.md` are made from it, so that they cannot differ. The names are QEMU's (`qapi/*.json` of 10.0).
 
 use crate::commands;
 use crate::hmp;
 use crate::schema::Command;
-use crate::schema::Enum;
 use crate::schema::Event;
-use crate::schema::Struct;
-use crate::schema::Type::Any;
-use crate::schema::Type::Bool;
-use crate::schema::Type::Enum as OneOf;
-use crate::schema::Type::Int;
 use crate::schema::Type::List;
-use crate::schema::Type::Number;
 use crate::schema::Type::Str;
 use crate::schema::Type::Struct as Of;
-use crate::schema::Variants;
-use crate::schema::member;
-use crate::schema::optional;
-
-/// Nothing.
-static EMPTY: Struct = Struct {
-    name: "q_empty",
-    doc: "No members.",
-    members: &[],
-    variants: None,
-};
-
-macro_rules! object {
-    ($constant:ident, $name:literal, $doc:literal, [$($member:expr),* $(,)?]) => {
-        static $constant: Struct = Struct { name: $name, doc: $doc, members: &[$($member),*], variants: None };
-    };
-    ($constant:ident, $name:literal, $doc:literal, [$($member:expr),* $(,)?], $tag:literal => [$($case:expr),* $(,)?]) => {
-        static $constant: Struct = Struct {
-            name: $name, doc: $doc, members: &[$($member),*],
-            variants: Some(Variants { tag: $tag, cases: &[$($case),*] }),
-        };
-    };
-}
-
-macro_rules! choice {
-    ($constant:ident, $name:literal, $doc:literal, [$(($value:literal, $meaning:literal)),* $(,)?]) => {
-        static $constant: Enum = Enum { name: $name, doc: $doc, values: &[$(($value, $meaning)),*] };
-    };
-}
-
-choice!(
-    QMP_CAPABILITY,
-    "QMPCapability",
-    "What a client may ask for when it connects.",
-    [("oob", "Commands may be executed out of band (`exec-oob`)."),]
-);
-object!(
-    QMP_CAPABILITIES,
-    "q_obj_qmp_capabilities-arg",
-    "Arguments of `qmp_capabilities`.",
-    [optional(
-        "enable",
-        List(&OneOf(&QMP_CAPABILITY)),
-        "What to enable; nothing if left out."
-    ),]
-);
-
-object!(
-    COMMAND_INFO,
-    "CommandInfo",
-    "A command.",
-    [member("name", Str, "Its name.")]
-);
-
-object!(
-    VERSION_TRIPLE,
-    "VersionTriple",
-    "A version in three parts.",
-    [
-        member("major", Int, "Major."),
-        member("minor", Int, "Minor."),
-        member("micro", Int, "Micro."),
-    ]
-);
-object!(
-    VERSION_INFO,
-    "VersionInfo",
-    "Who speaks, and which QMP.",
-    [
-        member(
-            "qemu",
-            Of(&VERSION_TRIPLE),
-            "The QEMU release whose QMP this is, as far as it goes."
-        ),
-        member("package", Str, "This program and its version."),
-    ]
-);
-
-choice!(
-    RUN_STATE,
-    "RunState",
-    "How the guest is.",
-    [
-        ("prelaunch", "Not started yet."),
-        (
-            "running",
-            "It runs; also while its worker is being replaced."
-        ),
-        ("paused", "It stands still at an operator's wish."),
-        ("shutdown", "It has powered itself off."),
-        ("inmigrate", "It is another broker's, and is awaited here."),
-        (
-            "postmigrate",
-            "It was handed to another broker, and runs there."
-        ),
-        ("internal-error", "Its worker is dead: the guest is lost."),
-    ]
-);
-object!(
-    STATUS_INFO,
-    "StatusInfo",
-    "Whether the guest runs.",
-    [
-        member("running", Bool, "It runs."),
-        member("status", OneOf(&RUN_STATE), "How it is."),
-    ]
-);
-
-choice!(
-    TARGET,
-    "SysEmuTarget",
-    "The guest's architecture.",
-    [("x86_64", "64-bit x86.")]
-);
-object!(
-    CPU_PROPS,
-    "CpuInstanceProperties",
-    "Where a vCPU is in the guest's topology.",
-    [
-        member("socket-id", Int, "Its socket."),
-        member("core-id", Int, "Its core."),
-        member("thread-id", Int, "Its hardware thread."),
-    ]
-);
-object!(
-    CPU_INFO,
-    "CpuInfoFast",
-    "A vCPU.",
-    [
-        member("cpu-index", Int, "Its number, from 0."),
-        member(
-            "qom-path",
-            Str,
-            "Its path in the object tree; made up, there is no tree."
-        ),
-        member(
-            "thread-id",
-            Int,
-            "The thread that runs it, in the broker's pid namespace. Another one after an upgrade."
-        ),
-        member("target", OneOf(&TARGET), "Its architecture."),
-        optional(
-            "props",
-            Of(&CPU_PROPS),
-            "Where it is in the guest's topology."
-        ),
-    ]
-);
-object!(
-    MEMORY,
-    "MemoryInfo",
-    "The guest's memory.",
-    [
-        member("base-memory", Int, "Bytes that it started with."),
-        optional("plugged-memory", Int, "Bytes plugged since; always 0."),
-    ]
-);
-choice!(
-    DETECT_ZEROES,
-    "BlockdevDetectZeroesOptions",
-    "What becomes of zeroes that the guest writes.",
-    [("off", "They are written."),]
-);
-object!(
-    CACHE_INFO,
-    "BlockdevCacheInfo",
-    "How a disk is cached by the host.",
-    [
-        member(
-            "writeback",
-            Bool,
-            "Always: a flush of the guest's is one of the host's."
-        ),
-        member("direct", Bool, "The VM file's `direct`."),
-        member("no-flush", Bool, "Never."),
-    ]
-);
-object!(
-    BLOCK_DEVICE,
-    "BlockDeviceInfo",
-    "What is behind a disk.",
-    [
-        member("file", Str, "The file or block device."),
-        member("drv", Str, "Its format: `raw`."),
-        member("ro", Bool, "The guest may not write."),
-        member("encrypted", Bool, "Never."),
-        member("backing_file_depth", Int, "0: a raw image has none."),
-        member(
-            "detect_zeroes",
-            OneOf(&DETECT_ZEROES),
-            "What becomes of zeroes."
-        ),
-        member("cache", Of(&CACHE_INFO), "How it is cached."),
-    ]
-);
-object!(
-    BLOCK_INFO,
-    "BlockInfo",
-    "A disk.",
-    [
-        member("device", Str, "Its `id` in the VM file."),
-        member("type", Str, "`unknown`, as in QEMU."),
-        member("removable", Bool, "Never."),
-        member("locked", Bool, "Never: it has no tray."),
-        optional("inserted", Of(&BLOCK_DEVICE), "What is behind it."),
-    ]
-);
-object!(
-    NAME_INFO,
-    "NameInfo",
-    "The VM's name.",
-    [optional("name", Str, "The VM file's `name`.")]
-);
-object!(
-    UUID_INFO,
-    "UuidInfo",
-    "The VM's identity.",
-    [member(
-        "UUID",
-        Str,
-        "128 random bits, chosen when the VM started; the same over all its workers."
-    ),]
-);
-
-choice!(
-    MIGRATION_STATUS,
-    "MigrationStatus",
-    "Where an upgrade is.",
-    [
-        (
-            "none",
-            "There was none. Never sent; `query-migrate` leaves `status` out."
-        ),
-        (
-            "setup",
-            "The new worker is built and rehearsed; the guest runs."
-        ),
-        (
-            "active",
-            "The guest stands still; or, before `pre-switchover`, is about to."
-        ),
-        (
-            "pre-switchover",
-            "Everything is ready, the guest runs, and `migrate-continue` is awaited (with capability `pause-before-switchover`), for at most ten minutes."
-        ),
-        ("device", "Its device state goes over."),
-        ("completed", "The new worker runs the guest."),
-        ("failed", "The old worker runs the guest, as before."),
-        ("cancelling", "A client has cancelled it."),
-        (
-            "cancelled",
-            "It was cancelled; the old worker runs the guest, as before."
-        ),
-    ]
-);
-object!(
-    MIGRATION_STATS,
-    "MigrationRAMStats",
-    "What went over. RAM stays where it is, so all counts of pages are 0; QEMU's clients expect each of them.",
-    [
-        member("transferred", Int, "Bytes of device state."),
-        member(
-            "downtime-bytes",
-            Int,
-            "The same: all of it goes over in the pause."
-        ),
-        member("page-size", Int, "4096."),
-        member("mbps", Number, "0."),
-        member("total", Int, "0."),
-        member("remaining", Int, "0."),
-        member("duplicate", Int, "0."),
-        member("normal", Int, "0."),
-        member("normal-bytes", Int, "0."),
-        member("dirty-pages-rate", Int, "0."),
-        member("dirty-sync-count", Int, "0."),
-        member("postcopy-requests", Int, "0."),
-        member("multifd-bytes", Int, "0."),
-        member("pages-per-second", Int, "0."),
-        member("precopy-bytes", Int, "0."),
-        member("postcopy-bytes", Int, "0."),
-        member("dirty-sync-missed-zero-copy", Int, "0."),
-    ]
-);
-object!(
-    MIGRATION_INFO,
-    "MigrationInfo",
-    "The upgrade that is under way, or the last one. Empty if there was none.",
-    [
-        optional("status", OneOf(&MIGRATION_STATUS), "Where it is."),
-        optional(
-            "ram",
-            Of(&MIGRATION_STATS),
-            "What went over, when it is completed."
-        ),
-        optional(
-            "total-time",
-            Int,
-            "Milliseconds from the request to the end, when it has ended."
-        ),
-        optional(
-            "setup-time",
-            Int,
-            "Milliseconds before the pause, when it is completed."
-        ),
-        optional(
-            "downtime",
-            Int,
-            "Milliseconds that the guest lost, rounded up: from the first vCPU's exit in the old worker to the last vCPU's first entry in the new one."
-        ),
-        optional(
-            "error-desc",
-            Str,
-            "Why it failed: the reason of whoever failed, the new worker's own included."
-        ),
-        optional(
-            "__org.baton_downtime-us",
-            Int,
-            "As `downtime`, in microseconds."
-        ),
-        optional(
-            "__org.baton_failed-step",
-            Str,
-            "The step that failed, as in `baton status`."
-        ),
-    ]
-);
-
-choice!(
-    MIG_MODE,
-    "MigMode",
-    "How to migrate. `cpr-reboot` and `cpr-exec` are known, and refused when they are set.",
-    [
-        (
-            "normal",
-            "QEMU's default, which copies RAM. It can be set, and `migrate` refuses it."
-        ),
-        ("cpr-reboot", "Refused: not supported."),
-        (
-            "cpr-transfer",
-            "The worker is replaced under its guest, RAM stays where it is."
-        ),
-        (
-            "cpr-exec",
-            "Refused: a worker executes nothing. Use `cpr-transfer`."
-        ),
-    ]
-);
-object!(
-    PARAMETERS,
-    "MigrationParameters",
-    "How migrations are done.",
-    [optional(
-        "mode",
-        OneOf(&MIG_MODE),
-        "The mode of the next `migrate`. An upgrade that is under way goes on in the mode in which it was begun. `normal` again after each completed upgrade."
-    ),]
-);
-
-choice!(
-    CAPABILITY,
-    "MigrationCapability",
-    "What can be switched on.",
-    [
-        ("events", "MIGRATION events are sent."),
-        (
-            "return-path",
-            "Accepted, and always so: an upgrade is completed only when the new worker has said that it runs."
-        ),
-        (
-            "pause-before-switchover",
-            "`migrate` waits in `pre-switchover`, the guest still running, for `migrate-continue`."
-        ),
-        (
-            "multifd",
-            "Accepted, and of no effect: device state is some kilobytes."
-        ),
-        ("postcopy-ram", "Can be set; `migrate` refuses it."),
-        ("background-snapshot", "Can be set; `migrate` refuses it."),
-        ("x-colo", "Can be set; `migrate` refuses it."),
-        ("mapped-ram", "Can be set; `migrate` refuses it."),
-    ]
-);
-object!(
-    CAPABILITY_STATUS,
-    "MigrationCapabilityStatus",
-    "Whether a capability is switched on.",
-    [
-        member("capability", OneOf(&CAPABILITY), "Which."),
-        member("state", Bool, "It is."),
-    ]
-);
-object!(
-    SET_CAPABILITIES,
-    "q_obj_migrate-set-capabilities-arg",
-    "Arguments of `migrate-set-capabilities`.",
-    [member(
-        "capabilities",
-        List(&Of(&CAPABILITY_STATUS)),
-        "What to switch on or off; the others stay."
-    ),]
-);
-
-choice!(
-    CHANNEL_TYPE,
-    "MigrationChannelType",
-    "What a channel is for.",
-    [("main", "Device state."), ("cpr", "Descriptors."),]
-);
-choice!(
-    TRANSPORT,
-    "MigrationAddressType",
-    "How a channel is reached.",
-    [
-        ("socket", "A socket."),
-        ("exec", "A command's standard streams."),
-        ("rdma", "RDMA."),
-        ("file", "A file."),
-    ]
-);
-choice!(
-    SOCKET_TYPE,
-    "SocketAddressType",
-    "The kind of a socket.",
-    [
-        ("inet", "TCP."),
-        ("unix", "A path."),
-        ("vsock", "Between guest and host."),
-        ("fd", "A descriptor."),
-    ]
-);
-object!(
-    INET_ADDRESS,
-    "InetSocketAddress",
-    "A TCP address.",
-    [member("host", Str, "Host."), member("port", Str, "Port."),]
-);
-object!(
-    UNIX_ADDRESS,
-    "UnixSocketAddress",
-    "A unix socket.",
-    [member("path", Str, "Its path.")]
-);
-object!(
-    VSOCK_ADDRESS,
-    "VsockSocketAddress",
-    "A vsock address.",
-    [
-        member("cid", Str, "Context id."),
-        member("port", Str, "Port."),
-    ]
-);
-object!(
-    FD_ADDRESS,
-    "FdSocketAddress",
-    "A descriptor.",
-    [member("str", Str, "Its number or name.")]
-);
-object!(SOCKET_ADDRESS, "SocketAddress", "A socket.", [
-    member("type", OneOf(&SOCKET_TYPE), "Its kind."),
-], "type" => [
-    ("inet", &INET_ADDRESS), ("unix", &UNIX_ADDRESS), ("vsock", &VSOCK_ADDRESS), ("fd", &FD_ADDRESS),
-]);
-object!(
-    EXEC_ADDRESS,
-    "MigrationExecCommand",
-    "A command.",
-    [member("args", List(&Str), "Its words.")]
-);
-object!(
-    FILE_ADDRESS,
-    "FileMigrationArgs",
-    "A file.",
-    [
-        member("filename", Str, "Its path."),
-        member("offset", Int, "Where to begin, in bytes."),
-    ]
-);
-object!(ADDRESS, "MigrationAddress", "Where a channel leads.", [
-    member("transport", OneOf(&TRANSPORT), "How it is reached."),
-], "transport" => [
-    ("socket", &SOCKET_ADDRESS), ("exec", &EXEC_ADDRESS), ("rdma", &INET_ADDRESS), ("file", &FILE_ADDRESS),
-]);
-object!(
-    CHANNEL,
-    "MigrationChannel",
-    "A channel to another VMM.",
-    [
-        member("channel-type", OneOf(&CHANNEL_TYPE), "What it is for."),
-        member("addr", Of(&ADDRESS), "Where it leads."),
-    ]
-);
-object!(
-    MIGRATE,
-    "q_obj_migrate-arg",
-    "Arguments of `migrate`.",
-    [
-        optional(
-            "uri",
-            Str,
-            "Where to; refused in mode `cpr-transfer`, as in QEMU."
-        ),
-        optional(
-            "channels",
-            List(&Of(&CHANNEL)),
-            "Where to: a `main` and a `cpr` channel, each a unix socket on which another broker of the same user listens (a relative path is one in the VM's directory; no symbolic links). Left out in mode `cpr-transfer`: the broker makes them, and the worker is replaced in place."
-        ),
-        optional(
-            "detach",
-            Bool,
-            "Accepted, and of no effect: the answer never waits for the end."
-        ),
-        optional(
-            "resume",
-            Bool,
-            "`true` is refused: there is no paused migration to resume."
-        ),
-    ]
-);
-object!(
-    CONTINUE,
-    "q_obj_migrate-continue-arg",
-    "Arguments of `migrate-continue`.",
-    [member(
-        "state",
-        OneOf(&MIGRATION_STATUS),
-        "The state that it is expected to wait in: `pre-switchover`."
-    ),]
-);
-object!(
-    INCOMING,
-    "q_obj_migrate-incoming-arg",
-    "Arguments of `migrate-incoming`.",
-    [
-        optional("uri", Str, "Where to listen: `unix:PATH`."),
-        optional(
-            "channels",
-            List(&Of(&CHANNEL)),
-            "Where to listen: one entry, of type `main`, a unix socket."
-        ),
-        optional(
-            "exit-on-error",
-            Bool,
-            "Accepted, and always so: a broker that cannot take the guest ends with the reason."
-        ),
-    ]
-);
-
-choice!(
-    YANK_TYPE,
-    "YankInstanceType",
-    "What can be cut off.",
-    [("migration", "The channels of an upgrade."),]
-);
-object!(
-    YANK_INSTANCE,
-    "YankInstance",
-    "Something that can be cut off.",
-    [member("type", OneOf(&YANK_TYPE), "What."),]
-);
-object!(
-    YANK,
-    "q_obj_yank-arg",
-    "Arguments of `yank`.",
-    [member(
-        "instances",
-        List(&Of(&YANK_INSTANCE)),
-        "What to cut off."
-    ),]
-);
-
-object!(
-    HMP,
-    "q_obj_human-monitor-command-arg",
-    "Arguments of `human-monitor-command`.",
-    [
-        member(
-            "command-line",
-            Str,
-            "`info status`, `info migrate`, `migrate_set_parameter mode MODE`, `migrate_set_capability NAME on|off`, `migrate [-d] [URI]`, `migrate_cancel`, `stop`, `cont`, `system_reset`, `system_powerdown`, `quit`."
-        ),
-        optional(
-            "cpu-index",
-            Int,
-            "Accepted, and of no effect: no verb here is about one vCPU."
-        ),
-    ]
-);
-
-choice!(
-    META_TYPE,
-    "SchemaMetaType",
-    "What an entity of the schema is.",
-    [
-        ("builtin", "A type of JSON's own."),
-        ("enum", "One of some strings."),
-        ("array", "An array."),
-        ("object", "An object."),
-        ("command", "A command."),
-        ("event", "An event."),
-    ]
-);
-object!(
-    SCHEMA_INFO,
-    "SchemaInfo",
-    "An entity of the schema; its further members depend on `meta-type`, as in QEMU's `qapi/introspect.json`.",
-    [
-        member(
-            "name",
-            Str,
-            "Its name. (QEMU numbers its types; these have their names.)"
-        ),
-        member("meta-type", OneOf(&META_TYPE), "What it is."),
-        optional("json-type", Str, "Of a built-in type: which of JSON's."),
-        optional("values", List(&Str), "Of an enum: its strings."),
-        optional(
-            "members",
-            List(&Any),
-            "Of an enum or an object: its members."
-        ),
-        optional("element-type", Str, "Of an array: its elements' type."),
-        optional(
-            "tag",
-            Str,
-            "Of an object: the member that says which variant it is."
-        ),
-        optional(
-            "variants",
-            List(&Any),
-            "Of an object: its variants' cases and types."
-        ),
-        optional(
-            "arg-type",
-            Str,
-            "Of a command or an event: the type of its arguments or data."
-        ),
-        optional("ret-type", Str, "Of a command: the type of its answer."),
-        optional(
-            "allow-oob",
-            Bool,
-            "Of a command: it may be executed out of band."
-        ),
-    ]
-);
-
-choice!(
-    SHUTDOWN_CAUSE,
-    "ShutdownCause",
-    "Why the guest ended or was reset.",
-    [
-        ("guest-shutdown", "It powered itself off."),
-        ("guest-reset", "It reset itself, or triple-faulted."),
-        ("host-qmp-quit", "A QMP client sent `quit`."),
-        ("host-qmp-system-reset", "An operator reset it."),
-        ("host-signal", "An operator ended it in another way."),
-    ]
-);
-object!(
-    SHUTDOWN_DATA,
-    "q_obj_SHUTDOWN-arg",
-    "Data of SHUTDOWN.",
-    [
-        member("guest", Bool, "The guest did it itself."),
-        member("reason", OneOf(&SHUTDOWN_CAUSE), "Why."),
-    ]
-);
-object!(
-    RESET_DATA,
-    "q_obj_RESET-arg",
-    "Data of RESET.",
-    [
-        member("guest", Bool, "The guest did it itself."),
-        member("reason", OneOf(&SHUTDOWN_CAUSE), "Why."),
-    ]
-);
-object!(
-    MIGRATION_DATA,
-    "q_obj_MIGRATION-arg",
-    "Data of MIGRATION.",
-    [member(
-        "status",
-        OneOf(&MIGRATION_STATUS),
-        "Where the upgrade is now."
-    ),]
-);
-object!(
-    REPLACED_DATA,
-    "q_obj___org.baton_WORKER_REPLACED-arg",
-    "Data of __org.baton_WORKER_REPLACED.",
-    [
-        member("generation", Int, "The new worker's generation, from 1."),
-        member("worker-digest", Str, "SHA-256 of its binary."),
-        member("downtime-us", Int, "What the guest lost, in microseconds."),
-    ]
-);
-object!(
-    LOST_DATA,
-    "q_obj___org.baton_VM_LOST-arg",
-    "Data of __org.baton_VM_LOST.",
-    [member("reason", Str, "What happened to it."),]
-);
+use crate::types;
 
 macro_rules! command {
     ($name:literal, $arguments:expr, $returns:expr, $run:path, $doc:literal) => {
@@ -739,79 +33,73 @@ macro_rules! command {
     };
 }
 
-object!(
-    OWN_EVENTS,
-    "q_obj___org.baton_events-arg",
-    "Arguments of `__org.baton_events`.",
-    [member("enable", Bool, "Whether to be told.")]
-);
-
 /// What the names of our own begin with (QEMU's `docs/devel/qapi-code-gen.rst`, "Downstream extensions").
 pub(crate) const OWN: &str = "__org.baton_";
 
 /// Every command.
 #[rustfmt::skip]
 pub(crate) static COMMANDS: &[Command] = &[
-    command!("qmp_capabilities", &QMP_CAPABILITIES, Of(&EMPTY), commands::qmp_capabilities,
+    command!("qmp_capabilities", &types::QMP_CAPABILITIES, Of(&types::EMPTY), commands::qmp_capabilities,
         "The first command of every connection; before it every other one is refused."),
-    command!("query-commands", &EMPTY, List(&Of(&COMMAND_INFO)), commands::query_commands, "All commands."),
-    command!("query-qmp-schema", &EMPTY, List(&Of(&SCHEMA_INFO)), commands::query_qmp_schema,
+    command!("query-commands", &types::EMPTY, List(&Of(&types::COMMAND_INFO)), commands::query_commands, "All commands."),
+    command!("query-qmp-schema", &types::EMPTY, List(&Of(&types::SCHEMA_INFO)), commands::query_qmp_schema,
         "All commands, events and types. Made from the same table as this text and the commands themselves."),
-    command!("query-version", &EMPTY, Of(&VERSION_INFO), commands::query_version, "Who speaks, and which QMP."),
-    command!("query-name", &EMPTY, Of(&NAME_INFO), commands::query_name, "The VM's name."),
-    command!("query-uuid", &EMPTY, Of(&UUID_INFO), commands::query_uuid, "The VM's identity."),
-    command!("query-status", &EMPTY, Of(&STATUS_INFO), commands::query_status, "Whether the guest runs."),
-    command!("query-cpus-fast", &EMPTY, List(&Of(&CPU_INFO)), commands::query_cpus_fast, "The vCPUs. The guest is not disturbed."),
-    command!("query-memory-size-summary", &EMPTY, Of(&MEMORY), commands::query_memory_size_summary, "The guest's memory."),
-    command!("query-block", &EMPTY, List(&Of(&BLOCK_INFO)), commands::query_block, "The disks, in the order in which the guest finds them."),
-    command!("stop", &EMPTY, Of(&EMPTY), commands::stop,
+    command!("query-version", &types::EMPTY, Of(&types::VERSION_INFO), commands::query_version, "Who speaks, and which QMP."),
+    command!("query-name", &types::EMPTY, Of(&types::NAME_INFO), commands::query_name, "The VM's name."),
+    command!("query-uuid", &types::EMPTY, Of(&types::UUID_INFO), commands::query_uuid, "The VM's identity."),
+    command!("query-status", &types::EMPTY, Of(&types::STATUS_INFO), commands::query_status, "Whether the guest runs."),
+    command!("query-cpus-fast", &types::EMPTY, List(&Of(&types::CPU_INFO)), commands::query_cpus_fast, "The vCPUs. The guest is not disturbed."),
+    command!("query-memory-size-summary", &types::EMPTY, Of(&types::MEMORY), commands::query_memory_size_summary, "The guest's memory."),
+    command!("query-block", &types::EMPTY, List(&Of(&types::BLOCK_INFO)), commands::query_block, "The disks, in the order in which the guest finds them."),
+    command!("stop", &types::EMPTY, Of(&types::EMPTY), commands::stop,
         "Stop the guest, until `cont`. Of no effect when it stands still; refused while its worker is being replaced."),
-    command!("cont", &EMPTY, Of(&EMPTY), commands::cont, "Let the guest run again. Of no effect when it runs."),
-    command!("system_reset", &EMPTY, Of(&EMPTY), commands::system_reset, "Press the reset button."),
-    command!("system_powerdown", &EMPTY, Of(&EMPTY), commands::system_powerdown,
+    command!("cont", &types::EMPTY, Of(&types::EMPTY), commands::cont, "Let the guest run again. Of no effect when it runs."),
+    command!("system_reset", &types::EMPTY, Of(&types::EMPTY), commands::system_reset, "Press the reset button."),
+    command!("system_powerdown", &types::EMPTY, Of(&types::EMPTY), commands::system_powerdown,
         "Press the power button. What follows is the guest's decision: SHUTDOWN says that it did."),
-    command!("quit", &EMPTY, Of(&EMPTY), commands::quit, "End the VM at once; the broker ends too."),
-    command!("migrate", &MIGRATE, Of(&EMPTY), commands::migrate,
+    command!("quit", &types::EMPTY, Of(&types::EMPTY), commands::quit, "End the VM at once; the broker ends too."),
+    command!("migrate", &types::MIGRATE, Of(&types::EMPTY), commands::migrate,
         "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays. With channels the guest goes to the broker that waits there (`baton run --incoming`): this one is then in `postmigrate`, and ends when its clients have gone."),
-    command!("migrate_cancel", &EMPTY, Of(&EMPTY), commands::migrate_cancel,
+    command!("migrate_cancel", &types::EMPTY, Of(&types::EMPTY), commands::migrate_cancel,
         "Cancel the upgrade that is under way. Of no effect when there is none, or when it is too late."),
-    command!("migrate-continue", &CONTINUE, Of(&EMPTY), commands::migrate_continue,
+    command!("migrate-continue", &types::CONTINUE, Of(&types::EMPTY), commands::migrate_continue,
         "Go on with an upgrade that waits in `pre-switchover`."),
-    command!("migrate-incoming", &INCOMING, Of(&EMPTY), commands::migrate_incoming,
+    command!("migrate-incoming", &types::INCOMING, Of(&types::EMPTY), commands::migrate_incoming,
         "To a broker that waits with `--incoming defer`: listen for the main channel. The old side, which may have sent its CPR state already, goes on only then; it waits for ten minutes."),
-    command!("query-migrate", &EMPTY, Of(&MIGRATION_INFO), commands::query_migrate,
+    command!("query-migrate", &types::EMPTY, Of(&types::MIGRATION_INFO), commands::query_migrate,
         "The upgrade that is under way, or the last one, whoever asked for it."),
-    command!("migrate-set-parameters", &PARAMETERS, Of(&EMPTY), commands::migrate_set_parameters, "Set parameters; what is left out stays."),
-    command!("query-migrate-parameters", &EMPTY, Of(&PARAMETERS), commands::query_migrate_parameters, "The parameters."),
-    command!("migrate-set-capabilities", &SET_CAPABILITIES, Of(&EMPTY), commands::migrate_set_capabilities,
+    command!("migrate-set-parameters", &types::PARAMETERS, Of(&types::EMPTY), commands::migrate_set_parameters, "Set parameters; what is left out stays."),
+    command!("query-migrate-parameters", &types::EMPTY, Of(&types::PARAMETERS), commands::query_migrate_parameters, "The parameters."),
+    command!("migrate-set-capabilities", &types::SET_CAPABILITIES, Of(&types::EMPTY), commands::migrate_set_capabilities,
         "Switch capabilities on or off. Refused while an upgrade is under way."),
-    command!("query-migrate-capabilities", &EMPTY, List(&Of(&CAPABILITY_STATUS)), commands::query_migrate_capabilities, "All capabilities."),
-    command!("__org.baton_events", &OWN_EVENTS, Of(&EMPTY), commands::own_events,
+    command!("query-migrate-capabilities", &types::EMPTY, List(&Of(&types::CAPABILITY_STATUS)), commands::query_migrate_capabilities, "All capabilities."),
+    command!("__org.baton_events", &types::OWN_EVENTS, Of(&types::EMPTY), commands::own_events,
         "Be told of events that QEMU does not have, those whose names begin with `__org.baton_`, on this connection. Nobody is told of them otherwise: some clients take no event that they do not know."),
-    command!(oob "query-yank", &EMPTY, List(&Of(&YANK_INSTANCE)), commands::query_yank,
+    command!(oob "query-yank", &types::EMPTY, List(&Of(&types::YANK_INSTANCE)), commands::query_yank,
         "What can be cut off: `migration`, once, while an upgrade is under way."),
-    command!(oob "yank", &YANK, Of(&EMPTY), commands::yank,
+    command!(oob "yank", &types::YANK, Of(&types::EMPTY), commands::yank,
         "Cut something off. `migration` closes both channels: before the commit the old worker runs on."),
-    command!("human-monitor-command", &HMP, Str, hmp::execute, "A line of QEMU's human monitor, for the few verbs that its documentation of CPR uses."),
+    command!("human-monitor-command", &types::HMP, Str, hmp::execute, "A line of QEMU's human monitor, for the few verbs that its documentation of CPR uses."),
 ];
 
 /// Every event.
 #[rustfmt::skip]
 pub(crate) static EVENTS: &[Event] = &[
-    Event { name: "STOP", doc: "The guest stands still: at an operator's wish, or in the pause of an upgrade.", data: &EMPTY },
-    Event { name: "RESUME", doc: "The guest runs again.", data: &EMPTY },
-    Event { name: "RESET", doc: "The guest was reset.", data: &RESET_DATA },
-    Event { name: "POWERDOWN", doc: "The guest's power button was pressed.", data: &EMPTY },
-    Event { name: "SHUTDOWN", doc: "The guest has ended. The connection ends after it.", data: &SHUTDOWN_DATA },
-    Event { name: "MIGRATION", doc: "An upgrade has come on, if capability `events` is switched on. Those of the pause are sent after it, with the times at which they happened.", data: &MIGRATION_DATA },
-    Event { name: "__org.baton_WORKER_REPLACED", doc: "A new worker runs the guest, whoever asked for that.", data: &REPLACED_DATA },
-    Event { name: "__org.baton_VM_LOST", doc: "Nobody runs the guest any more, and nobody will.", data: &LOST_DATA },
+    Event { name: "STOP", doc: "The guest stands still: at an operator's wish, or in the pause of an upgrade.", data: &types::EMPTY },
+    Event { name: "RESUME", doc: "The guest runs again.", data: &types::EMPTY },
+    Event { name: "RESET", doc: "The guest was reset.", data: &types::RESET_DATA },
+    Event { name: "POWERDOWN", doc: "The guest's power button was pressed.", data: &types::EMPTY },
+    Event { name: "SHUTDOWN", doc: "The guest has ended. The connection ends after it.", data: &types::SHUTDOWN_DATA },
+    Event { name: "MIGRATION", doc: "An upgrade has come on, if capability `events` is switched on. Those of the pause are sent after it, with the times at which they happened.", data: &types::MIGRATION_DATA },
+    Event { name: "__org.baton_WORKER_REPLACED", doc: "A new worker runs the guest, whoever asked for that.", data: &types::REPLACED_DATA },
+    Event { name: "__org.baton_VM_LOST", doc: "Nobody runs the guest any more, and nobody will.", data: &types::LOST_DATA },
 ];
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::capability::CAPABILITIES;
+    use crate::types::CAPABILITY;
 
     #[test]
     fn the_capabilities_are_those_that_work() {
