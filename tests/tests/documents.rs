@@ -25,6 +25,15 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+/// The cells of each row of a document's table.
+fn rows(document: &str) -> Vec<Vec<&str>> {
+    document
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| #"))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect()
+}
+
 fn exists(test: &str) -> bool {
     let (file, name) = test.rsplit_once("::").unwrap();
     let path = if file.contains('/') {
@@ -41,11 +50,7 @@ fn exists(test: &str) -> bool {
 #[test]
 fn every_row_has_a_verdict_and_a_test_that_exists() {
     let document = read("docs/qemu-compat.md");
-    let rows: Vec<Vec<&str>> = document
-        .lines()
-        .filter(|line| line.starts_with("| ") && !line.starts_with("| #"))
-        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
-        .collect();
+    let rows = rows(&document);
     let expected: Vec<String> = ROWS
         .iter()
         .flat_map(|(section, count)| (1..=*count).map(move |number| format!("{section}{number}")))
@@ -70,11 +75,7 @@ fn every_row_has_a_verdict_and_a_test_that_exists() {
 #[test]
 fn every_rule_of_an_upgrade_has_tests_that_exist() {
     let document = read("docs/upgrade-rules.md");
-    let rows: Vec<Vec<&str>> = document
-        .lines()
-        .filter(|line| line.starts_with("| ") && !line.starts_with("| #"))
-        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
-        .collect();
+    let rows = rows(&document);
     let numbers: Vec<String> = rows.iter().map(|row| row[0].to_owned()).collect();
     let expected: Vec<String> = (1..=rows.len()).map(|number| number.to_string()).collect();
     assert!(rows.len() >= 13, "{numbers:?}");

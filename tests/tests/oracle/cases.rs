@@ -75,6 +75,24 @@ const fn greeted_and_differs(
 
 const CPR: &[&str] = &[r#"migrate-set-parameters {"mode": "cpr-transfer"}"#];
 
+/// A capability is switched on, and a transfer asked for.
+macro_rules! with_capability {
+    ($name:literal) => {
+        same(
+            $name,
+            CPR,
+            &[
+                concat!(
+                    r#"migrate-set-capabilities {"capabilities": [{"capability": ""#,
+                    $name,
+                    r#"", "state": true}]}"#
+                ),
+                r#"migrate {"channels": [$main, $cpr]}"#,
+            ],
+        )
+    };
+}
+
 pub(crate) const CASES: &[Case] = &[
     greeted("a command before the negotiation", &["query-status {}"]),
     greeted(
@@ -273,38 +291,10 @@ pub(crate) const CASES: &[Case] = &[
         CPR,
         &[r#"migrate {"channels": [$main, $cpr], "resume": true}"#],
     ),
-    same(
-        "postcopy-ram",
-        CPR,
-        &[
-            r#"migrate-set-capabilities {"capabilities": [{"capability": "postcopy-ram", "state": true}]}"#,
-            r#"migrate {"channels": [$main, $cpr]}"#,
-        ],
-    ),
-    same(
-        "background-snapshot",
-        CPR,
-        &[
-            r#"migrate-set-capabilities {"capabilities": [{"capability": "background-snapshot", "state": true}]}"#,
-            r#"migrate {"channels": [$main, $cpr]}"#,
-        ],
-    ),
-    same(
-        "x-colo",
-        CPR,
-        &[
-            r#"migrate-set-capabilities {"capabilities": [{"capability": "x-colo", "state": true}]}"#,
-            r#"migrate {"channels": [$main, $cpr]}"#,
-        ],
-    ),
-    same(
-        "mapped-ram",
-        CPR,
-        &[
-            r#"migrate-set-capabilities {"capabilities": [{"capability": "mapped-ram", "state": true}]}"#,
-            r#"migrate {"channels": [$main, $cpr]}"#,
-        ],
-    ),
+    with_capability!("postcopy-ram"),
+    with_capability!("background-snapshot"),
+    with_capability!("x-colo"),
+    with_capability!("mapped-ram"),
     same(
         "migrate-incoming where nothing is awaited",
         &[],
