@@ -7,9 +7,7 @@ use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::path::PathBuf;
 
 use baton_ipc::Address;
 use nix::sys::socket::sockopt::PeerPidfd;
@@ -28,13 +26,14 @@ use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
+use crate::socket_file::SocketFile;
 
-/// A listening socket. Dropped, it unlinks its path, if that is still its own.
+/// A listening socket.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: OwnedFd,
-    /// Its path, and the device and inode there when it was bound.
-    bound: Option<(PathBuf, (u64, u64))>,
+    /// Its path, if it was bound here; it goes with this.
+    _file: Option<SocketFile>,
 }
 
 impl Listener {
@@ -59,11 +58,10 @@ impl Listener {
                     "remove what is there, or name another path",
                 )
             })?;
-        let there =
-            std::fs::symlink_metadata(path).doing(format_args!("cannot examine {shown}"))?;
+        let file = SocketFile::at(path).doing(format_args!("cannot examine {shown}"))?;
         Ok(Self {
             socket,
-            bound: Some((path.to_owned(), (there.dev(), there.ino()))),
+            _file: Some(file),
         })
     }
 
@@ -84,7 +82,7 @@ impl Listener {
         rustix::io::ioctl_fionbio(&socket, true).doing(what)?;
         Ok(Self {
             socket,
-            bound: None,
+            _file: None,
         })
     }
 
@@ -99,17 +97,6 @@ impl Listener {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some((path, identity)) = &self.bound {
-            let there = std::fs::symlink_metadata(path).ok();
-            if there.is_some_and(|there| (there.dev(), there.ino()) == *identity) {
-                let _ = std::fs::remove_file(path);
-            }
-        }
     }
 }
 

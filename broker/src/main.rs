@@ -32,6 +32,7 @@ mod rules;
 mod run_dir;
 mod serve;
 mod signals;
+mod socket_file;
 mod taps;
 mod upgrade;
 mod vm_file;

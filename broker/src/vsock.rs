@@ -40,6 +40,7 @@ use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::resources::check_grant;
+use crate::socket_file::SocketFile;
 use crate::upgrade::Upgrade;
 use crate::worker::Phase;
 
@@ -62,6 +63,8 @@ const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 pub(crate) struct Vsock {
     path: PathBuf,
     listener: OwnedFd,
+    /// Goes with this.
+    _file: SocketFile,
     callers: Vec<Caller>,
     /// What the guest has asked for: ticket and port.
     asked: VecDeque<(u32, u32)>,
@@ -136,9 +139,11 @@ impl Vsock {
                     "it has to be a path where this user can make a socket, and where nothing is yet",
                 )
             })?;
+        let file = SocketFile::at(path).doing(format_args!("cannot examine {}", path.display()))?;
         Ok(Self {
             path: path.to_owned(),
             listener,
+            _file: file,
             callers: Vec::new(),
             asked: VecDeque::new(),
             allowance: BURST,
@@ -197,12 +202,6 @@ impl Vsock {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{port}"));
         path.into()
-    }
-}
-
-impl Drop for Vsock {
-    fn drop(&mut self) {
-        let _ = rustix::fs::unlink(&self.path);
     }
 }
 
