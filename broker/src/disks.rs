@@ -82,20 +82,10 @@ pub(crate) fn open(disk: &Disk) -> Result<OpenDisk> {
         ),
         e => cannot("lock", &e, ""),
     })?;
-    let serial = disk.serial.as_ref().unwrap_or(&disk.id);
     Ok(OpenDisk {
         file: file.into(),
         kind,
-        config: BlockConfig {
-            bytes,
-            device: kind == DescriptorKind::BlockDevice,
-            readonly: disk.readonly,
-            direct: disk.direct,
-            block_size,
-            queues: disk.queues.0,
-            serial: serial.0.clone(),
-            limits: disk.limit.limits(),
-        },
+        config: disk.config(bytes, kind == DescriptorKind::BlockDevice, block_size),
     })
 }
 

@@ -13,8 +13,6 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::transfer::GuestMachine;
-use baton_ipc::worker::BlockConfig;
-use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_policy::Policy;
@@ -22,12 +20,11 @@ use baton_policy::Policy;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
-use crate::resources::BALLOON_SLOT;
-use crate::resources::ENTROPY_SLOT;
 use crate::resources::check_grant;
 use crate::taps;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
+use crate::vm_file::slots::Plugged;
 
 /// The machine of a VM file with these devices.
 pub(crate) fn of(vm: &VmFile, virtio: &[VirtioConfig]) -> GuestMachine {
@@ -60,50 +57,23 @@ pub(crate) fn devices(vm: &VmFile, running: &[VirtioConfig]) -> Vec<VirtioConfig
         .iter()
         .map(|config| (config.slot, &config.device))
         .collect();
-    let mut slots = 1..;
-    let mut devices = Vec::new();
-    for (disk, slot) in vm.disk.0.iter().zip(&mut slots) {
-        let (bytes, device, block_size) = match running.get(&slot) {
-            Some(VirtioKind::Block(block)) => (block.bytes, block.device, block.block_size),
-            _ => (0, false, 512),
-        };
-        let serial = disk.serial.as_ref().unwrap_or(&disk.id);
-        let device = VirtioKind::Block(BlockConfig {
-            bytes,
-            device,
-            readonly: disk.readonly,
-            direct: disk.direct,
-            block_size,
-            queues: disk.queues.0,
-            serial: serial.0.clone(),
-            limits: disk.limit.limits(),
-        });
-        devices.push(VirtioConfig { slot, device });
-    }
-    for (net, slot) in vm.net.0.iter().zip(&mut slots) {
-        let mtu = match running.get(&slot) {
-            Some(VirtioKind::Net(net)) => net.mtu,
-            _ => 0,
-        };
-        let device = VirtioKind::Net(NetConfig {
-            mac: net.mac.0,
-            mtu,
-            queues: net.queues.0,
-            limits: net.limit.limits(),
-        });
-        devices.push(VirtioConfig { slot, device });
-    }
-    if vm.memory.balloon {
-        devices.push(VirtioConfig {
-            slot: BALLOON_SLOT,
-            device: VirtioKind::Balloon,
-        });
-    }
-    devices.push(VirtioConfig {
-        slot: ENTROPY_SLOT,
-        device: VirtioKind::Entropy,
-    });
-    devices
+    let device = |slot: u8, plugged| match (plugged, running.get(&slot)) {
+        (Plugged::Disk(disk), Some(VirtioKind::Block(block))) => {
+            VirtioKind::Block(disk.config(block.bytes, block.device, block.block_size))
+        }
+        (Plugged::Disk(disk), _) => VirtioKind::Block(disk.config(0, false, 512)),
+        (Plugged::Net(net), Some(VirtioKind::Net(found))) => VirtioKind::Net(net.config(found.mtu)),
+        (Plugged::Net(net), _) => VirtioKind::Net(net.config(0)),
+        (Plugged::Balloon, _) => VirtioKind::Balloon,
+        (Plugged::Vsock(vsock), _) => VirtioKind::Vsock(vsock.config()),
+        (Plugged::Entropy, _) => VirtioKind::Entropy,
+    };
+    vm.devices()
+        .map(|(slot, plugged)| VirtioConfig {
+            slot,
+            device: device(slot, plugged),
+        })
+        .collect()
 }
 
 /// Whether the descriptors are those that this machine has, no more and no fewer, each granted by policy and the very file

@@ -17,12 +17,10 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::descriptor::RAM_SEALS;
-use baton_ipc::worker::MAX_SLOTS;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
-use baton_ipc::worker::VsockConfig;
 use baton_policy::Policy;
 use baton_policy::Seal;
 use rustix::fs::MemfdFlags;
@@ -44,15 +42,9 @@ use crate::vm_file::VmFile;
 use crate::vm_file::disk::Disk;
 use crate::vm_file::net::Net;
 use crate::vm_file::page_size;
+use crate::vm_file::slots::Plugged;
 use crate::vm_file::vsock::Vsock as VsockSection;
 use crate::vsock::Vsock;
-
-/// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
-pub(crate) const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
-/// The one of the socket device.
-const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
-/// The one of the balloon.
-pub(crate) const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
 
 #[derive(Serialize)]
 struct Opened<'a> {
@@ -116,23 +108,16 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
             Path::new("memfd:guest-ram"),
         )?;
     }
-    // Slots in the order of the VM file, from the one after the host bridge.
-    let mut slots = 1..;
     let mut virtio = Vec::new();
-    for (disk, slot) in vm.disk.0.iter().zip(&mut slots) {
-        virtio.push(opening.disk(slot, disk)?);
+    for (slot, device) in vm.devices() {
+        virtio.push(match device {
+            Plugged::Disk(disk) => opening.disk(slot, disk)?,
+            Plugged::Net(net) => opening.net(slot, net)?,
+            Plugged::Balloon => opening.plug(slot, VirtioKind::Balloon)?,
+            Plugged::Vsock(vsock) => opening.plug(slot, VirtioKind::Vsock(vsock.config()))?,
+            Plugged::Entropy => opening.plug(slot, VirtioKind::Entropy)?,
+        });
     }
-    for (net, slot) in vm.net.0.iter().zip(&mut slots) {
-        virtio.push(opening.net(slot, net)?);
-    }
-    if vm.memory.balloon {
-        virtio.push(opening.plug(BALLOON_SLOT, VirtioKind::Balloon)?);
-    }
-    if let Some(vsock) = &vm.vsock {
-        let config = VsockConfig { cid: vsock.cid.0 };
-        virtio.push(opening.plug(VSOCK_SLOT, VirtioKind::Vsock(config))?);
-    }
-    virtio.push(opening.plug(ENTROPY_SLOT, VirtioKind::Entropy)?);
     Ok(Resources {
         registry: opening.registry,
         virtio,

@@ -138,11 +138,6 @@ pub(crate) fn open(net: &Net) -> Result<OpenTap> {
     Ok(OpenTap {
         queues,
         claim,
-        config: NetConfig {
-            mac: net.mac.0,
-            mtu,
-            queues: net.queues.0,
-            limits: net.limit.limits(),
-        },
+        config: net.config(mtu),
     })
 }

@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 pub(crate) mod disk;
 pub(crate) mod net;
+pub(crate) mod slots;
 pub(crate) mod vsock;
 
 use self::disk::Disks;

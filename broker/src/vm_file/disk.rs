@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::MAX_DISK_QUEUES;
 use baton_ipc::worker::MAX_SERIAL;
@@ -33,6 +34,23 @@ pub(crate) struct Disk {
     /// Rate limits.
     #[serde(default)]
     pub(crate) limit: Limit,
+}
+
+impl Disk {
+    /// What a worker is told: this, and what only the open file tells. Sizes in bytes; `device` is a block device.
+    pub(crate) fn config(&self, bytes: u64, device: bool, block_size: u32) -> BlockConfig {
+        let serial = self.serial.as_ref().unwrap_or(&self.id);
+        BlockConfig {
+            bytes,
+            device,
+            readonly: self.readonly,
+            direct: self.direct,
+            block_size,
+            queues: self.queues.0,
+            serial: serial.0.clone(),
+            limits: self.limit.limits(),
+        }
+    }
 }
 
 /// A disk's name or serial number.

@@ -1,6 +1,7 @@
 //! `[[net]]` of the VM file.
 
 use baton_ipc::worker::MAX_NET_QUEUES;
+use baton_ipc::worker::NetConfig;
 use serde::Deserialize;
 
 use super::disk::Label;
@@ -27,6 +28,18 @@ pub(crate) struct Net {
     /// Rate limits, of each direction.
     #[serde(default)]
     pub(crate) limit: Limit,
+}
+
+impl Net {
+    /// What a worker is told: this, and the tap's MTU in bytes.
+    pub(crate) fn config(&self, mtu: u16) -> NetConfig {
+        NetConfig {
+            mac: self.mac.0,
+            mtu,
+            queues: self.queues.0,
+            limits: self.limit.limits(),
+        }
+    }
 }
 
 /// The name of an interface of the host.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use baton_ipc::worker::VsockConfig;
 use serde::Deserialize;
 
 /// The socket device.
@@ -12,6 +13,13 @@ pub(crate) struct Vsock {
     pub(crate) cid: Cid,
     /// The socket at the host's end.
     pub(crate) socket: PathBuf,
+}
+
+impl Vsock {
+    /// What a worker is told.
+    pub(crate) fn config(&self) -> VsockConfig {
+        VsockConfig { cid: self.cid.0 }
+    }
 }
 
 /// A context id that a guest can have.

@@ -1,0 +1,42 @@
+//! Which device of a VM file is in which PCI slot: the same for whoever opens them and for whoever compares them.
+
+use baton_ipc::worker::MAX_SLOTS;
+
+use super::VmFile;
+use super::disk::Disk;
+use super::net::Net;
+use super::vsock::Vsock;
+
+/// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
+const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
+/// The one of the socket device.
+const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
+/// The one of the balloon.
+const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
+
+/// A device as the VM file has it.
+pub(crate) enum Plugged<'a> {
+    Disk(&'a Disk),
+    Net(&'a Net),
+    Balloon,
+    Vsock(&'a Vsock),
+    Entropy,
+}
+
+impl VmFile {
+    /// The devices with their slots: disks and network interfaces in the order of the VM file, from the slot after the host
+    /// bridge; then those that have a slot of their own.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (u8, Plugged<'_>)> {
+        let disks = self.disk.0.iter().map(Plugged::Disk);
+        let nets = self.net.0.iter().map(Plugged::Net);
+        let balloon = self.memory.balloon.then_some(Plugged::Balloon);
+        let vsock = self.vsock.as_ref().map(Plugged::Vsock);
+        let own = [
+            (BALLOON_SLOT, balloon),
+            (VSOCK_SLOT, vsock),
+            (ENTROPY_SLOT, Some(Plugged::Entropy)),
+        ];
+        let own = own.into_iter().filter_map(|(slot, one)| Some((slot, one?)));
+        (1..).zip(disks.chain(nets)).chain(own)
+    }
+}
