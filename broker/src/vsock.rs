@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -28,6 +29,7 @@ use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::VsockReport;
 use rustix::fs::FileType;
 use rustix::fs::Mode;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::AddressFamily;
 use rustix::net::SocketAddrUnix;
@@ -340,8 +342,11 @@ impl Broker {
         let failed = |what: &dyn std::fmt::Display| Not::Ever(what.to_string());
         let path = self.vsock.as_ref().map(|vsock| vsock.path_of(port));
         let path = path.unwrap_or_default();
-        // Where the name leads is what policy is asked, and what is connected to.
-        let resolved = path.canonicalize().map_err(|e| failed(&e))?;
+        // What the name leads to is held, so that what policy is asked about is what is connected to.
+        let held = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| failed(&e))?;
+        let door = format!("/proc/self/fd/{}", held.as_raw_fd());
+        let resolved = std::fs::read_link(&door).map_err(|e| failed(&e))?;
         let granted = self.rules.policy.grant(descriptor::VSOCK);
         if !granted.is_some_and(|grant| grant.permits_path(&resolved)) {
             let (name, place) = (&self.rules.policy.name, resolved.display());
@@ -349,7 +354,7 @@ impl Broker {
                 "policy {name} does not grant the guest's vsock {place}"
             )));
         }
-        let address = address(&resolved).map_err(|refusal| failed(&refusal.reason))?;
+        let address = address(Path::new(&door)).map_err(|refusal| failed(&refusal.reason))?;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)
             .map_err(|e| failed(&e))?;
         // It is not waited for: one whose queue is full refuses (unix(7): EAGAIN).
