@@ -9,7 +9,10 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use baton_guest::DiskReport;
+use baton_guest::NetReport;
 use baton_guest::Report;
+use baton_guest::VsockReport;
 use baton_guest::layout;
 
 /// A VM's lowest region of guest RAM.
@@ -34,11 +37,30 @@ impl Guest {
         Ok(Self(file.with_context(|| format!("cannot open {path}"))?))
     }
 
-    /// The report as it is now.
-    pub(crate) fn report(&self) -> Result<Report> {
+    fn bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0; layout::REPORT_SIZE];
         self.0.read_exact_at(&mut bytes, layout::REPORT_ADDRESS)?;
-        Ok(Report::parse(&bytes)?)
+        Ok(bytes)
+    }
+
+    /// The report as it is now.
+    pub(crate) fn report(&self) -> Result<Report> {
+        Ok(Report::parse(&self.bytes()?)?)
+    }
+
+    /// What it says of its disk.
+    pub(crate) fn disk(&self) -> Result<DiskReport> {
+        Ok(DiskReport::parse(&self.bytes()?))
+    }
+
+    /// What it says of its network interface.
+    pub(crate) fn net(&self) -> Result<NetReport> {
+        Ok(NetReport::parse(&self.bytes()?))
+    }
+
+    /// What it says of its socket device.
+    pub(crate) fn vsock(&self) -> Result<VsockReport> {
+        Ok(VsockReport::parse(&self.bytes()?))
     }
 
     /// Waits until the report is as wished.
@@ -66,12 +88,16 @@ impl Guest {
         }
     }
 
+    /// Gives it a command.
+    pub(crate) fn mail(&self, command: u64) -> Result<()> {
+        let at = layout::REPORT_ADDRESS + layout::MAILBOX_OFFSET as u64;
+        Ok(self.0.write_all_at(&command.to_le_bytes(), at)?)
+    }
+
     /// Has it forget the gaps that it has seen.
     pub(crate) fn clear(&self) -> Result<()> {
         let before = self.report()?.clears;
-        let at = layout::REPORT_ADDRESS + layout::MAILBOX_OFFSET as u64;
-        self.0
-            .write_all_at(&layout::COMMAND_CLEAR.to_le_bytes(), at)?;
+        self.mail(layout::COMMAND_CLEAR)?;
         self.until("to take a command", Duration::from_secs(20), |report| {
             report.clears > before && report.cleared()
         })?;

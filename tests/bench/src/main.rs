@@ -9,6 +9,7 @@ mod clock;
 mod footprint;
 mod guest;
 mod measure;
+mod peers;
 mod qemu;
 mod summary;
 mod table;
@@ -37,6 +38,7 @@ Sweep      the guest's first round over all its memory after the upgrade, beside
 Examples:
   baton-bench
   baton-bench --memory 256M,4G --cpus 1,4 --upgrades 100 --qemu 10
+  baton-bench --memory 256M --no-walk --busy --upgrades 1000 --starts 1
   baton-bench --json | jq '.cases[0].blackout_us.p50'"
 )]
 struct Arguments {
@@ -77,6 +79,9 @@ struct Arguments {
     /// Let the guest idle in its counting loop, without going through its memory
     #[arg(long)]
     no_walk: bool,
+    /// Keep disk, network, vsock and console of the guest busy, and check what they carry
+    #[arg(long)]
+    busy: bool,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -106,6 +111,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         starts: arguments.starts,
         transfers: arguments.qemu,
         walk: !arguments.no_walk,
+        busy: arguments.busy,
     };
     let mut measured = Vec::new();
     for memory in &arguments.memory {

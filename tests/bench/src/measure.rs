@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -13,6 +14,8 @@ use serde::Serialize;
 use crate::clock::TscOrigin;
 use crate::footprint::Footprint;
 use crate::guest::Guest;
+use crate::peers::Peers;
+use crate::peers::Traffic;
 use crate::qemu;
 use crate::qemu::Transfer;
 use crate::summary::Summary;
@@ -33,6 +36,7 @@ pub(crate) struct Plan {
     pub(crate) starts: u32,
     pub(crate) transfers: u32,
     pub(crate) walk: bool,
+    pub(crate) busy: bool,
 }
 
 /// Of which VM.
@@ -63,6 +67,10 @@ pub(crate) struct Figures {
     /// Each step's time by the broker's clock.
     pub(crate) steps_us: BTreeMap<String, Summary>,
     pub(crate) state_bytes: Option<Summary>,
+    /// What its devices did meanwhile, with `--busy`.
+    pub(crate) traffic: Option<Traffic>,
+    /// How long all of that took.
+    pub(crate) seconds: f64,
     /// `baton run` executed to the guest's first instructions, by the guest's clock.
     pub(crate) start_to_guest_us: Option<Summary>,
     /// The broker's first instruction to "running".
@@ -110,19 +118,31 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
     let (mut to_guest, mut to_running, mut to_return) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..plan.starts {
         // Without the walk: what it does is no part of a start.
-        let vm = Vm::start(&plan.binaries, directory.path(), case, false)?;
+        let vm = Vm::start(&plan.binaries, directory.path(), case, false, None)?;
         to_guest.push(first_instruction_us(&vm)?);
         to_running.push(vm.start_us as f64);
         to_return.push(us(vm.returned));
     }
 
-    let vm = Vm::start(&plan.binaries, directory.path(), case, plan.walk)?;
+    let peers = plan
+        .busy
+        .then(|| Peers::new(directory.path()))
+        .transpose()?;
+    let vm = Vm::start(
+        &plan.binaries,
+        directory.path(),
+        case,
+        plan.walk,
+        peers.as_ref(),
+    )?;
     let guest = Guest::open(vm.broker)?;
     let patient = guest.until("to boot on all its vCPUs", SWEEP, |report| {
         report.vcpus_running == usize::from(case.cpus)
             && (!plan.walk || report.slots.iter().all(|slot| slot.walk.sweeps > 2))
     });
     let booted = patient?;
+    let busy = peers.map(|peers| peers.start(&guest)).transpose()?;
+    let began = Instant::now();
     let mut samples = Samples::default();
     // QEMU's turns are spread evenly over ours.
     let every = plan
@@ -144,6 +164,7 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
     if report.nonce != booted.nonce || report.boots != booted.boots || report.faults() > 0 {
         bail!("the guest was disturbed: {report:?}");
     }
+    let traffic = busy.map(|busy| busy.check(&guest)).transpose()?;
     let status = vm.status()?;
     Ok(Figures {
         case: case.clone(),
@@ -161,6 +182,8 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
             .filter_map(|(step, times)| Some((step, Summary::of(times)?)))
             .collect(),
         state_bytes: Summary::of(samples.state),
+        traffic,
+        seconds: began.elapsed().as_secs_f64(),
         start_to_guest_us: Summary::of(to_guest),
         start_to_running_us: Summary::of(to_running),
         start_to_return_us: Summary::of(to_return),

@@ -75,6 +75,18 @@ pub(crate) fn of(figures: &Figures) -> String {
         time(&name("downtime"), &qemu.downtime_us);
         time(&name("request"), &qemu.request_to_resume_us);
     }
+    if let Some(traffic) = &figures.traffic {
+        let rate = |count: u64| count as f64 / figures.seconds.max(f64::MIN_POSITIVE);
+        let _ = writeln!(
+            text,
+            "{:<28} {:.0} disk requests, {:.0} frames out, {:.0} in, {:.1} MiB of vsock echoed; none lost, none twice",
+            "each second",
+            rate(traffic.disk_requests),
+            rate(traffic.frames_sent),
+            rate(traffic.frames_received),
+            rate(traffic.vsock_bytes) / f64::from(1 << 20)
+        );
+    }
     let mut memory = |name: &str, footprint: &Footprint| {
         let _ = writeln!(
             text,

@@ -31,6 +31,7 @@ use serde_json::Value;
 
 use crate::clock;
 use crate::measure::Case;
+use crate::peers::Peers;
 
 /// The VM's name.
 const NAME: &str = "bench";
@@ -66,6 +67,7 @@ impl Vm {
         directory: &Path,
         case: &Case,
         walk: bool,
+        peers: Option<&Peers>,
     ) -> Result<Self> {
         let kernel = directory.join("guest.elf");
         if !kernel.exists() {
@@ -75,11 +77,17 @@ impl Vm {
         if walk {
             line = line.walk();
         }
+        if peers.is_some() {
+            line = Peers::words(line);
+        }
         let file = directory.join("bench.toml");
         let text = format!(
             "schema = 1\nname = \"{NAME}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\npages = \"{}\"\n\
-             [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n",
-            case.cpus, case.memory, case.pages
+             [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n{}",
+            case.cpus,
+            case.memory,
+            case.pages,
+            peers.map(Peers::tables).unwrap_or_default()
         );
         std::fs::write(&file, text)?;
         let (baton, run_dir) = (binaries.join("baton"), directory.join("run"));
