@@ -59,9 +59,10 @@ impl Deadlines {
         Duration::from_millis(50) * self.slowness
     }
 
-    /// How long a guest may take to power off before it is ended anyway.
+    /// How long a guest may take to power off before it is ended anyway: systemd gives each of its services 90 s
+    /// (systemd-system.conf(5), DefaultTimeoutStopSec), and what is ended loses what it has not written.
     pub(crate) fn power_off(self) -> Duration {
-        Duration::from_secs(30) * self.slowness
+        Duration::from_secs(180) * self.slowness
     }
 
     /// How long a running worker may take to answer an operator's order.

@@ -145,7 +145,7 @@ Examples:
     /// End a VM: by its power button, or at once
     #[command(after_help = "\
 Examples:
-  baton stop web1            the guest shuts down by itself
+  baton stop web1            the guest shuts down by itself, within 180 s or it is ended
   baton stop web1 --force    at once; what it has not written is lost")]
     Stop {
         /// The VM's name

@@ -15,9 +15,9 @@ use crate::run_dir::Found;
 use crate::run_dir::RunDir;
 use crate::signals::Signals;
 
-/// How long an end may take. A guest that does not obey its power button within 30 s is ended by its broker; a worker with
+/// How long an end may take. A guest that does not obey its power button within 180 s is ended by its broker; a worker with
 /// much memory takes a while to give it back.
-const END: Duration = Duration::from_secs(60);
+const END: Duration = Duration::from_secs(210);
 
 pub(crate) fn execute(
     globals: &Globals,
@@ -32,7 +32,7 @@ pub(crate) fn execute(
             client.begin_stop(force)?;
             let mut live = output.live();
             if !force {
-                live.draw("waiting for the guest to power off");
+                live.draw("waiting for the guest to power off; it has 180 s (Ctrl-C leaves it to that)");
             }
             match client.ended(END, Some(&signals))? {
                 Ended::Yes => {}
