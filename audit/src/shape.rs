@@ -89,6 +89,7 @@ const EVENTS: &[Row] = &[
     ("confirmed-settled", Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`
     ("audit",             Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`
     ("violation",         Detection,  1,     HIGH,          FAILURE), // Create
+    ("launcher-died",     Lifecycle,  OTHER, HIGH,          FAILURE),
     ("front-launch",      Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
     ("front-confirmed",   Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
     ("front-failed",      Lifecycle,  OTHER, MEDIUM,        FAILURE),

@@ -115,8 +115,8 @@ impl Broker {
             crate::evidence::process(pid, &executable, self.cgroup.as_ref(), Some(&limits));
         findings.extend(wrong.iter().map(|finding| finding_of(pid, finding)));
         checks.extend(crate::evidence::threads(&self.rules, &verdict));
-        let (own, wrong) = crate::own::compare()?;
-        checks.push(own);
+        let (own, wrong) = self.compare_own();
+        checks.extend(own);
         let wrong = wrong
             .into_iter()
             .map(|what| crate::proof::other(None, what));

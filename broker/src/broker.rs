@@ -45,7 +45,9 @@ use crate::front::Front;
 use crate::ids::VmIds;
 use crate::incoming::Channels;
 use crate::incoming::Incoming;
+use crate::launcher::Launcher;
 use crate::nascent::Nascent;
+use crate::own::Own;
 use crate::proof::Prover;
 use crate::refusal::Doing;
 use crate::refusal::Result;
@@ -106,6 +108,10 @@ pub(crate) struct Broker {
     pub(crate) ids: VmIds,
     pub(crate) cgroup: Option<Cgroup>,
     pub(crate) prover: Prover,
+    /// What this process itself is held to.
+    pub(crate) own: Own,
+    /// Who starts workers and reads filters.
+    pub(crate) launcher: Rc<Launcher>,
     pub(crate) deadlines: Deadlines,
     /// Goes before the clients do: who sees the hang-up finds the name free.
     pub(crate) directory: VmDirectory,
@@ -240,9 +246,6 @@ impl Broker {
                 .then(|| Instant::now() + Duration::from_millis(100)),
             self.clients.resting(),
             self.vsock.as_ref().and_then(Vsock::deadline),
-            self.prover
-                .holds()
-                .then(|| Instant::now() + Duration::from_millis(1)),
             (!self.retired.is_empty()).then(|| Instant::now() + Duration::from_millis(100)),
         ];
         let next = deadlines.into_iter().flatten().min()?;
@@ -253,6 +256,9 @@ impl Broker {
         let signalled = self.signals.take();
         if signalled.child {
             self.reap_strangers();
+            if self.launcher.has_died() {
+                self.log.note("launcher-died", &json!({}));
+            }
         }
         if signalled.end || self.starter_left() {
             self.end = Some(Exit::Done);
@@ -282,7 +288,6 @@ impl Broker {
             ));
             self.clients.reply(id, &reply);
         }
-        self.prover.let_go();
         if self.start_by.is_some_and(|by| Instant::now() > by) {
             return Err(unfit(
                 "the first worker took too long to run its guest",
@@ -323,8 +328,8 @@ impl Broker {
                     .map(worker),
             )
             .chain(makings().filter_map(Nascent::worker).map(worker))
-            .chain(makings().filter_map(Nascent::stage1))
             .chain(self.front.processes())
+            .chain(i32::try_from(self.launcher.pid()))
             .collect();
         for child in crate::process::children()
             .into_iter()

@@ -150,17 +150,19 @@ mod armed {
                         .and_then(|new| crate::process::parent(new.process.pid))
                         .and_then(rustix::process::Pid::from_raw);
                     if let Some(parent) = parent {
-                        let _ =
-                            rustix::process::kill_process(parent, rustix::process::Signal::KILL);
+                        kill(parent);
                     }
                 }
-                Act::KillBroker => {
-                    let _ = rustix::process::kill_process(
-                        rustix::process::getpid(),
-                        rustix::process::Signal::KILL,
-                    );
-                }
+                Act::KillBroker => kill(rustix::process::getpid()),
             }
+        }
+    }
+
+    /// By the only call that the broker's filter has for it.
+    fn kill(process: rustix::process::Pid) {
+        use rustix::process::PidfdFlags;
+        if let Ok(pidfd) = rustix::process::pidfd_open(process, PidfdFlags::empty()) {
+            let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
         }
     }
 }

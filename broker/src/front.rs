@@ -185,8 +185,7 @@ impl Front {
     /// Its processes, which are not strangers.
     pub(crate) fn processes(&self) -> Vec<i32> {
         match &self.stage {
-            Stage::Idle => Vec::new(),
-            Stage::Launching { launch, .. } => i32::try_from(launch.stage1()).into_iter().collect(),
+            Stage::Idle | Stage::Launching { .. } => Vec::new(),
             Stage::Running(front) => vec![front.process.pid],
         }
     }
@@ -317,8 +316,13 @@ impl Broker {
             landlock_floor: place.rules.policy.landlock.floor_abi,
             filters: place.rules.compiled.build.clone(),
         };
-        let launch = Begun::start(Program::Front, place.ids.ids, place.cgroup.as_ref())?
-            .become_of(binary.as_fd(), confinement)?;
+        let launch = Begun::start(
+            &self.launcher,
+            Program::Front,
+            place.ids.ids,
+            place.cgroup.as_ref(),
+        )?
+        .become_of(binary.as_fd(), confinement)?;
         self.log.note(
             "front-launch",
             &json!({"digest": binary.digest.to_string(), "uid": place.ids.ids.uid}),

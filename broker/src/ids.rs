@@ -11,6 +11,8 @@ use std::path::Path;
 
 use baton_policy::Policy;
 use rustix::fs::FlockOperation;
+use serde::Deserialize;
+use serde::Serialize;
 
 use crate::process::ProcessId;
 use crate::refusal::Doing;
@@ -23,7 +25,7 @@ use crate::run_dir::private_directory;
 const LOCKS: &str = "/run/baton/.ids";
 
 /// Numeric host ids.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HostIds {
     pub(crate) uid: u32,
     pub(crate) gid: u32,

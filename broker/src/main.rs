@@ -19,6 +19,7 @@ mod guest_machine;
 mod ids;
 mod incoming;
 mod launch;
+mod launcher;
 mod nascent;
 mod outgoing;
 mod own;
@@ -42,6 +43,7 @@ mod worker;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::Instant;
 
 use baton_ipc::Address;
@@ -55,6 +57,7 @@ use rustix::net::SocketType;
 use crate::broker::Broker;
 use crate::broker::Options;
 use crate::incoming::Channels;
+use crate::launcher::Launcher;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 
@@ -103,6 +106,9 @@ enum Command {
         #[arg(long, requires = "incoming_cpr")]
         incoming_paused: bool,
     },
+    /// What starts workers and reads filters for a broker.
+    #[command(hide = true)]
+    Launcher,
     /// A stage of a worker's launch.
     #[command(hide = true)]
     Launch {
@@ -115,6 +121,7 @@ enum Command {
 fn main() -> ExitCode {
     let began = Instant::now();
     match Arguments::parse().command {
+        Command::Launcher => launcher::run(),
         Command::Launch { confine: false } => launch::unshare(),
         Command::Launch { confine: true } => launch::confine(),
         Command::Serve {
@@ -160,17 +167,25 @@ fn serve(options: Options, began: Instant) -> ExitCode {
             return ExitCode::from(refusal.exit.code());
         }
     }
-    if let Err(refusal) = own::confine() {
-        broker::report_failure(starter.as_ref(), &refusal);
-        return ExitCode::from(refusal.exit.code());
-    }
-    match Broker::start(options, began) {
+    let started =
+        begin(options.slowness).and_then(|launcher| Broker::start(options, launcher, began));
+    match started {
         Ok(broker) => ExitCode::from(broker.run(starter).code()),
         Err(refusal) => {
             broker::report_failure(starter.as_ref(), &refusal);
             ExitCode::from(refusal.exit.code())
         }
     }
+}
+
+/// Starts the launcher, which keeps what this process then gives up.
+fn begin(slowness: u32) -> Result<Rc<Launcher>> {
+    // Ignored by whoever started this, children would be gone before anybody could ask how they ended (wait(2)).
+    baton_policy::kernel::default_sigchld().doing("cannot take SIGCHLD back")?;
+    nix::sys::prctl::set_child_subreaper(true).doing("cannot adopt workers")?;
+    let launcher = Launcher::start(slowness)?;
+    own::confine()?;
+    Ok(launcher)
 }
 
 /// Standard input, when it is the socket that `baton run` makes.

@@ -150,14 +150,6 @@ impl Nascent {
         self.worker().filter(|_| self.handed_over)
     }
 
-    /// The launcher's first stage, while it is at work.
-    pub(crate) fn stage1(&self) -> Option<i32> {
-        match &self.stage {
-            Stage::Launching(launch) => i32::try_from(launch.stage1()).ok(),
-            _ => None,
-        }
-    }
-
     /// What the worker has printed.
     pub(crate) fn read_diagnostics(&mut self) -> String {
         match &mut self.stage {

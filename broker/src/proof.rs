@@ -2,17 +2,15 @@
 //! is evidence here, and names are not either.
 
 use std::cell::Cell;
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::Duration;
 use std::time::Instant;
 
 use baton_policy::Namespace;
-use baton_policy::Program;
-use baton_policy::kernel;
 use baton_policy::procfs::TaskStat;
 use baton_policy::procfs::TaskStatus;
 use baton_policy::proof::Declared;
@@ -24,31 +22,26 @@ use baton_policy::proof::Observed;
 use baton_policy::proof::ObservedThread;
 use baton_policy::proof::Verdict;
 use baton_policy::proof::prove;
-use nix::sys::ptrace;
-use nix::sys::wait::WaitPidFlag;
-use nix::sys::wait::WaitStatus;
-use nix::sys::wait::waitpid;
-use nix::unistd::Pid;
 
 use crate::binary::WorkerBinary;
 use crate::broker::Rules;
 use crate::cgroup::Cgroup;
 use crate::ids::HostIds;
-
-/// How long a thread's stop is waited for without sleeping.
-const SPIN: Duration = Duration::from_micros(200);
+use crate::launcher::Launcher;
+use crate::launcher::Reading;
 
 /// What a broker compares its workers with.
 #[derive(Debug)]
 pub(crate) struct Prover {
-    inherited_filters: u32,
+    /// Filters that this process was started with.
+    pub(crate) inherited_filters: u32,
     own_namespaces: BTreeMap<Namespace, (u64, u64)>,
     /// The supplementary groups of this process.
     pub(crate) own_groups: Vec<u32>,
     /// Why filters cannot be read back, when they cannot.
     pub(crate) unreadable: Option<String>,
-    /// Threads that did not stop in time to be read, and have to be let go when they do.
-    held: RefCell<Vec<i32>>,
+    /// Who reads filters.
+    launcher: Rc<Launcher>,
     /// The longest that a thread stood still in the last reading.
     pub(crate) stood: Cell<Duration>,
     /// How long the reading of all filters of one worker may take. A thread that does not stop by then is a finding.
@@ -57,7 +50,7 @@ pub(crate) struct Prover {
 
 impl Prover {
     /// Reads what this process has, which its children inherit.
-    pub(crate) fn new(reading: Duration) -> Self {
+    pub(crate) fn new(reading: Duration, launcher: Rc<Launcher>) -> Self {
         let own = fs::read_to_string("/proc/self/status").ok();
         let status = own.and_then(|text| TaskStatus::parse(&text).ok());
         let inherited_filters = status.as_ref().map_or(0, |status| status.seccomp_filters);
@@ -67,7 +60,7 @@ impl Prover {
                     .to_owned(),
             )
         } else if status.as_ref().is_none_or(|status| status.seccomp != 0) {
-            Some("the broker runs under a seccomp filter of its own".to_owned())
+            Some("the broker was started under a seccomp filter".to_owned())
         } else {
             None
         };
@@ -76,7 +69,7 @@ impl Prover {
             own_namespaces: namespaces("self"),
             own_groups: status.map(|status| status.groups).unwrap_or_default(),
             unreadable,
-            held: RefCell::new(Vec::new()),
+            launcher,
             stood: Cell::new(Duration::ZERO),
             reading,
         }
@@ -104,16 +97,14 @@ impl Prover {
                 .iter_mut()
                 .filter(|thread| !thread.stat.is_user_worker())
             {
-                let began = Instant::now();
-                let read = filters(thread.status.pid, thread.status.seccomp_filters, by);
-                self.stood.set(self.stood.get().max(began.elapsed()));
-                match read {
-                    Ok(filters) => thread.filters = Some(filters),
-                    Err((held, what)) => {
-                        let tid = i32::try_from(thread.status.pid).ok().filter(|_| held);
-                        self.held.borrow_mut().extend(tid);
-                        unread.push(other(Some(thread.status.pid), what));
+                let (tid, count) = (thread.status.pid, thread.status.seccomp_filters);
+                let within = by.saturating_duration_since(Instant::now());
+                match self.launcher.filters(tid, count, within) {
+                    Ok(Reading { filters, stood }) => {
+                        self.stood.set(self.stood.get().max(stood));
+                        thread.filters = Some(filters);
                     }
+                    Err(refusal) => unread.push(other(Some(tid), refusal.reason)),
                 }
             }
         }
@@ -131,24 +122,6 @@ impl Prover {
             });
         }
         verdict
-    }
-
-    /// Lets go of threads that have stopped by now.
-    pub(crate) fn let_go(&self) {
-        self.held.borrow_mut().retain(|&tid| {
-            let pid = Pid::from_raw(tid);
-            match waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) => true,
-                Ok(WaitStatus::Stopped(_, signal)) => ptrace::detach(pid, signal).is_err(),
-                Ok(WaitStatus::PtraceEvent(..)) => ptrace::detach(pid, None).is_err(),
-                Ok(_) | Err(_) => false,
-            }
-        });
-    }
-
-    /// Whether threads are held that have not stopped yet.
-    pub(crate) fn holds(&self) -> bool {
-        !self.held.borrow().is_empty()
     }
 
     fn observe(&self, pid: i32) -> Observed {
@@ -229,36 +202,4 @@ fn thread(task: &Path) -> Option<ObservedThread> {
         stat: TaskStat::parse(&read("stat")?).ok()?,
         filters: None,
     })
-}
-
-/// Reads all filters of a thread, which is stopped for that long. `Err(true, …)`: it is still to be let go of.
-fn filters(tid: u32, count: u32, by: Instant) -> std::result::Result<Vec<Program>, (bool, String)> {
-    let raw = i32::try_from(tid).map_err(|e| (false, e.to_string()))?;
-    let pid = Pid::from_raw(raw);
-    let failed =
-        |held: bool, what: &str, e: &dyn std::fmt::Display| (held, format!("cannot {what}: {e}"));
-    ptrace::seize(pid, ptrace::Options::empty()).map_err(|e| failed(false, "trace it", &e))?;
-    ptrace::interrupt(pid).map_err(|e| failed(true, "stop it", &e))?;
-    let began = Instant::now();
-    let signal = loop {
-        match waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
-            // It stops within microseconds where a processor is free, and stands still until this one has gone on.
-            Ok(WaitStatus::StillAlive) if began.elapsed() < SPIN => std::thread::yield_now(),
-            Ok(WaitStatus::StillAlive) if Instant::now() < by => {
-                std::thread::sleep(Duration::from_micros(20));
-            }
-            Ok(WaitStatus::StillAlive) => return Err(failed(true, "stop it", &"it does not stop")),
-            // It was about to take a signal, which it gets when it is let go.
-            Ok(WaitStatus::Stopped(_, signal)) => break Some(signal),
-            Ok(WaitStatus::PtraceEvent(..)) => break None,
-            Ok(other) => return Err(failed(false, "stop it", &format_args!("{other:?}"))),
-            Err(e) => return Err(failed(true, "stop it", &e)),
-        }
-    };
-    let read = (0..count)
-        .map(|index| kernel::seccomp_get_filter(raw, index))
-        .collect::<std::result::Result<_, _>>()
-        .map_err(|e| failed(false, "read its filters", &e));
-    ptrace::detach(pid, signal).map_err(|e| failed(true, "let go of it", &e))?;
-    read
 }

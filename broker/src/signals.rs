@@ -20,8 +20,6 @@ impl Signals {
         let set: SigSet = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]
             .into_iter()
             .collect();
-        // Ignored by whoever started this, children would be gone before anybody could ask how they ended (wait(2)).
-        baton_policy::kernel::default_sigchld().doing("cannot take SIGCHLD back")?;
         set.thread_block().doing("cannot block signals")?;
         SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map(Self)

@@ -223,8 +223,13 @@ impl Broker {
         crate::fail_point::act_at(Step::Request, self.worker.as_ref(), None);
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run });
-        let launched = Begun::start(Program::Worker, self.ids.ids, self.cgroup.as_ref())
-            .and_then(|begun| self.launch(begun, binary, config, &rules));
+        let launched = Begun::start(
+            &self.launcher,
+            Program::Worker,
+            self.ids.ids,
+            self.cgroup.as_ref(),
+        )
+        .and_then(|begun| self.launch(begun, binary, config, &rules));
         let nascent = match launched {
             Ok(nascent) => nascent,
             Err(refusal) => {

@@ -375,19 +375,6 @@ impl Drop for Worker {
         self.kill();
         // It is being torn down. Waiting here would hold up a guest; a retired worker is kept until it is gone.
         while self.reap().is_none() {
-            // A thread that did not stop in time to be read is still traced by this process, and the process is not gone
-            // before this one has reaped that thread.
-            for tid in crate::proof::threads_of(self.process.pid) {
-                if let Some(thread) = i32::try_from(tid)
-                    .ok()
-                    .filter(|&tid| tid != self.process.pid)
-                {
-                    let flags =
-                        nix::sys::wait::WaitPidFlag::__WALL | nix::sys::wait::WaitPidFlag::WNOHANG;
-                    let _ =
-                        nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(thread), Some(flags));
-                }
-            }
             std::thread::sleep(Duration::from_millis(1));
         }
     }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::condition::{Comparison, Conjunction};
 use crate::digest::Digest;
-use crate::policy::{Policy, Role, Violation};
+use crate::policy::{Policy, Role, Rule, Violation};
 use crate::program::{Instruction, Program, ProgramError};
 use crate::syscalls::{Syscall, Width};
 
@@ -109,18 +109,33 @@ impl Policy {
     /// What `role` may call: for each call the alternatives, sorted; none means any arguments.
     #[must_use]
     pub fn allowed(&self, role: Role) -> Rules {
-        let mut rules = Rules::new();
-        for rule in self.rules_of(role) {
-            rules
-                .entry(rule.call)
-                .or_default()
-                .extend(rule.alternatives.iter().cloned());
-        }
-        for alternatives in rules.values_mut() {
-            alternatives.sort();
-        }
-        rules
+        by_call(self.rules_of(role))
     }
+}
+
+/// The broker's own filter. What matches no rule is answered with EPERM.
+pub(crate) fn own(rules: &[Rule]) -> Result<Program, CompileError> {
+    let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    filter(
+        Role::Control,
+        &by_call(rules),
+        refused,
+        SeccompAction::Allow,
+    )
+}
+
+/// Rules by their calls, the alternatives of each sorted.
+pub(crate) fn by_call<'a>(rules: impl IntoIterator<Item = &'a Rule>) -> Rules {
+    let mut all = Rules::new();
+    for rule in rules {
+        all.entry(rule.call)
+            .or_default()
+            .extend(rule.alternatives.iter().cloned());
+    }
+    for alternatives in all.values_mut() {
+        alternatives.sort();
+    }
+    all
 }
 
 /// Calls with the alternatives under which they are let through; an empty list means any arguments. The parser

@@ -40,7 +40,7 @@ pub enum Family {
     Fallocate,
     /// `MSG_*`.
     Message,
-    /// `SOL_*` and `SO_*`.
+    /// `AF_*`, `SOL_*` and `SO_*`.
     Socket,
 }
 
@@ -138,6 +138,7 @@ const TABLE: &[(Family, &str, u64)] = &[
     (Family::Ioctl, "BLKZEROOUT", 0x127f),
     (Family::Ioctl, "BLKGETSIZE64", 0x8008_1272),
     (Family::Ioctl, "FIONBIO", 0x5421),
+    (Family::Ioctl, "TIOCGPTN", 0x8004_5430),
     // fcntl.
     (Family::Fcntl, "F_DUPFD", 0),
     (Family::Fcntl, "F_GETFD", 1),
@@ -211,6 +212,7 @@ const TABLE: &[(Family, &str, u64)] = &[
     (Family::Signal, "SIGPIPE", 13),
     (Family::Signal, "SIGTERM", 15),
     (Family::Signal, "SIGCONT", 18),
+    (Family::Signal, "SIGSTOP", 19),
     (Family::Signal, "SIGSYS", 31),
     // Files and sockets.
     (Family::Whence, "SEEK_SET", 0),
@@ -229,6 +231,7 @@ const TABLE: &[(Family, &str, u64)] = &[
     (Family::Message, "MSG_WAITALL", 0x100),
     (Family::Message, "MSG_NOSIGNAL", 0x4000),
     (Family::Message, "MSG_CMSG_CLOEXEC", 0x4000_0000),
+    (Family::Socket, "AF_UNIX", 1),
     (Family::Socket, "SOL_SOCKET", 1),
     (Family::Socket, "SO_TYPE", 3),
     (Family::Socket, "SO_ERROR", 4),

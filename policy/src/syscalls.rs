@@ -184,6 +184,10 @@ const ARGUMENTS: &[(&str, &[Argument])] = &[
     ("mremap", &[arg("flags", 3, Width::Qword, Family::Number)]),
     ("newfstatat", &[arg("flags", 3, Width::Dword, Family::At)]),
     (
+        "pidfd_send_signal",
+        &[arg("sig", 1, Width::Dword, Family::Signal)],
+    ),
+    (
         "prctl",
         &[
             arg("option", 0, Width::Dword, Family::Prctl),
@@ -221,6 +225,11 @@ const ARGUMENTS: &[(&str, &[Argument])] = &[
             arg("flags", 3, Width::Dword, Family::Message),
             arg("addr", 4, Width::Qword, Family::Number),
         ],
+    ),
+    ("socket", &[arg("domain", 0, Width::Dword, Family::Socket)]),
+    (
+        "socketpair",
+        &[arg("domain", 0, Width::Dword, Family::Socket)],
     ),
     ("statx", &[arg("flags", 2, Width::Dword, Family::At)]),
     (

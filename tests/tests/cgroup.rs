@@ -68,7 +68,10 @@ fn ends_a_worker_that_takes_more_memory_than_policy_gives_it() {
     site.write("policy.toml", text);
     site.write("vm.toml", vm_file(&site.name, &worker, &policy));
     let outcome = site.run("vm.toml").expect(3);
-    assert!(outcome.stdout.contains("the worker died"), "{outcome:?}");
+    // Its channel may be seen to close before its control socket is.
+    let said = ["the worker died", "(signal 9)"];
+    let died = said.iter().any(|said| outcome.stdout.contains(said));
+    assert!(died, "{outcome:?}");
     site.assert_nothing_left();
 }
 

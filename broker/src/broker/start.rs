@@ -40,7 +40,9 @@ use crate::ids::VmIds;
 use crate::incoming::Incoming;
 use crate::launch::Begun;
 use crate::launch::Program;
+use crate::launcher::Launcher;
 use crate::nascent::Advance;
+use crate::own::Own;
 use crate::proof::Prover;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
@@ -57,7 +59,7 @@ use crate::worker::Phase;
 
 impl Broker {
     /// Opens everything that the VM file names, and launches the first worker.
-    pub(crate) fn start(options: Options, began: Instant) -> Result<Self> {
+    pub(crate) fn start(options: Options, launcher: Rc<Launcher>, began: Instant) -> Result<Self> {
         let vm = VmFile::load(&options.vm_file)?;
         if options.detach && matches!(vm.console, crate::vm_file::Console::Stdio) {
             return Err(refusal(
@@ -70,7 +72,6 @@ impl Broker {
             crate::outgoing::refuse_vsock(&vm)?;
         }
         let signals = Signals::new()?;
-        nix::sys::prctl::set_child_subreaper(true).doing("cannot adopt workers")?;
         let directory = match options.incoming {
             None => VmDirectory::claim(&options.run_dir, &vm.name)?,
             Some(_) => VmDirectory::claim_beside(&options.run_dir, &vm.name)?,
@@ -91,7 +92,12 @@ impl Broker {
             .transpose()?;
         // First, because it takes its time by itself: a refusal of what follows ends it again.
         let begun = match incoming {
-            None => Some(Begun::start(Program::Worker, ids.ids, cgroup.as_ref())?),
+            None => Some(Begun::start(
+                &launcher,
+                Program::Worker,
+                ids.ids,
+                cgroup.as_ref(),
+            )?),
             Some(_) => None,
         };
         let mut resources = Resources::default();
@@ -123,6 +129,10 @@ impl Broker {
         if rules.policy.access.is_open() {
             directory.let_through()?;
         }
+        let prover = Prover::new(deadlines.reading(), Rc::clone(&launcher));
+        let front = Front::listen(&directory.qmp_socket())?;
+        // Everything that the VM file names is open.
+        let own = Own::settle()?;
         let mut broker = Self {
             deadlines,
             id: VmId(id),
@@ -140,9 +150,11 @@ impl Broker {
             _claims: claims,
             ids,
             cgroup,
-            prover: Prover::new(deadlines.reading()),
+            prover,
+            own,
+            launcher,
             clients,
-            front: Front::listen(&directory.qmp_socket())?,
+            front,
             last_upgrade: None,
             console,
             vsock,

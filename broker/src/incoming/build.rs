@@ -36,7 +36,12 @@ impl Broker {
             rules.declared = Some(declared);
         }
         let config = self.config(generation, StartMode::CprTransfer, &self.rules.compiled)?;
-        let begun = Begun::start(Program::Worker, self.ids.ids, self.cgroup.as_ref())?;
+        let begun = Begun::start(
+            &self.launcher,
+            Program::Worker,
+            self.ids.ids,
+            self.cgroup.as_ref(),
+        )?;
         self.launch(begun, binary, config, &self.rules)
     }
 

@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! broker                         stage 1 (`launch`)             stage 2 (`launch --confine`)
-//!   │ spawn ────────────────────►│                                │
+//!   │ the launcher spawns ──────►│                                │
 //!   │ begin, cgroup.procs ──────►│ join the VM's cgroup           │
 //!   │                            │ unshare all namespaces         │
 //!   │                   unshared │                                │
-//!   │ write uid_map, gid_map     │                                │
+//!   │ the launcher writes uid_map and gid_map                     │
 //!   │ mapped ───────────────────►│ become id 0 of the namespace   │
 //!   │                            │ spawn ────────────────────────►│ pid 1 of the new namespaces
-//!   │               spawned(pid) │ exit                           │ (reparented to the broker, a subreaper)
+//!   │               spawned(pid) │                                │
+//!   │ the launcher ends ────────►│                                │ (reparented to the broker, a subreaper)
 //!   │ confine + sealed memfd ────┼───────────────────────────────►│ empty root, rlimits, no capabilities,
 //!   │                            │                                │ no_new_privs, Landlock, first filter,
 //!   │                            │                                │ execveat of the memfd

@@ -1,13 +1,9 @@
 //! The broker's side of a launch.
 
-use std::fs;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::process::Child;
-use std::process::Command;
-use std::process::Stdio;
+use std::rc::Rc;
 
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
@@ -19,6 +15,7 @@ use super::LaunchReport;
 use super::Program;
 use crate::cgroup::Cgroup;
 use crate::ids::HostIds;
+use crate::launcher::Launcher;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -26,7 +23,8 @@ use crate::refusal::unfit;
 /// Stage 1 on its way: it joins its cgroup and leaves all namespaces, whatever it is to become. Dropped, it is ended.
 #[derive(Debug)]
 pub(crate) struct Begun {
-    stage1: Child,
+    launcher: Rc<Launcher>,
+    stage1: u32,
     socket: Option<Channel<LaunchOrder, LaunchReport>>,
     diagnostics: OwnedFd,
     standard: [u64; 2],
@@ -61,29 +59,26 @@ impl Begun {
     /// Starts stage 1 of what is to run under `ids`, the ids that id 0 of its namespace stands for.
     ///
     /// It moves itself into the cgroup: the kernel may wait many milliseconds for that, and this process must not.
-    pub(crate) fn start(program: Program, ids: HostIds, cgroup: Option<&Cgroup>) -> Result<Self> {
+    pub(crate) fn start(
+        launcher: &Rc<Launcher>,
+        program: Program,
+        ids: HostIds,
+        cgroup: Option<&Cgroup>,
+    ) -> Result<Self> {
         let (ours, theirs) = FdSocket::pair().doing("cannot make a control socket")?;
         let (diagnostics, output) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .doing("cannot make a pipe")?;
         rustix::io::ioctl_fionbio(&diagnostics, true).doing("cannot make a pipe")?;
-        let errors = output.try_clone().doing("cannot make a pipe")?;
         let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|stat| stat.st_ino);
         let standard = [
             inode(theirs.as_fd()).doing("cannot examine a control socket")?,
             inode(output.as_fd()).doing("cannot examine a pipe")?,
         ];
         let doors = cgroup.map(Cgroup::doors).transpose()?.unwrap_or_default();
-        // The running broker's own file, whatever lies at its path by now.
-        let stage1 = Command::new("/proc/self/exe")
-            .arg("launch")
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::from(output))
-            .stderr(Stdio::from(errors))
-            .spawn()
-            .doing("cannot start the launcher")?;
+        let stage1 = launcher.begin(ids, [theirs.as_fd(), output.as_fd()])?;
+        drop((theirs, output));
         let begun = Self {
+            launcher: Rc::clone(launcher),
             stage1,
             socket: Some(Channel::new(ours)),
             diagnostics,
@@ -122,11 +117,6 @@ impl Begun {
 }
 
 impl Launch {
-    /// Stage 1's process.
-    pub(crate) fn stage1(&self) -> u32 {
-        self.begun.stage1.id()
-    }
-
     /// Goes on with what the stages have said; the process once it runs.
     pub(crate) fn advance(&mut self) -> Result<Option<Launched>> {
         loop {
@@ -142,12 +132,13 @@ impl Launch {
                     ));
                 }
                 Received::Message(LaunchReport::Unshared, _) => {
-                    write_id_maps(self.begun.stage1.id(), self.begun.ids)?;
+                    self.begun.launcher.map(self.begun.stage1)?;
                     self.begun.send(&LaunchOrder::Mapped, &[])?;
                 }
                 Received::Message(LaunchReport::Spawned(pid), _) => {
-                    // Not before: the worker that stage 2 becomes would say its first word on the same socket, maybe
-                    // ahead of stage 1's last.
+                    // Its child belongs to this process then, a subreaper, and the signal that stage 2 asks for at its parent's
+                    // death is for this one's. Nor may the worker speak on this socket before stage 1's last word.
+                    self.begun.launcher.end(self.begun.stage1)?;
                     let order = LaunchOrder::Confine(self.begun.program, self.confinement.clone());
                     self.begun.send(&order, &[self.binary.as_fd()])?;
                     return self.spawned(pid).map(Some);
@@ -163,9 +154,7 @@ impl Launch {
     }
 
     fn spawned(&mut self, pid: i32) -> Result<Launched> {
-        // Stage 1 exits right after this report; its child then belongs to this process, a subreaper.
         let begun = &mut self.begun;
-        begun.stage1.wait().doing("cannot reap the launcher")?;
         let socket = begun
             .socket
             .take()
@@ -196,22 +185,7 @@ impl Drop for Begun {
     fn drop(&mut self) {
         if self.socket.take().is_some() {
             // Not handed over: stage 1 may wait for an order. Its child, if there is one, sees the hang-up.
-            let _ = self.stage1.kill();
-            let _ = self.stage1.wait();
+            let _ = self.launcher.end(self.stage1);
         }
     }
-}
-
-/// Maps id 0 of the namespace, and no other, to the VM's ids (user_namespaces(7)).
-fn write_id_maps(pid: u32, ids: HostIds) -> Result<()> {
-    let write = |file: &str, text: String| {
-        let path = PathBuf::from(format!("/proc/{pid}/{file}"));
-        fs::write(&path, text).doing(format_args!("cannot write {}", path.display()))
-    };
-    if ids.is_own() {
-        // Without privilege a group may be mapped only once setgroups is denied.
-        write("setgroups", "deny".to_owned())?;
-    }
-    write("uid_map", format!("0 {} 1", ids.uid))?;
-    write("gid_map", format!("0 {} 1", ids.gid))
 }

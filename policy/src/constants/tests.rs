@@ -231,6 +231,7 @@ fn every_other_request_is_its_encoding() {
         ("BLKDISCARD", ioc(NONE, 0x12, 119, 0)),
         ("BLKZEROOUT", ioc(NONE, 0x12, 127, 0)),
         ("FIONBIO", libc::FIONBIO),
+        ("TIOCGPTN", libc::TIOCGPTN),
     ];
     for (name, expected) in definitions {
         assert_eq!(value(Family::Ioctl, name), Some(expected), "{name}");
@@ -370,6 +371,7 @@ fn values_agree_with_libc() {
         (Family::Message, "MSG_WAITALL", libc::MSG_WAITALL),
         (Family::Message, "MSG_NOSIGNAL", libc::MSG_NOSIGNAL),
         (Family::Message, "MSG_CMSG_CLOEXEC", libc::MSG_CMSG_CLOEXEC),
+        (Family::Socket, "AF_UNIX", libc::AF_UNIX),
         (Family::Socket, "SOL_SOCKET", libc::SOL_SOCKET),
         (Family::Socket, "SO_TYPE", libc::SO_TYPE),
         (Family::Socket, "SO_ERROR", libc::SO_ERROR),

@@ -151,6 +151,14 @@ pub(super) struct FileTopic {
     pub(super) calls: Vec<FileRule>,
 }
 
+/// A topic of the broker's own file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OwnTopic {
+    pub(super) topic: Spanned<String>,
+    pub(super) calls: Vec<FileRule>,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct FileRule {

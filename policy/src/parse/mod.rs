@@ -17,6 +17,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 pub use error::{Place, PolicyError, Problem};
+pub(crate) use file::OwnTopic;
 use file::{File, FileAccess, FileApproval, FileGrant, FileIds, FileLimit, FileRole, FileWorkers};
 use source::{Source, one_line};
 
@@ -27,7 +28,8 @@ use crate::descriptors::{Grant, Kind, PathPattern};
 use crate::digest::{Digest, DigestError};
 use crate::landlock;
 use crate::policy::{
-    Approval, Ids, LandlockPolicy, Policy, Refusal, Role, RolePolicy, SCHEMA, Threads, Workers,
+    Approval, Ids, LandlockPolicy, Policy, Refusal, Role, RolePolicy, Rule, SCHEMA, Threads,
+    Workers,
 };
 use crate::rlimits::{Limit, Resource, Rlimits};
 use crate::trusted;
@@ -101,6 +103,12 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
         refusals,
         rules,
     })
+}
+
+/// The rules of the broker's own file, which are of its one thread.
+pub(crate) fn own_rules(text: &str, topics: Vec<OwnTopic>) -> Result<Vec<Rule>, PolicyError> {
+    let origin = "built-in policy of the broker";
+    rules::own(&Source { text, origin }, topics)
 }
 
 /// The version comes first, so that a newer file is refused for its version and not for its fields.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use toml::Spanned;
 
 use super::error::{PolicyError, Problem};
-use super::file::{FileRefusal, FileRule, FileTopic};
+use super::file::{FileRefusal, FileRule, FileTopic, OwnTopic};
 use super::source::{Source, one_line};
 use crate::bounds;
 use crate::condition::text::MAX_ALTERNATIVES;
@@ -112,6 +112,25 @@ pub(super) fn rules(
                 );
                 return Err(source.error(span, Problem::NotInBuild { role: *role, what }));
             }
+        }
+    }
+    Ok(rules)
+}
+
+/// The broker's own rules. What no worker may call, it may: it is what workers are protected by.
+pub(super) fn own(source: &Source<'_>, topics: Vec<OwnTopic>) -> Result<Vec<Rule>, PolicyError> {
+    // It has one thread.
+    let role = Role::Control;
+    let mut rules = Vec::new();
+    let mut known: BTreeMap<Syscall, Known> = BTreeMap::new();
+    for OwnTopic { topic, calls } in topics {
+        let topic = source.reason(topic)?;
+        for file in calls {
+            let span = file.call.span();
+            let rule = rule(source, &topic, &BTreeSet::from([role]), file)?;
+            let known = known.entry(rule.call).or_default();
+            add(known, &rule, role).map_err(|problem| source.error(span, problem))?;
+            rules.push(rule);
         }
     }
     Ok(rules)
