@@ -90,6 +90,7 @@ const EVENTS: &[Row] = &[
     ("audit",             Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`
     ("violation",         Detection,  1,     HIGH,          FAILURE), // Create
     ("launcher-died",     Lifecycle,  OTHER, HIGH,          FAILURE),
+    ("limit-failed",      Lifecycle,  OTHER, HIGH,          FAILURE),
     ("front-launch",      Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
     ("front-confirmed",   Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
     ("front-failed",      Lifecycle,  OTHER, MEDIUM,        FAILURE),

@@ -46,11 +46,42 @@ impl Cgroup {
             fs::create_dir_all(&path)
                 .doing(format_args!("cannot make the cgroup {}", path.display()))?;
         }
-        for (setting, file) in cgroup.settings() {
+        cgroup.write()?;
+        Ok(cgroup)
+    }
+
+    fn write(&self) -> Result<()> {
+        for (setting, file) in self.settings() {
             fs::write(&file, &setting.value)
                 .doing(format_args!("cannot limit {}", file.display()))?;
         }
-        Ok(cgroup)
+        Ok(())
+    }
+
+    /// Whether the limits of another policy are of what this cgroup limits. Which controllers a cgroup has is as it was made.
+    pub(crate) fn check(&self, limits: CgroupLimits) -> Result<()> {
+        let controllers = |limits: CgroupLimits| -> Vec<&str> {
+            let settings = limits.settings(self.version).into_iter();
+            settings.map(|setting| setting.controller).collect()
+        };
+        let (now, then) = (controllers(self.limits), controllers(limits));
+        if now == then {
+            return Ok(());
+        }
+        Err(unfit(
+            format_args!(
+                "the VM's cgroup limits {}, the policy now {}",
+                now.join(" and "),
+                then.join(" and ")
+            ),
+            "end the VM and run it again under this policy, or let it limit the same",
+        ))
+    }
+
+    /// Limits it as another policy says. What the kernel does not take is found by the next audit.
+    pub(crate) fn limit(&mut self, limits: CgroupLimits) -> Result<()> {
+        self.limits = limits;
+        self.write()
     }
 
     /// Its directories, the one that counts tasks first: one in version 2, one for each controller in version 1.

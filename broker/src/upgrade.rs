@@ -206,6 +206,9 @@ impl Broker {
             crate::rules::worker_binary(&self.vm, &self.options, &rules.policy, file)?;
         rules.declared = Some(declared);
         let widening = crate::rules::refuse_widening(&self.rules, &rules, &binary.digest)?;
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.check(self.vm.cgroup_limits(&rules.policy))?;
+        }
         for (key, description, _) in self.registry.iter() {
             crate::resources::check_grant(&rules.policy, key, description, None)?;
         }
@@ -256,6 +259,16 @@ impl Broker {
         });
         self.progress(Step::Spawn);
         Ok(())
+    }
+
+    /// Limits the VM's cgroup as the policy that it is now under says.
+    fn limit_anew(&mut self) {
+        let limits = self.vm.cgroup_limits(&self.rules.policy);
+        let limited = self.cgroup.as_mut().map(|cgroup| cgroup.limit(limits));
+        if let Some(Err(refusal)) = limited {
+            self.log
+                .note("limit-failed", &json!({"reason": refusal.reason}));
+        }
     }
 
     /// Goes on with the upgrade, if there is one.

@@ -11,6 +11,8 @@ use baton_ipc::worker::MAX_CMDLINE;
 use baton_ipc::worker::MAX_CPUS;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
+use baton_policy::CgroupLimits;
+use baton_policy::Policy;
 use serde::Deserialize;
 
 pub(crate) mod disk;
@@ -340,6 +342,11 @@ impl VmFile {
                 direct: disk.direct,
             })
             .collect()
+    }
+
+    /// What a policy limits its cgroup to, in which two workers are during an upgrade.
+    pub(crate) fn cgroup_limits(&self, policy: &Policy) -> CgroupLimits {
+        policy.cgroup_limits(2, self.cpus.count.0.into(), self.memory.size.0)
     }
 
     /// Guest RAM, split around the 32-bit hole.

@@ -55,6 +55,47 @@ fn has_the_policys_limits_through_an_upgrade_and_a_raised_one_is_found() {
 }
 
 #[test]
+fn is_limited_by_the_policy_of_each_upgrade() {
+    let policy = BUILTIN.replace("cpu_headroom = \"unlimited\"", "cpu_headroom = 6");
+    let vm = Builder::release().policy(&policy).start();
+    let memory = file(&vm.cgroup, "memory", "memory.max", "memory.limit_in_bytes");
+    let cpu = file(&vm.cgroup, "cpu", "cpu.max", "cpu.cfs_quota_us");
+    let read = || (number(&memory), number(&cpu));
+    assert_eq!(read(), ((64 + 512) * MIB, 7 * 100_000));
+
+    let path = vm.site.path("policy.toml");
+    let other = policy
+        .replace(
+            "memory_headroom = 536_870_912",
+            "memory_headroom = 402_653_184",
+        )
+        .replace("cpu_headroom = 6", "cpu_headroom = 3");
+    fs::write(&path, &other).unwrap();
+    // Not by reading it: an audit is about the policy that the worker is under.
+    vm.ask("audit").expect(0);
+    vm.assert_upgrades();
+    assert_eq!(read(), ((64 + 384) * MIB, 4 * 100_000));
+    vm.ask("audit").expect(0);
+
+    // No worker gets what somebody has raised.
+    fs::write(&cpu, "1000000").unwrap();
+    let refused = vm.upgrade();
+    assert!(refused.reason.contains("policy 400000"), "{refused:?}");
+    fs::write(&cpu, "400000").unwrap();
+}
+
+#[test]
+fn is_not_limited_in_what_it_was_not_made_for() {
+    let vm = Builder::release().policy(BUILTIN).start();
+    let narrower = BUILTIN.replace("cpu_headroom = \"unlimited\"", "cpu_headroom = 6");
+    fs::write(vm.site.path("policy.toml"), narrower).unwrap();
+    let refused = vm.ask("upgrade").expect(3);
+    let said = "cgroup limits pids and memory, the policy now pids and memory and cpu";
+    assert!(refused.stdout.contains(said), "{refused:?}");
+    assert_eq!(vm.generation(), 1);
+}
+
+#[test]
 fn ends_a_worker_that_takes_more_memory_than_policy_gives_it() {
     let site = Site::new(Binaries::release(), 10);
     let hostile = Path::new(env!("CARGO_BIN_EXE_hostile-worker"));

@@ -381,7 +381,7 @@ pub(super) fn make_cgroup(vm: &VmFile, policy: &Policy) -> Result<Option<Cgroup>
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }
-    let limits = policy.cgroup_limits(2, vm.cpus.count.0.into(), vm.memory.size.0);
+    let limits = vm.cgroup_limits(policy);
     let process = rustix::process::getpid().as_raw_nonzero().get();
     Cgroup::create(vm.name.as_str(), process, limits).map(Some)
 }

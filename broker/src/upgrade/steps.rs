@@ -202,6 +202,9 @@ impl Broker {
                 self.worker = Some(new);
                 self.retire(old);
                 self.rules = upgrade.rules;
+                if !handed_away {
+                    self.limit_anew();
+                }
                 self.state = self.at_rest();
                 (Outcome::Committed, String::new())
             }

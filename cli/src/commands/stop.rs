@@ -32,7 +32,9 @@ pub(crate) fn execute(
             client.begin_stop(force)?;
             let mut live = output.live();
             if !force {
-                live.draw("waiting for the guest to power off; it has 180 s (Ctrl-C leaves it to that)");
+                live.draw(
+                    "waiting for the guest to power off; it has 180 s (Ctrl-C leaves it to that)",
+                );
             }
             match client.ended(END, Some(&signals))? {
                 Ended::Yes => {}
