@@ -275,6 +275,17 @@ Examples:
         #[arg(long, value_name = "NAME")]
         call: Option<String>,
     },
+    /// What could be left out of it without a change of what it permits
+    #[command(after_help = "\
+Exit status 0: nothing. 1: what is printed. It says nothing of what a workload needs.
+
+Example:
+  baton policy lint my-policy.toml")]
+    Lint {
+        /// The policy
+        #[arg(default_value = "default")]
+        file: PathBuf,
+    },
     /// What one policy allows more or less than another
     #[command(after_help = "\
 Exit status 0: NEW allows no more. 1: it allows more.

@@ -33,6 +33,7 @@ pub(crate) fn execute(command: &PolicyCommand, output: &Output) -> Result<Exit, 
         PolicyCommand::Check { file } => check(file, output),
         PolicyCommand::Explain { file, call } => explain(file, call.as_deref(), output),
         PolicyCommand::Diff { old, new } => diff(old, new, output),
+        PolicyCommand::Lint { file } => lint(file, output),
         PolicyCommand::Dump {
             file,
             format,
@@ -172,6 +173,23 @@ fn diff(old: &Path, new: &Path, output: &Output) -> Result<Exit, Refusal> {
         }
     }
     Ok(if widens { Exit::Findings } else { Exit::Done })
+}
+
+fn lint(file: &Path, output: &Output) -> Result<Exit, Refusal> {
+    let found = load(file)?.lint();
+    if output.json() {
+        output.document(&json!({"lints": value(&found)?}))?;
+    } else if found.is_empty() {
+        output.hint("nothing could be left out");
+    } else {
+        let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
+        output.text(&lines.join("\n"))?;
+    }
+    Ok(if found.is_empty() {
+        Exit::Done
+    } else {
+        Exit::Findings
+    })
 }
 
 fn dump(

@@ -48,6 +48,23 @@ fn a_policy_that_is_not_fit_says_where_and_why() {
 }
 
 #[test]
+fn what_could_be_left_out_is_a_finding() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(code(&run(dir.path(), &["policy", "lint"])), 0);
+    let paths = [
+        "paths = [\"/dev/kvm\"]",
+        "paths = [\"/dev/kvm\", \"/dev/*\"]",
+    ];
+    let twice = policy(dir.path(), "twice.toml", paths[0], paths[1]);
+    let output = run(dir.path(), &["policy", "lint", &twice]);
+    assert_eq!(code(&output), 1);
+    assert!(stdout(&output).contains("/dev/kvm"), "{}", stdout(&output));
+    let output = run(dir.path(), &["policy", "lint", &twice, "--json"]);
+    let lints = document(&output)["lints"].as_array().unwrap().len();
+    assert_eq!((code(&output), lints), (1, 1));
+}
+
+#[test]
 fn one_call_is_explained_and_an_unknown_one_is_a_wrong_command_line() {
     let dir = tempfile::tempdir().unwrap();
     let arguments = ["policy", "explain", "--call", "openat", "--json"];
