@@ -70,6 +70,8 @@ pub(crate) struct Options {
     pub(crate) run_dir: PathBuf,
     pub(crate) worker: Option<PathBuf>,
     pub(crate) detach: bool,
+    /// It waits for the guest of this VM, and as long as that has not come ends with whoever started it.
+    pub(crate) successor_of: Option<String>,
     pub(crate) log: bool,
     pub(crate) slowness: u32,
     /// Wait for another broker's guest.
@@ -218,7 +220,7 @@ impl Broker {
                 .into_iter()
                 .for_each(|fd| watch(fd, PollFlags::IN));
         }
-        if let (Some(starter), false) = (&self.starter, self.options.detach) {
+        if let (Some(starter), true) = (&self.starter, self.ends_with_starter()) {
             watch(starter.as_fd(), PollFlags::IN);
         }
         let timeout = self.next_look().map(|bound| Timespec {
@@ -340,9 +342,15 @@ impl Broker {
         }
     }
 
-    /// In the foreground, the VM ends with whoever started it.
+    /// In the foreground, the VM ends with whoever started it; elsewhere at most the waiting for its guest.
+    fn ends_with_starter(&self) -> bool {
+        let undecided = self.incoming.as_ref().is_some_and(Incoming::is_undecided);
+        let waits = self.state == VmState::Incoming && !undecided;
+        !self.options.detach || (self.options.successor_of.is_some() && waits)
+    }
+
     fn starter_left(&mut self) -> bool {
-        if self.options.detach {
+        if !self.ends_with_starter() {
             return false;
         }
         self.starter.as_mut().is_some_and(|starter| {

@@ -21,6 +21,7 @@ mod incoming;
 mod launch;
 mod launcher;
 mod nascent;
+mod notify;
 mod outgoing;
 mod own;
 mod pause;
@@ -90,6 +91,9 @@ enum Command {
         /// Go on without whoever started it.
         #[arg(long)]
         detach: bool,
+        /// Wait for this VM's guest, and until it has come end with whoever started this.
+        #[arg(long, value_name = "NAME", requires = "incoming_cpr")]
+        successor_of: Option<String>,
         /// Repeat every audit record on standard error.
         #[arg(long)]
         log: bool,
@@ -129,6 +133,7 @@ fn main() -> ExitCode {
             run_dir,
             worker,
             detach,
+            successor_of,
             log,
             slow_host,
             incoming_cpr,
@@ -141,10 +146,11 @@ fn main() -> ExitCode {
                 paused: incoming_paused,
             });
             let options = Options {
-                vm_file: vm,
+                vm_file: std::path::absolute(&vm).unwrap_or(vm),
                 run_dir,
                 worker,
                 detach,
+                successor_of,
                 log,
                 slowness: slow_host,
                 incoming,

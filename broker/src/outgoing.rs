@@ -91,6 +91,8 @@ pub(crate) struct Outgoing {
     main: Address,
     nonce: [u8; transfer::NONCE],
     stage: Stage,
+    /// The other broker's process, as it says.
+    process: u32,
     /// This side's end of the main channel, until the old worker has it.
     main_socket: Option<OwnedFd>,
     ready: Option<Worker>,
@@ -192,6 +194,7 @@ impl Broker {
             main,
             nonce,
             stage: Stage::Greeting,
+            process: 0,
             main_socket: None,
             ready: None,
             deadline: Instant::now() + self.deadlines.of(Step::Spawn),
@@ -249,8 +252,12 @@ impl Broker {
                 ToOld::Hello {
                     build: _,
                     directory,
+                    process,
                 },
-            ) => self.offer(directory),
+            ) => {
+                outgoing.process = process;
+                self.offer(directory)
+            }
             (Stage::Offered, ToOld::Deferred) => {
                 outgoing.stage = Stage::Deferred;
                 outgoing.deadline = Instant::now() + DEFERRED;
@@ -413,6 +420,10 @@ impl Broker {
         // First: whoever looks from now on has to find the worker that runs.
         if let Err(refusal) = self.directory.give_way() {
             // The other broker takes the name by itself.
+            complain(&refusal);
+        }
+        // While this process is still the one that may say so.
+        if let Err(refusal) = crate::notify::main_process(outgoing.process) {
             complain(&refusal);
         }
         let committed = Committed {

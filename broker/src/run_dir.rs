@@ -17,7 +17,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 
+use baton_ipc::control::CPR_SOCKET;
 use baton_ipc::control::Exit;
+use baton_ipc::control::MAIN_SOCKET;
 use baton_ipc::control::QMP_SOCKET;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::SOCKET;
@@ -266,7 +268,15 @@ impl VmDirectory {
                 name.as_str()
             ));
         }
-        for stale in ["state.json", "state.new", SOCKET, QMP_SOCKET, "console.pty"] {
+        for stale in [
+            "state.json",
+            "state.new",
+            SOCKET,
+            QMP_SOCKET,
+            CPR_SOCKET,
+            MAIN_SOCKET,
+            "console.pty",
+        ] {
             let _ = fs::remove_file(self.path.join(stale));
         }
         Ok(())
@@ -352,6 +362,8 @@ fn remove_files(directory: &OwnedFd) {
         "state.new",
         SOCKET,
         QMP_SOCKET,
+        CPR_SOCKET,
+        MAIN_SOCKET,
         "console.pty",
         "broker.log",
         "lock",

@@ -106,16 +106,24 @@ impl Broker {
                 };
                 self.clients.reply(client, &reply);
             }
-            Request::Transfer { main, cpr, hold } => {
-                let reply = match self.begin_transfer(main, &cpr, hold, &who) {
-                    Ok(()) => Reply::Done,
+            Request::Transfer {
+                main,
+                cpr,
+                hold,
+                follow,
+            } => {
+                if follow {
+                    self.await_for(client, Awaiting::Upgrade);
+                }
+                match self.begin_transfer(main, &cpr, hold, &who) {
+                    Ok(()) if follow => {}
+                    Ok(()) => self.clients.reply(client, &Reply::Done),
                     Err(refusal) => {
                         let record = json!({"request": name, "reason": quoted(&refusal.reason)});
                         self.log.note_by("upgrade-refused", Some(&who), &record);
-                        Reply::Refused(refusal)
+                        self.clients.reply(client, &Reply::Refused(refusal));
                     }
-                };
-                self.clients.reply(client, &reply);
+                }
             }
             Request::Incoming { main } => {
                 let reply = match self.open_main(&main) {

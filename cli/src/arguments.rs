@@ -420,6 +420,10 @@ pub(crate) struct Audit {
 An upgrade that fails ends with the old worker running on (exit status 10).
 Ctrl-C cancels an upgrade that is not committed yet.
 
+With --broker a new broker is started from the VM's file beside the old one, and
+gets the guest with everything that belongs to it; the old broker then ends. What
+fails before that leaves the VM to the old one, and nothing of the new.
+
 With --all, the first --canary VMs are upgraded one by one, and the first that
 is not committed is the last. Then come --parallel VMs at a time; a VM that is
 lost stops all that have not begun.
@@ -428,6 +432,7 @@ Examples:
   baton upgrade web1                      to the worker that its file names
   baton upgrade web1 --worker ./baton-worker
   baton upgrade web1 --dry-run            all that comes before the pause
+  baton upgrade web1 --broker             to the installed broker, and its worker
   baton upgrade --all --canary 2 --parallel 8 --worker ./baton-worker")]
 pub(crate) struct Upgrade {
     /// The VM's name
@@ -436,6 +441,9 @@ pub(crate) struct Upgrade {
     /// The new worker [default: the one that the VM's description names, opened again]
     #[arg(long, value_name = "BIN")]
     pub(crate) worker: Option<PathBuf>,
+    /// Replace the broker, too [default BIN: as `baton run` finds it]
+    #[arg(long, value_name = "BIN", num_args = 0..=1, require_equals = true, conflicts_with_all = ["dry_run", "all"])]
+    pub(crate) broker: Option<Option<PathBuf>>,
     /// Go through everything that comes before the pause, then let the new worker go
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 use std::time::Instant;
 
+use baton_ipc::Address;
 use baton_ipc::Channel;
 use baton_ipc::ChannelError;
 use baton_ipc::FdSocket;
@@ -194,6 +195,34 @@ impl Client {
         interrupted: &mut dyn FnMut(),
     ) -> Result<UpgradeOutcome, Refusal> {
         self.send(&Request::Upgrade { dry_run }, worker)?;
+        self.outcome(signals, progress, interrupted)
+    }
+
+    /// Hands the guest to the broker that waits at these two addresses; otherwise as [`Client::upgrade`].
+    pub(crate) fn transfer(
+        &mut self,
+        main: Address,
+        cpr: Address,
+        signals: &Signals,
+        progress: &mut dyn FnMut(Option<Step>),
+        interrupted: &mut dyn FnMut(),
+    ) -> Result<UpgradeOutcome, Refusal> {
+        let request = Request::Transfer {
+            main,
+            cpr,
+            hold: false,
+            follow: true,
+        };
+        self.send(&request, None)?;
+        self.outcome(Some(signals), progress, interrupted)
+    }
+
+    fn outcome(
+        &mut self,
+        signals: Option<&Signals>,
+        progress: &mut dyn FnMut(Option<Step>),
+        interrupted: &mut dyn FnMut(),
+    ) -> Result<UpgradeOutcome, Refusal> {
         loop {
             // Redrawn a few times a second, to show that this program is alive.
             match self.wait_or_time_out(Some(Duration::from_millis(100)), signals)? {

@@ -29,6 +29,12 @@ pub const SOCKET: &str = "control.sock";
 /// The QMP socket's name in a VM's directory.
 pub const QMP_SOCKET: &str = "qmp.sock";
 
+/// Where a successor's broker listens for the CPR state, in the directory in which it waits.
+pub const CPR_SOCKET: &str = "cpr.sock";
+
+/// The same, for the main channel.
+pub const MAIN_SOCKET: &str = "main.sock";
+
 /// The longest worker path, reason or step that goes over the wire, in bytes.
 pub const MAX_TEXT: usize = 4096;
 
@@ -119,6 +125,8 @@ pub enum Request {
         cpr: Address,
         /// Before the pause, wait for [`Request::Continue`].
         hold: bool,
+        /// Answer as to [`Request::Upgrade`]: with its progress, and in the end with its outcome.
+        follow: bool,
     },
     /// To a broker that waits for a guest: where to listen for the main channel.
     Incoming {
@@ -341,6 +349,8 @@ pub struct VmStatus {
     pub console_dropped: u64,
     /// The last upgrade.
     pub last_upgrade: Option<UpgradeOutcome>,
+    /// The VM file that its broker was started from, an absolute path.
+    pub vm_file: String,
 }
 
 /// A disk, as its description says.

@@ -276,6 +276,8 @@ pub enum ToOld {
         build: String,
         /// Device and inode of the directory in which it waits beside the VM's own.
         directory: (u64, u64),
+        /// Its process, for whoever supervises the VM's.
+        process: u32,
     },
     /// Everything is as it should be; it waits to be told where the main channel comes in.
     Deferred,

@@ -27,6 +27,7 @@ pub struct Builder {
     cpus: usize,
     line: Option<CommandLine>,
     faults: Option<String>,
+    variables: Vec<(String, String)>,
     slowness: u32,
     allowed: Vec<PathBuf>,
     disks: Vec<(String, u64, String)>,
@@ -46,6 +47,7 @@ impl Builder {
             cpus: 1,
             line: None,
             faults: None,
+            variables: Vec::new(),
             slowness: 10,
             allowed: Vec::new(),
             disks: Vec::new(),
@@ -68,6 +70,13 @@ impl Builder {
         let mut builder = Self::new(Binaries::with_fail_points());
         builder.faults = Some(faults.to_owned());
         builder
+    }
+
+    /// With this variable in the environment of everything that is started for it.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
+        self
     }
 
     /// With this much RAM.
@@ -161,6 +170,9 @@ impl Builder {
         prepare(&site);
         if let Some(faults) = &self.faults {
             site.environment("BATON_FAIL", faults);
+        }
+        for (name, value) in &self.variables {
+            site.environment(name, value);
         }
         let policy = if let Some(text) = &self.policy {
             site.write("policy.toml", text).display().to_string()

@@ -71,6 +71,20 @@ impl Broker {
         if options.incoming.is_some() {
             crate::outgoing::refuse_vsock(&vm)?;
         }
+        let other = options
+            .successor_of
+            .as_ref()
+            .filter(|name| *name != vm.name.as_str());
+        if let Some(name) = other {
+            return Err(unfit(
+                format_args!(
+                    "{} describes {} by now, not {name}",
+                    options.vm_file.display(),
+                    vm.name.as_str()
+                ),
+                "give the VM its name again there",
+            ));
+        }
         let signals = Signals::new()?;
         let directory = match options.incoming {
             None => VmDirectory::claim(&options.run_dir, &vm.name)?,

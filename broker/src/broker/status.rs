@@ -88,6 +88,7 @@ impl Broker {
             tsc_khz: self.status.tsc_khz,
             console_dropped: self.status.console_dropped,
             last_upgrade: self.last_upgrade.clone(),
+            vm_file: self.options.vm_file.display().to_string(),
         }
     }
 

@@ -55,6 +55,7 @@ impl Broker {
         let hello = ToOld::Hello {
             build: crate::BUILD.to_owned(),
             directory: self.directory.identity(),
+            process: std::process::id(),
         };
         if let Err(error) = link.send(&hello) {
             complain(&unfit(format_args!("the old broker: {error}"), ""));

@@ -13,4 +13,5 @@ pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod steer;
 pub(crate) mod stop;
+pub(crate) mod successor;
 pub(crate) mod upgrade;

@@ -1,5 +1,6 @@
 //! `baton run`: starts a broker, hears from it how the start went, and stays until its end unless told to detach.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
@@ -149,46 +150,60 @@ fn say_waiting(waiting: &Waiting, detach: bool, output: &Output) -> Result<(), R
 impl Broker {
     /// Starts one.
     pub(crate) fn spawn(run: &Run, run_dir: &RunDir) -> Result<Self, Refusal> {
-        let binary = broker_binary::find()?;
-        let (ours, theirs) = FdSocket::pair()
-            .map_err(|error| unfit(format!("cannot make a socket pair: {error}"), ""))?;
-        let mut command = Command::new(&binary);
-        command.arg("serve").arg("--run-dir").arg(run_dir.path());
+        let mut arguments: Vec<OsString> = Vec::new();
         let Starting {
             worker,
             log,
             slow_host,
         } = &run.starting;
         if let Some(worker) = worker {
-            command.arg("--worker").arg(worker);
+            arguments.extend(["--worker".into(), worker.into()]);
         }
         if *log {
-            command.arg("--log");
+            arguments.push("--log".into());
         }
         if let Some(factor) = slow_host {
-            command.arg("--slow-host").arg(factor.to_string());
+            arguments.extend(["--slow-host".into(), factor.to_string().into()]);
         }
         if let Some(Incoming { cpr, main }) = Incoming::parse(&run.incoming)? {
-            command.arg("--incoming-cpr").arg(cpr.to_string());
+            arguments.extend(["--incoming-cpr".into(), cpr.to_string().into()]);
             if let Some(main) = main {
-                command.arg("--incoming-main").arg(main.to_string());
+                arguments.extend(["--incoming-main".into(), main.to_string().into()]);
             }
             if run.paused {
-                command.arg("--incoming-paused");
+                arguments.push("--incoming-paused".into());
             }
         }
         if run.detach {
             // It makes a session of its own, which the leader of a group could not.
-            command.arg("--detach");
-        } else {
+            arguments.push("--detach".into());
+        }
+        arguments.push((&run.file).into());
+        Self::spawn_with(&broker_binary::find()?, run_dir, &arguments, run.detach)
+    }
+
+    /// Starts this binary, with these arguments.
+    pub(crate) fn spawn_with(
+        binary: &Path,
+        run_dir: &RunDir,
+        arguments: &[OsString],
+        detach: bool,
+    ) -> Result<Self, Refusal> {
+        let (ours, theirs) = FdSocket::pair()
+            .map_err(|error| unfit(format!("cannot make a socket pair: {error}"), ""))?;
+        let mut command = Command::new(binary);
+        if !detach {
             // A group of its own: Ctrl-C reaches this process alone, which then asks the broker to stop the guest.
             command.process_group(0);
         }
         let child = command
-            .arg(&run.file)
+            .arg("serve")
+            .arg("--run-dir")
+            .arg(run_dir.path())
+            .args(arguments)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
-            .map_err(|error| crate::failure::file("start the broker", &binary, &error))?;
+            .map_err(|error| crate::failure::file("start the broker", binary, &error))?;
         // Closes this process's copy of the broker's end.
         drop(command);
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
@@ -201,6 +216,14 @@ impl Broker {
             pidfd,
             channel: Channel::new(ours),
         })
+    }
+
+    /// Waits until it says that it waits for another's guest.
+    pub(crate) fn waits(&mut self, signals: &Signals) -> Result<(), Refusal> {
+        match self.begun(signals)? {
+            Begun::Waiting(_) => Ok(()),
+            Begun::Started(_) => Err(unfit("the broker did not wait for its guest", "")),
+        }
     }
 
     /// Waits until it says that the VM runs, or why not. How long that may take is the broker's to bound.
@@ -348,25 +371,23 @@ impl Broker {
         }
     }
 
-    /// Whether it ends within `patience`.
-    fn ends_within(&self, patience: Duration) -> Result<bool, Refusal> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left =
-                Timespec::try_from(left).map_err(|error| unfit(format!("poll: {error}"), ""))?;
-            let mut ends = [PollFd::new(&self.pidfd, PollFlags::IN)];
-            match rustix::event::poll(&mut ends, Some(&left)) {
-                Err(Errno::INTR) => {}
-                Ok(ended) => return Ok(ended > 0),
-                Err(error) => return Err(unfit(format!("poll: {error}"), "")),
-            }
+    /// Hangs up on it, and waits a while for its end: one that has a guest goes on.
+    pub(crate) fn abandon(self, patience: Duration) -> Result<(), Refusal> {
+        let Self {
+            mut child,
+            pidfd,
+            channel,
+        } = self;
+        drop(channel);
+        if ends_within(&pidfd, patience)? {
+            let _ = child.wait();
         }
+        Ok(())
     }
 
     /// Waits for it to end, and kills it if it has not within `patience`. Its worker, if it has one, is orphaned by that.
     pub(crate) fn end(&mut self, patience: Duration) -> Result<(), Refusal> {
-        if !self.ends_within(patience)? {
+        if !ends_within(&self.pidfd, patience)? {
             self.child
                 .kill()
                 .map_err(|error| unfit(format!("cannot end the broker: {error}"), ""))?;
@@ -379,6 +400,21 @@ impl Broker {
         self.child
             .wait()
             .map_err(|error| unfit(format!("cannot wait for the broker: {error}"), ""))
+    }
+}
+
+/// Whether a process ends within `patience`.
+fn ends_within(pidfd: &OwnedFd, patience: Duration) -> Result<bool, Refusal> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|error| unfit(format!("poll: {error}"), ""))?;
+        let mut ends = [PollFd::new(pidfd, PollFlags::IN)];
+        match rustix::event::poll(&mut ends, Some(&left)) {
+            Err(Errno::INTR) => {}
+            Ok(ended) => return Ok(ended > 0),
+            Err(error) => return Err(unfit(format!("poll: {error}"), "")),
+        }
     }
 }
 

@@ -61,6 +61,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         tsc_khz,
         console_dropped,
         last_upgrade,
+        vm_file,
     } = status;
     json!({
         "name": name,
@@ -80,6 +81,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "tsc_khz": tsc_khz,
         "console_dropped": console_dropped,
         "last_upgrade": last_upgrade.as_ref().map(upgrade::document),
+        "vm_file": vm_file,
     })
 }
 

@@ -21,6 +21,7 @@ use serde_json::json;
 use crate::arguments::Globals;
 use crate::arguments::Upgrade;
 use crate::commands::fleet;
+use crate::commands::successor;
 use crate::failure::failure;
 use crate::failure::unfit;
 use crate::output::Output;
@@ -28,6 +29,7 @@ use crate::output::Style;
 use crate::output::bar;
 use crate::output::printable;
 use crate::run_dir::RunDir;
+use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
 use crate::units;
 
@@ -41,6 +43,10 @@ pub(crate) fn execute(
 ) -> Result<Exit, Refusal> {
     let signals = Signals::take()?;
     let run_dir = RunDir::resolve(globals.run_dir.as_deref())?;
+    if let (Some(vm), Some(broker)) = (&upgrade.vm, &upgrade.broker) {
+        let worker = upgrade.worker.as_deref();
+        return successor::upgrade(&run_dir, vm, broker.as_deref(), worker, &signals, output);
+    }
     let worker = upgrade.worker.as_deref().map(open_worker).transpose()?;
     match &upgrade.vm {
         Some(vm) => one(
@@ -89,6 +95,22 @@ fn one(
 ) -> Result<Exit, Refusal> {
     let directory = run_dir.vm(vm)?;
     let mut client = directory.broker()?;
+    let outcome = followed(&directory, vm, output, |progress, interrupted| {
+        client.upgrade(dry_run, worker, Some(signals), progress, interrupted)
+    })?;
+    say(vm, &outcome, &document(&outcome), output)
+}
+
+/// What is called for every step, and between them.
+type Progress<'a> = &'a mut dyn FnMut(Option<Step>);
+
+/// Shows an upgrade's progress, and has it cancelled at the first signal.
+pub(crate) fn followed(
+    directory: &VmDirectory,
+    vm: &str,
+    output: &Output,
+    run: impl FnOnce(Progress<'_>, &mut dyn FnMut()) -> Result<UpgradeOutcome, Refusal>,
+) -> Result<UpgradeOutcome, Refusal> {
     let mut live = output.live();
     let begun = Instant::now();
     let mut last = None;
@@ -108,10 +130,7 @@ fn one(
             output.note(&format!("not cancelled: {refusal}"));
         }
     };
-    let outcome = client.upgrade(
-        dry_run,
-        worker,
-        Some(signals),
+    let outcome = run(
         &mut |step| {
             last = step.or(last);
             live.draw(&progress_line(vm, last, begun));
@@ -119,18 +138,26 @@ fn one(
         &mut cancel,
     );
     live.clear();
-    drop(live);
-    let outcome = outcome?;
+    outcome
+}
+
+/// Says an upgrade's outcome; as JSON, this document.
+pub(crate) fn say(
+    vm: &str,
+    outcome: &UpgradeOutcome,
+    document: &Value,
+    output: &Output,
+) -> Result<Exit, Refusal> {
     let exit = exit_of(outcome.outcome);
     if output.json() {
-        output.document(&document(&outcome))?;
+        output.document(document)?;
     }
     if exit != Exit::Done {
-        output.complain(&complaint(vm, &outcome));
+        output.complain(&complaint(vm, outcome));
     } else if !output.json() {
-        output.text(&format!("{vm}: {}", sentence(&outcome, output)))?;
+        output.text(&format!("{vm}: {}", sentence(outcome, output)))?;
         if output.terminal() {
-            output.text(&chart(&outcome))?;
+            output.text(&chart(outcome))?;
         }
     }
     Ok(exit)

@@ -145,6 +145,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         tsc_khz: 2_000_000,
         console_dropped: 0,
         last_upgrade: Some(outcome(Outcome::Committed)),
+        vm_file: "/srv/vm/web1.toml".to_owned(),
     }
 }
 

@@ -180,7 +180,12 @@ pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
             let hold = shared.migration.is_enabled("pause-before-switchover");
             let request = match channels {
                 None => Request::BeginUpgrade { hold },
-                Some(Both { main, cpr }) => Request::Transfer { main, cpr, hold },
+                Some(Both { main, cpr }) => Request::Transfer {
+                    main,
+                    cpr,
+                    hold,
+                    follow: false,
+                },
             };
             Answer::ask(request, |shared, reply| match reply {
                 Ok(_) => Answer::done(),

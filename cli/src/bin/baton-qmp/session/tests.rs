@@ -110,6 +110,7 @@ fn status() -> VmStatus {
         tsc_khz: 1,
         console_dropped: 0,
         last_upgrade: None,
+        vm_file: "/srv/vm/web1.toml".into(),
     }
 }
 
