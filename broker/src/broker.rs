@@ -144,6 +144,8 @@ pub(crate) struct Broker {
     pub(crate) paused: bool,
     /// Resets that were ordered and that the worker has not reported; any other is the guest's own.
     pub(crate) resets_asked: u32,
+    /// The guest stands still because it has panicked, and nobody has let it go on since.
+    pub(crate) panicked: bool,
     end: Option<Exit>,
 }
 

@@ -494,6 +494,7 @@ fn admit(
         Incoming => "is awaited from another broker",
         Postmigrate => "was handed to another broker",
         VmState::Orphaned => "is orphaned",
+        VmState::GuestPanicked => "has panicked",
     };
     Err(refusal(
         exit,

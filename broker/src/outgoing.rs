@@ -430,6 +430,7 @@ impl Broker {
             paused: self.paused,
             uptime_us: micros(self.began.elapsed()),
             resets_asked: self.resets_asked,
+            panicked: self.panicked,
         };
         if let Err(error) = outgoing.link.send(&ToNew::Committed(committed)) {
             complain(&unfit(

@@ -54,6 +54,8 @@ pub(crate) struct PauseFacts {
     pub(crate) digest: Option<StateDigest>,
     /// Guest events that came meanwhile.
     pub(crate) events: Vec<GuestEvent>,
+    /// The guest had panicked, and its worker has stopped it because of that.
+    pub(crate) halted: bool,
     /// What was said of the guest's vsock meanwhile.
     pub(crate) vsock: Vec<VsockReport>,
 }
@@ -119,10 +121,18 @@ struct Pause<'a> {
     saved: Option<StateDigest>,
     loaded: Option<StateDigest>,
     stop_sent: Option<Instant>,
-    /// The guest stands still at the operator's wish, before and after.
-    stands: bool,
+    standing: Standing,
     /// Whether the operator has cancelled.
     cancelled: &'a mut dyn FnMut() -> bool,
+}
+
+/// Whether the guest stands still before and after a pause.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    /// It does, at the operator's wish.
+    pub(crate) stands: bool,
+    /// It does from its panic on.
+    pub(crate) on_panic: bool,
 }
 
 /// What ended a wait.
@@ -143,14 +153,14 @@ enum Failure {
 /// Why a pause that the operator cancelled was rolled back.
 pub(crate) const CANCELLED: &str = "the operator cancelled it";
 
-/// Takes the guest from one worker to the other, or back; one that `stands` stays so. `cancelled` tells whether the operator
+/// Takes the guest from one worker to the other, or back; one that stands still stays so. `cancelled` tells whether the operator
 /// wants it back, `intent` writes the commit's record.
 pub(crate) fn run(
     old: &mut Worker,
     new: &mut Worker,
     deadlines: Deadlines,
     clock: &mut PhaseClock,
-    stands: bool,
+    standing: Standing,
     cancelled: &mut dyn FnMut() -> bool,
     intent: impl FnOnce(StateDigest) -> crate::refusal::Result<()>,
 ) -> (PauseEnd, PauseFacts) {
@@ -166,7 +176,7 @@ pub(crate) fn run(
         saved: None,
         loaded: None,
         stop_sent: None,
-        stands,
+        standing,
         cancelled,
     };
     let end = match pause.until_loaded() {
@@ -181,6 +191,18 @@ pub(crate) fn run(
 }
 
 impl Pause<'_> {
+    /// Whether the guest stands still, whoever has it.
+    fn stands(&self) -> bool {
+        self.standing.stands || self.facts.halted
+    }
+
+    /// Keeps what is for later; `false` when it is too much.
+    fn note(&mut self, report: &Report) -> bool {
+        let panicked = matches!(report, Report::Guest(GuestEvent::Panicked));
+        self.facts.halted |= panicked && self.standing.on_panic;
+        self.facts.note(report)
+    }
+
     fn enter(&mut self, step: Step) {
         self.clock.enter(step);
         fail_point::at(step, self.old, self.new);
@@ -261,7 +283,7 @@ impl Pause<'_> {
                     return Err(Failure::RollBack(cannot("old", &step, &reason)));
                 }
                 Ok(Some(report)) => {
-                    let noted = self.facts.note(&report);
+                    let noted = self.note(&report);
                     if !(noted && matches!(report, Report::Vsock(_))) {
                         self.count_message().map_err(Failure::RollBack)?;
                     }
@@ -375,7 +397,7 @@ impl Pause<'_> {
             }
         }
         self.new.phase = Phase::Released;
-        let told = self.new.order(if self.stands {
+        let told = self.new.order(if self.stands() {
             &Order::CommitPaused
         } else {
             &Order::Commit
@@ -449,7 +471,7 @@ impl Pause<'_> {
     fn running(&mut self) -> PauseEnd {
         self.facts.pause_us = micros(self.park_sent.elapsed());
         self.new.phase = Phase::Running;
-        if self.stands {
+        if self.stands() {
             // It holds the guest; the first run is the operator's to order.
             return PauseEnd::Committed;
         }
@@ -463,7 +485,7 @@ impl Pause<'_> {
                     self.facts.blackout_us = told.min(seen);
                     break;
                 }
-                Ok(Some(report)) if !late => drop(self.facts.note(&report)),
+                Ok(Some(report)) if !late => drop(self.note(&report)),
                 Ok(_) if late => {
                     // It runs, by its word and the queue's; how long it took is then the broker's own measure.
                     self.facts.blackout_us = self.facts.pause_us;
@@ -506,7 +528,7 @@ impl Pause<'_> {
                 }
                 // What it said before it heard of the rollback.
                 Ok(Some(report @ (Report::Guest(_) | Report::Vsock(_)))) if !late => {
-                    self.facts.note(&report);
+                    self.note(&report);
                 }
                 Ok(_) | Err(WorkerFault::OutOfTurn { .. }) if late => {
                     self.facts.pause_us = micros(self.park_sent.elapsed());
@@ -523,7 +545,7 @@ impl Pause<'_> {
             }
         }
         self.facts.pause_us = micros(self.park_sent.elapsed());
-        if !self.stands {
+        if !self.stands() {
             self.facts.blackout_us = self.facts.pause_us;
         }
         PauseEnd::RolledBack(reason)

@@ -10,6 +10,7 @@ use baton_ipc::control::DiskStatus;
 use baton_ipc::worker::MAX_CMDLINE;
 use baton_ipc::worker::MAX_CPUS;
 use baton_ipc::worker::Pages;
+use baton_ipc::worker::PanicAction;
 use baton_ipc::worker::RamRegion;
 use baton_policy::CgroupLimits;
 use baton_policy::Policy;
@@ -69,6 +70,9 @@ pub(crate) struct VmFile {
     pub(crate) net: Nets,
     /// Its socket device.
     pub(crate) vsock: Option<vsock::Vsock>,
+    /// What follows when its kernel says that it has panicked.
+    #[serde(default)]
+    pub(crate) on_panic: PanicAction,
 }
 
 fn default_policy() -> PathBuf {
@@ -393,6 +397,7 @@ kernel = "vmlinux"
         let mut file = VmFile::parse(GOOD).unwrap();
         file.resolve(Path::new("/srv/vm"));
         assert_eq!(file.boot.kernel, Path::new("/srv/vm/vmlinux"));
+        assert_eq!(file.on_panic, PanicAction::Pause);
         assert_eq!((file.cpus.count.0, file.memory.pages), (1, Pages::Small));
         assert_eq!(
             file.ram(),
@@ -463,6 +468,12 @@ limit = { bytes = "10M", operations = 100, operations_burst = 500 }
             ("512M", "1M", 5, "16M to 16G"),
             ("512M", "99999999999999999999G", 5, "is no size"),
             ("schema = 1", "schema = 2", 2, "reads schema 1"),
+            (
+                "schema = 1",
+                "schema = 1\non_panic = \"debug\"",
+                3,
+                "unknown variant `debug`, expected one of `run`, `pause`, `poweroff`",
+            ),
             ("[boot]", "[cpus]\ncount = 9\n[boot]", 7, "1 to 8"),
             (
                 "[boot]",

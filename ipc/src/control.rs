@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::Access;
 use crate::Address;
 use crate::DescriptorKind;
+use crate::worker::PanicAction;
 
 /// The version of these messages.
 pub const PROTOCOL: u32 = 3;
@@ -221,6 +222,12 @@ pub enum Happening {
     UpgradeCancelled,
     /// An upgrade has ended.
     UpgradeEnded(Box<UpgradeOutcome>),
+    /// The guest's kernel has panicked.
+    GuestPanicked(PanicAction),
+    /// It has panicked, and its crash kernel takes over.
+    GuestCrashLoaded,
+    /// It has shut down through its pvpanic device; `ended` follows.
+    GuestPvShutdown,
 }
 
 /// Why a request was refused.
@@ -309,6 +316,8 @@ pub enum VmState {
     Incoming,
     /// Another broker has the guest.
     Postmigrate,
+    /// The guest has panicked, and stands still until an operator lets it go on.
+    GuestPanicked,
 }
 
 /// How a VM is.

@@ -234,6 +234,8 @@ pub struct Committed {
     pub uptime_us: u64,
     /// Resets that were ordered and that the worker has not reported.
     pub resets_asked: u32,
+    /// It stands still because it has panicked.
+    pub panicked: bool,
 }
 
 /// A piece of the console.

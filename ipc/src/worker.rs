@@ -130,6 +130,21 @@ pub struct WorkerConfig {
     pub io_threads: u8,
     /// How long requests in flight may take when devices park, in milliseconds.
     pub drain_ms: u32,
+    /// What follows when the guest says that it has panicked.
+    pub on_panic: PanicAction,
+}
+
+/// What follows when a guest says that it has panicked: QEMU's `-action panic`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PanicAction {
+    /// It runs on.
+    Run,
+    /// It stands still until an operator lets it go on.
+    #[default]
+    Pause,
+    /// It ends.
+    PowerOff,
 }
 
 /// A virtio device.
@@ -443,4 +458,10 @@ pub enum GuestEvent {
     TripleFault,
     /// KVM cannot go on with it.
     Stuck(String),
+    /// Its kernel has panicked. What its worker was told to do about that is done.
+    Panicked,
+    /// Its kernel has panicked, and its crash kernel takes over.
+    CrashLoaded,
+    /// It has shut down, through its pvpanic device.
+    PvShutdown,
 }

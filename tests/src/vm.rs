@@ -35,6 +35,7 @@ pub struct Builder {
     vsock: bool,
     balloon: bool,
     policy: Option<String>,
+    on_panic: &'static str,
 }
 
 impl Builder {
@@ -55,6 +56,7 @@ impl Builder {
             vsock: false,
             balloon: false,
             policy: None,
+            on_panic: "pause",
         }
     }
 
@@ -149,6 +151,13 @@ impl Builder {
         self
     }
 
+    /// With this following a panic of its guest's.
+    #[must_use]
+    pub fn on_panic(mut self, action: &'static str) -> Self {
+        self.on_panic = action;
+        self
+    }
+
     /// Starts it, and waits until its guest counts.
     ///
     /// # Panics
@@ -192,9 +201,9 @@ impl Builder {
             })
             .cpus(self.cpus);
         let mut file = format!(
-            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\nballoon = {}\n\
+            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\non_panic = \"{}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\nballoon = {}\n\
              [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n[console]\nkind = \"file\"\npath = \"console.log\"\n",
-            site.name, self.cpus, self.memory, self.balloon
+            site.name, self.on_panic, self.cpus, self.memory, self.balloon
         );
         for (id, mib, lines) in &self.disks {
             let image = std::fs::File::create(site.path(&format!("{id}.img"))).unwrap();

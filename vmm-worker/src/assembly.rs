@@ -26,6 +26,7 @@ use baton_ipc::worker::MAX_QUEUES;
 use baton_ipc::worker::MAX_SERIAL;
 use baton_ipc::worker::MAX_SLOTS;
 use baton_ipc::worker::NetConfig;
+use baton_ipc::worker::PanicAction;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::VsockConfig;
@@ -140,6 +141,8 @@ pub(crate) struct Machinery {
     kernel: File,
     initrd: Option<File>,
     pub(crate) pool: IoPool,
+    /// What follows a panic of the guest's.
+    pub(crate) on_panic: PanicAction,
     cmdline: String,
     cpus: u8,
     generation_id: [u8; 16],
@@ -452,6 +455,7 @@ pub(crate) fn build(
         kernel: kernel.into(),
         initrd: initrd.map(File::from),
         pool,
+        on_panic: config.on_panic,
         cmdline: config.cmdline.clone(),
         cpus: config.cpus,
         generation_id: config.vm.0,

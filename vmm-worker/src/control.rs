@@ -267,7 +267,12 @@ impl Worker {
         if let Phase::Running = self.phase {
             if let Some(reason) = self.machinery.vcpus.notice() {
                 self.stuck(reason);
-            } else if let Some(event) = self.machinery.platform.power.take() {
+            }
+        }
+        // Before what a guest that panics does next: a reset waits until its operator lets it go on.
+        self.look_after_panic();
+        if let Phase::Running = self.phase {
+            if let Some(event) = self.machinery.platform.power.take() {
                 self.power_event(event);
             }
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use baton_ipc::StartMode;
 use baton_ipc::state_stream::StateStream;
 use baton_ipc::worker::GuestEvent;
+use baton_ipc::worker::PanicAction;
 use baton_ipc::worker::Report;
 
 use crate::boot::RamContent;
@@ -16,6 +17,7 @@ use crate::control::Said;
 use crate::control::Worker;
 use crate::devices::lifecycle;
 use crate::devices::power::PowerEvent;
+use crate::devices::pvpanic::PanicEvent;
 use crate::diagnostics::log;
 use crate::fail_point::fail_point;
 use crate::transfer::incoming;
@@ -181,13 +183,55 @@ impl Worker {
         match event {
             PowerEvent::Reset => self.reset(GuestEvent::Reset),
             PowerEvent::TripleFault => self.reset(GuestEvent::TripleFault),
-            PowerEvent::Shutdown => {
-                if let Err(reason) = self.machinery.vcpus.stop(STOP_TIMEOUT) {
-                    log!("after a shutdown: {reason}");
+            PowerEvent::Shutdown => self.shut_down(GuestEvent::Shutdown),
+        }
+    }
+
+    /// Does what follows if the guest runs here and says that it has panicked.
+    pub(crate) fn look_after_panic(&mut self) {
+        while let Phase::Running = self.phase {
+            let pvpanic = &self.machinery.platform.pvpanic;
+            let event = pvpanic
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            match event {
+                None => return,
+                Some(PanicEvent::CrashLoaded) => {
+                    self.report(Report::Guest(GuestEvent::CrashLoaded));
                 }
-                self.end(GuestEvent::Shutdown);
+                Some(PanicEvent::Shutdown) => self.shut_down(GuestEvent::PvShutdown),
+                Some(PanicEvent::Panicked) => match self.machinery.on_panic {
+                    PanicAction::Run => self.report(Report::Guest(GuestEvent::Panicked)),
+                    PanicAction::PowerOff => self.shut_down(GuestEvent::Panicked),
+                    PanicAction::Pause => self.halt_panicked(),
+                },
             }
         }
+    }
+
+    /// As if an operator had paused it, who may look into it or let it go on.
+    fn halt_panicked(&mut self) {
+        match self.stop() {
+            Ok(None) => {
+                self.phase = Phase::Paused;
+                self.report(Report::Guest(GuestEvent::Panicked));
+            }
+            Ok(Some(reason)) => self.end(GuestEvent::Stuck(reason)),
+            Err(reason) => {
+                // As after a pause: what a resume puts right.
+                self.phase = Phase::Paused;
+                self.report(Report::Guest(GuestEvent::Panicked));
+                self.fail("pause", reason);
+            }
+        }
+    }
+
+    fn shut_down(&mut self, event: GuestEvent) {
+        if let Err(reason) = self.machinery.vcpus.stop(STOP_TIMEOUT) {
+            log!("after a shutdown: {reason}");
+        }
+        self.end(event);
     }
 
     /// A vCPU cannot go on, so the guest cannot.

@@ -36,6 +36,7 @@ use crate::devices::pci::segment::Window;
 use crate::devices::pci::segment::WindowDevice;
 use crate::devices::power::Power;
 use crate::devices::power::PowerLatch;
+use crate::devices::pvpanic::PvPanic;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::VirtioDevice;
@@ -134,13 +135,14 @@ impl IrqLine for Line {
 }
 
 /// The devices of every VM, in the order in which their states go over; virtio devices follow.
-const DEVICES: [DeviceId; 6] = [
+const DEVICES: [DeviceId; 7] = [
     DeviceId::new(DeviceKind::POWER, 0),
     DeviceId::new(DeviceKind::SERIAL, 0),
     DeviceId::new(DeviceKind::I8042, 0),
     DeviceId::new(DeviceKind::ACPI_PM, 0),
     DeviceId::new(DeviceKind::RTC, 0),
     DeviceId::new(DeviceKind::PCI, 0),
+    DeviceId::new(DeviceKind::PVPANIC, 0),
 ];
 
 /// The devices of a VM, in the order in which their states go over.
@@ -187,6 +189,7 @@ pub(crate) struct Platform {
     pub(crate) serial: Arc<Mutex<SerialPort>>,
     pub(crate) acpi_pm: Arc<Mutex<AcpiPm>>,
     pub(crate) power: Arc<PowerLatch>,
+    pub(crate) pvpanic: Arc<Mutex<PvPanic>>,
     pub(crate) pci: PciHost,
 }
 
@@ -211,6 +214,7 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
     let i8042 = Arc::new(Mutex::new(I8042::new(Arc::clone(&power))));
     let acpi_pm = Arc::new(Mutex::new(AcpiPm::new(Arc::clone(&power), sci)));
     let rtc = Arc::new(Mutex::new(Rtc::new()));
+    let pvpanic = Arc::new(Mutex::new(PvPanic::new(Arc::clone(wake))));
 
     let mut ports = Bus::new();
     ports.insert(
@@ -233,6 +237,11 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
         u64::from(layout::ACPI_PM_PORTS),
         acpi_pm.clone(),
     )?;
+    ports.insert(
+        u64::from(layout::PVPANIC_PORT),
+        u64::from(layout::PVPANIC_PORTS),
+        pvpanic.clone(),
+    )?;
 
     // In the order of `DEVICES`.
     let mut devices = Devices::new();
@@ -243,6 +252,7 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
     devices.add(rtc)?;
     let segment = Arc::new(Mutex::new(Segment::new(layout::PCI_WINDOW_32)));
     devices.add(Arc::new(Mutex::new(SegmentDevice(Arc::clone(&segment)))))?;
+    devices.add(pvpanic.clone())?;
     if !devices.ids().eq(DEVICES) {
         return Err(PlatformError::Order(devices.ids().collect()));
     }
@@ -279,6 +289,7 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
         serial,
         acpi_pm,
         power,
+        pvpanic,
         pci,
     })
 }

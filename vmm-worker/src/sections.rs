@@ -299,6 +299,7 @@ mod tests {
             virtio: Vec::new(),
             io_threads: 1,
             drain_ms: 40,
+            on_panic: baton_ipc::worker::PanicAction::default(),
         }
     }
 

@@ -7,6 +7,7 @@ use baton_ipc::control::Reply;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::GuestEvent;
 use baton_ipc::worker::Order;
+use baton_ipc::worker::PanicAction;
 use baton_ipc::worker::Report;
 use serde_json::json;
 
@@ -63,21 +64,13 @@ impl Broker {
                 // After a rollback it is as before; otherwise an operator has resumed it.
                 if was == Some(Phase::Running) && self.state == VmState::Paused {
                     self.state = VmState::Running;
-                    self.paused = false;
+                    (self.paused, self.panicked) = (false, false);
                     self.happened(Happening::Resumed);
                 }
                 self.clients.answer(Awaiting::Resumed, &Reply::Done);
                 self.upgrade_rolled_back()
             }
-            Report::Paused => {
-                self.pausing = false;
-                self.paused = true;
-                self.happened(Happening::Stopped);
-                self.clients.answer(Awaiting::Paused, &Reply::Done);
-                let aborted = self.upgrade_refused("the guest was paused meanwhile");
-                self.state = VmState::Paused;
-                aborted
-            }
+            Report::Paused => self.stands_still("the guest was paused meanwhile"),
             Report::Status(status) => {
                 self.status = status;
                 let reply = Reply::Status(Box::new(self.vm_status()));
@@ -138,18 +131,60 @@ impl Broker {
             GuestEvent::Reset | GuestEvent::TripleFault => {
                 let asked = *event == GuestEvent::Reset && self.resets_asked > 0;
                 self.resets_asked -= u32::from(asked);
+                self.panicked = false;
                 self.happened(Happening::Reset { guest: !asked });
                 Ok(())
             }
             GuestEvent::Shutdown => {
-                self.state = VmState::Stopped;
-                self.end = Some(Exit::Done);
+                self.guest_ended();
                 Ok(())
+            }
+            GuestEvent::PvShutdown => {
+                self.happened(Happening::GuestPvShutdown);
+                self.guest_ended();
+                Ok(())
+            }
+            GuestEvent::CrashLoaded => {
+                self.happened(Happening::GuestCrashLoaded);
+                Ok(())
+            }
+            GuestEvent::Panicked => {
+                let action = self.vm.on_panic;
+                self.happened(Happening::GuestPanicked(action));
+                match action {
+                    PanicAction::Run => Ok(()),
+                    PanicAction::Pause => {
+                        self.panicked = true;
+                        self.stands_still("the guest has panicked")
+                    }
+                    PanicAction::PowerOff => {
+                        self.happened(Happening::Stopped);
+                        self.guest_ended();
+                        Ok(())
+                    }
+                }
             }
             GuestEvent::Stuck(reason) => {
                 self.lose(&format!("KVM cannot go on: {}", quoted(reason)))
             }
         }
+    }
+
+    /// The guest has stopped, at an operator's wish or by its panic, and an upgrade that was under way is off.
+    fn stands_still(&mut self, why: &str) -> Result<()> {
+        self.pausing = false;
+        self.paused = true;
+        self.happened(Happening::Stopped);
+        self.clients.answer(Awaiting::Paused, &Reply::Done);
+        let aborted = self.upgrade_refused(why);
+        self.state = VmState::Paused;
+        aborted
+    }
+
+    /// The guest has ended by itself.
+    fn guest_ended(&mut self) {
+        self.state = VmState::Stopped;
+        self.end = Some(Exit::Done);
     }
 
     /// Nobody runs the guest any more.

@@ -183,6 +183,7 @@ impl Broker {
             pausing: false,
             paused: false,
             resets_asked: 0,
+            panicked: false,
             has_log: incoming.is_none(),
             incoming,
             linger: None,
@@ -359,6 +360,7 @@ impl Broker {
             virtio: self.virtio.clone(),
             io_threads: self.io_threads(),
             drain_ms: u32::try_from(self.deadlines.drain().as_millis()).unwrap_or(u32::MAX),
+            on_panic: self.vm.on_panic,
         })
     }
 

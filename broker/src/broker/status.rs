@@ -1,6 +1,7 @@
 //! How the VM is, for those who ask, and for those who find no broker.
 
 use baton_ipc::StartMode;
+use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
 use serde_json::json;
 
@@ -64,7 +65,10 @@ impl Broker {
         VmStatus {
             name: self.vm.name.as_str().to_owned(),
             id: self.id.to_string(),
-            state: self.state,
+            state: match self.state {
+                VmState::Paused if self.panicked => VmState::GuestPanicked,
+                state => state,
+            },
             broker_pid: rustix::process::getpid()
                 .as_raw_nonzero()
                 .get()

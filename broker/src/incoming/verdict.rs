@@ -86,6 +86,7 @@ impl Broker {
                     paused: false,
                     uptime_us: 0,
                     resets_asked: 0,
+                    panicked: false,
                 };
                 self.console = self.take_over_from(*worker, &committed);
                 self.settled_down(None);
@@ -107,6 +108,7 @@ impl Broker {
         self.worker = Some(worker);
         self.paused = committed.paused;
         self.resets_asked = committed.resets_asked;
+        self.panicked = committed.panicked;
         self.state = self.at_rest();
         let uptime = Duration::from_micros(committed.uptime_us);
         self.began = Instant::now().checked_sub(uptime).unwrap_or(self.began);

@@ -11,6 +11,7 @@ use baton_ipc::control::Reply;
 use baton_ipc::control::Step;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::Order;
+use baton_ipc::worker::PanicAction;
 use serde_json::json;
 
 use super::Upgrade;
@@ -18,6 +19,7 @@ use crate::broker::Broker;
 use crate::clients::Awaiting;
 use crate::pause;
 use crate::pause::PauseEnd;
+use crate::pause::Standing;
 use crate::process::is_stopped;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
@@ -161,6 +163,10 @@ impl Broker {
         let (Some(mut upgrade), Some(mut old)) = (self.upgrade.take(), self.worker.take()) else {
             return Ok(());
         };
+        let standing = Standing {
+            stands: self.paused,
+            on_panic: self.vm.on_panic == PanicAction::Pause,
+        };
         let (log, clients, policy) = (&mut self.log, &mut self.clients, &self.rules.policy);
         let mut canceller = None;
         let generation = new.generation;
@@ -170,7 +176,7 @@ impl Broker {
             &mut new,
             self.deadlines,
             &mut upgrade.clock,
-            self.paused,
+            standing,
             &mut || {
                 canceller = canceller.or_else(|| clients.cancels(policy));
                 canceller.is_some()
@@ -188,6 +194,10 @@ impl Broker {
             },
         );
         let step = upgrade.clock.step();
+        if facts.halted {
+            // Whoever has it holds it; what is said of that comes with its event.
+            (self.paused, self.panicked) = (true, true);
+        }
         if let (PauseEnd::Committed, Some(outgoing)) = (&end, &mut outgoing) {
             self.hand_name_over(outgoing);
         }

@@ -97,6 +97,7 @@ pub(crate) fn state_name(state: VmState) -> (Style, &'static str) {
         VmState::Orphaned => (Style::Bad, "orphaned"),
         VmState::Incoming => (Style::Warning, "incoming"),
         VmState::Postmigrate => (Style::Dim, "postmigrate"),
+        VmState::GuestPanicked => (Style::Bad, "guest-panicked"),
     }
 }
 

@@ -307,6 +307,14 @@ pub const COMMAND_VSOCK_CONNECT: u64 = 10;
 pub const COMMAND_BALLOON_FILL: u64 = 11;
 /// Mailbox: report it as free.
 pub const COMMAND_BALLOON_REPORT: u64 = 12;
+/// Mailbox: say through pvpanic that the kernel has panicked, and go on.
+pub const COMMAND_PANIC: u64 = 13;
+/// Mailbox: say that its crash kernel takes over, and go on.
+pub const COMMAND_CRASH_LOADED: u64 = 14;
+/// Mailbox: shut down through pvpanic.
+pub const COMMAND_PV_SHUTDOWN: u64 = 15;
+/// Mailbox: say that it has panicked, and reset at once, as `panic=-1` does.
+pub const COMMAND_PANIC_RESET: u64 = 16;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

@@ -1,4 +1,4 @@
-//! Ways to end: resets, soft-off and a crash. Each is a request to the VMM; where it does not come true, the guest goes
+//! Ways to end: resets, soft-off, a crash, and what a kernel's panic says. Each is a request to the VMM; where it does not come true, the guest goes
 //! on counting.
 
 use core::arch::asm;
@@ -13,6 +13,11 @@ const PULSE_RESET: u8 = 0xfe;
 const PM1A_CONTROL: u16 = 0x604;
 const RESET_REGISTER: u16 = 0x612;
 const RESET_VALUE: u8 = 0x01;
+/// The pvpanic port, and its bits (QEMU's `docs/specs/pvpanic.rst`).
+const PVPANIC: u16 = 0x505;
+const PANICKED: u8 = 1 << 0;
+const CRASH_LOADED: u8 = 1 << 1;
+const PV_SHUTDOWN: u8 = 1 << 2;
 /// ACPI specification 4.8.3.2.1: SLP_EN (bit 13), and SLP_TYP (bits 10 to 12), 5 here for S5.
 const SOFT_OFF: u16 = 1 << 13 | 5 << 10;
 
@@ -47,6 +52,13 @@ pub fn obey(command: u64) {
         COMMAND_ACPI_RESET => out8(RESET_REGISTER, RESET_VALUE),
         COMMAND_ACPI_OFF => out16(PM1A_CONTROL, SOFT_OFF),
         COMMAND_CRASH => crash(),
+        COMMAND_PANIC => out8(PVPANIC, PANICKED),
+        COMMAND_CRASH_LOADED => out8(PVPANIC, CRASH_LOADED),
+        COMMAND_PV_SHUTDOWN => out8(PVPANIC, PV_SHUTDOWN),
+        COMMAND_PANIC_RESET => {
+            out8(PVPANIC, PANICKED);
+            out8(KEYBOARD_CONTROLLER, PULSE_RESET);
+        }
         _ => {}
     }
 }

@@ -200,7 +200,7 @@ fn source_override(source: u8, gsi: u32, flags: u16) -> [u8; 10] {
     [2, 10, 0, source, g0, g1, g2, g3, f0, f1]
 }
 
-/// DSDT (5.2.11.1): the S5 state, COM1 and the clock, then what the caller brings.
+/// DSDT (5.2.11.1): the S5 state, COM1, the clock and the pvpanic port, then what the caller brings.
 fn dsdt(fragments: &[&dyn Aml]) -> Sdt {
     let mut body = Vec::new();
     // \_S5 (7.4.2.6): the value for SLP_TYP in PM1a and PM1b control; two reserved.
@@ -216,6 +216,10 @@ fn dsdt(fragments: &[&dyn Aml]) -> Sdt {
     let com1_irq = aml::Interrupt::new(true, true, false, false, layout::COM1_IRQ);
     let clock = layout::RTC_PORT;
     let clock_ports = aml::IO::new(clock, clock, 1, 2);
+    let panic = layout::PVPANIC_PORT;
+    let panic_ports = aml::IO::new(panic, panic, 1, 1);
+    // Present, enabled, shown, working (6.3.7), as QEMU has it.
+    let panic_status: u8 = 0b1111;
     aml::Scope::new(
         "\\_SB_".into(),
         vec![
@@ -237,6 +241,17 @@ fn dsdt(fragments: &[&dyn Aml]) -> Sdt {
                     &aml::Name::new(
                         "_CRS".into(),
                         &aml::ResourceTemplate::new(vec![&clock_ports]),
+                    ),
+                ],
+            ),
+            &aml::Device::new(
+                "PEVT".into(),
+                vec![
+                    &aml::Name::new("_HID".into(), &"QEMU0001"),
+                    &aml::Name::new("_STA".into(), &panic_status),
+                    &aml::Name::new(
+                        "_CRS".into(),
+                        &aml::ResourceTemplate::new(vec![&panic_ports]),
                     ),
                 ],
             ),

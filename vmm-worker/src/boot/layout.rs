@@ -101,6 +101,10 @@ pub const I8042_PORTS: u16 = 5;
 pub const RTC_PORT: u16 = 0x70;
 /// Index and data.
 pub const RTC_PORTS: u16 = 2;
+/// The pvpanic port (QEMU's `docs/specs/pvpanic.rst`).
+pub const PVPANIC_PORT: u16 = 0x505;
+/// Its one register.
+pub const PVPANIC_PORTS: u16 = 1;
 /// First I/O port of PCI's configuration mechanism #1: address, then data (PCI Local Bus 3.0, 3.2.2.3.2).
 pub const PCI_CONFIG_PORT: u16 = 0xCF8;
 /// Address and data.

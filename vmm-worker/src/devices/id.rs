@@ -30,6 +30,8 @@ impl DeviceKind {
     pub const VSOCK: DeviceKind = DeviceKind(10);
     /// [`super::virtio::balloon::Balloon`]; the instance is the PCI device number.
     pub const BALLOON: DeviceKind = DeviceKind(11);
+    /// [`super::pvpanic::PvPanic`].
+    pub const PVPANIC: DeviceKind = DeviceKind(12);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -46,6 +48,7 @@ impl DeviceKind {
             DeviceKind::NET => "virtio-net",
             DeviceKind::VSOCK => "virtio-vsock",
             DeviceKind::BALLOON => "virtio-balloon",
+            DeviceKind::PVPANIC => "pvpanic",
             _ => "device",
         }
     }

@@ -14,6 +14,7 @@ pub mod id;
 pub mod lifecycle;
 pub mod pci;
 pub mod power;
+pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
 mod signal;

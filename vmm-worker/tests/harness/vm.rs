@@ -25,6 +25,7 @@ use baton_ipc::worker::Filters;
 use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Pages;
+use baton_ipc::worker::PanicAction;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -95,6 +96,7 @@ impl Vm {
             virtio: Vec::new(),
             io_threads: 1,
             drain_ms: 40,
+            on_panic: PanicAction::default(),
         };
         let kvm = File::options()
             .read(true)

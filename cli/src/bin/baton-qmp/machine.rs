@@ -16,6 +16,7 @@ pub(crate) fn run_state(status: &VmStatus) -> &'static str {
         VmState::Stopped => "shutdown",
         VmState::Incoming => "inmigrate",
         VmState::Postmigrate => "postmigrate",
+        VmState::GuestPanicked => "guest-panicked",
         VmState::Lost | VmState::Orphaned => "internal-error",
     }
 }

@@ -5,6 +5,7 @@ use baton_ipc::control::Happening;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
+use baton_ipc::worker::PanicAction;
 use serde_json::Value;
 use serde_json::json;
 
@@ -63,6 +64,8 @@ pub(crate) struct Shared {
     pub(crate) migration: Migration,
     /// A client has asked for the VM's end.
     pub(crate) quit: bool,
+    /// The guest has panicked, and its end follows from that.
+    panicked: bool,
     events: Vec<Value>,
 }
 
@@ -114,6 +117,7 @@ impl Shared {
             }
             Happening::Ended { guest } => {
                 let reason = match (guest, self.quit) {
+                    (true, _) if self.panicked => "guest-panic",
                     (true, _) => "guest-shutdown",
                     (false, true) => "host-qmp-quit",
                     (false, false) => "host-signal",
@@ -124,6 +128,19 @@ impl Shared {
                     &json!({"guest": guest, "reason": reason}),
                 );
             }
+            Happening::GuestPanicked(action) => {
+                self.panicked = *action == PanicAction::PowerOff;
+                let action = match action {
+                    PanicAction::Run => "run",
+                    PanicAction::Pause => "pause",
+                    PanicAction::PowerOff => "poweroff",
+                };
+                self.emit(at_us, "GUEST_PANICKED", &json!({"action": action}));
+            }
+            Happening::GuestCrashLoaded => {
+                self.emit(at_us, "GUEST_CRASHLOADED", &json!({"action": "run"}));
+            }
+            Happening::GuestPvShutdown => self.emit(at_us, "GUEST_PVSHUTDOWN", &json!({})),
             Happening::Lost { reason } => {
                 self.emit(at_us, "__org.baton_VM_LOST", &json!({"reason": reason}));
             }

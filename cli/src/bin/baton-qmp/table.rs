@@ -90,6 +90,9 @@ pub(crate) static EVENTS: &[Event] = &[
     Event { name: "RESET", doc: "The guest was reset.", data: &types::RESET_DATA },
     Event { name: "POWERDOWN", doc: "The guest's power button was pressed.", data: &types::EMPTY },
     Event { name: "SHUTDOWN", doc: "The guest has ended. The connection ends after it.", data: &types::SHUTDOWN_DATA },
+    Event { name: "GUEST_PANICKED", doc: "The guest's kernel has panicked, by its own word. STOP follows unless it runs on.", data: &types::PANICKED_DATA },
+    Event { name: "GUEST_CRASHLOADED", doc: "The guest's kernel has panicked, and its crash kernel takes over.", data: &types::CRASH_LOADED_DATA },
+    Event { name: "GUEST_PVSHUTDOWN", doc: "The guest has shut down by its pvpanic device. SHUTDOWN follows.", data: &types::EMPTY },
     Event { name: "MIGRATION", doc: "An upgrade has come on, if capability `events` is switched on. Those of the pause are sent after it, with the times at which they happened.", data: &types::MIGRATION_DATA },
     Event { name: "__org.baton_WORKER_REPLACED", doc: "A new worker runs the guest, whoever asked for that.", data: &types::REPLACED_DATA },
     Event { name: "__org.baton_VM_LOST", doc: "Nobody runs the guest any more, and nobody will.", data: &types::LOST_DATA },
@@ -116,6 +119,9 @@ mod tests {
             "RESET",
             "POWERDOWN",
             "SHUTDOWN",
+            "GUEST_PANICKED",
+            "GUEST_CRASHLOADED",
+            "GUEST_PVSHUTDOWN",
             "MIGRATION",
         ];
         for event in EVENTS {

@@ -106,6 +106,10 @@ choice!(
             "It was handed to another broker, and runs there."
         ),
         ("internal-error", "Its worker is dead: the guest is lost."),
+        (
+            "guest-panicked",
+            "Its kernel has panicked, and it stands still until `cont`."
+        ),
     ]
 );
 object!(
@@ -664,6 +668,10 @@ choice!(
         ("host-qmp-quit", "A QMP client sent `quit`."),
         ("host-qmp-system-reset", "An operator reset it."),
         ("host-signal", "An operator ended it in another way."),
+        (
+            "guest-panic",
+            "Its kernel has panicked, and the VM file says `poweroff`."
+        ),
     ]
 );
 object!(
@@ -683,6 +691,31 @@ object!(
         member("guest", Bool, "The guest did it itself."),
         member("reason", OneOf(&SHUTDOWN_CAUSE), "Why."),
     ]
+);
+choice!(
+    PANIC_ACTION,
+    "GuestPanicAction",
+    "What follows a panic of the guest's.",
+    [
+        (
+            "pause",
+            "It stands still (`on_panic = \"pause\"`, the default)."
+        ),
+        ("poweroff", "It ends."),
+        ("run", "It runs on."),
+    ]
+);
+object!(
+    PANICKED_DATA,
+    "q_obj_GUEST_PANICKED-arg",
+    "Data of GUEST_PANICKED.",
+    [member("action", OneOf(&PANIC_ACTION), "What follows.")]
+);
+object!(
+    CRASH_LOADED_DATA,
+    "q_obj_GUEST_CRASHLOADED-arg",
+    "Data of GUEST_CRASHLOADED.",
+    [member("action", OneOf(&PANIC_ACTION), "`run`.")]
 );
 object!(
     MIGRATION_DATA,

@@ -155,6 +155,9 @@ fn the_dsdt_has_s5_and_com1_and_takes_more() {
     ]));
     assert!(contains(&[0x41, 0xD0, 0x05, 0x01]), "PNP0501");
     assert!(contains(&[0x41, 0xD0, 0x0B, 0x00]), "PNP0B00");
+    // Name (_HID, "QEMU0001"), by which Linux's driver finds it; then IO (Decode16, 0x505, 0x505, 1, 1)
+    assert!(contains(b"_HID\x0DQEMU0001\0"));
+    assert!(contains(&[0x47, 1, 5, 5, 5, 5, 1, 1]));
 
     let fragment = aml::Name::new("_SB_.XTRA".into(), &0x5A_u8);
     let mut extra = b"XTRA\x28\0\0\0".to_vec();
