@@ -1,5 +1,4 @@
 //! A guest whose kernel panics: what its operator is told, and what becomes of it, over upgrades too.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use baton_guest::layout;
 use baton_tests::Builder;
