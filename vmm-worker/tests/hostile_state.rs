@@ -48,7 +48,7 @@ fn forged_sections_with_a_right_digest() {
     let vm = guest();
     let mut old = vm.start();
     let before = vm.wait_for_turns();
-    // Sections 0 and 1 are the vCPUs, 2 the VM, 3 to 7 the devices.
+    // Sections 0 and 1 are the vCPUs, 2 the VM, the others the devices.
     let forgeries: &[Forgery<'_>] = &[
         (
             &|sections| drop(sections.remove(0)),
@@ -58,7 +58,10 @@ fn forged_sections_with_a_right_digest() {
             &|sections| drop(sections.remove(2)),
             "section 0x8002.0 is missing",
         ),
-        (&|sections| drop(sections.pop()), "no saved state for pci"),
+        (
+            &|sections| drop(sections.pop()),
+            "no saved state for pvpanic",
+        ),
         (&|sections| sections.push(sections[0].clone()), "came twice"),
         (
             &|sections| sections[1].id.instance = 2,
