@@ -33,6 +33,7 @@ use crate::measure::Plan;
 Blackout   from the first vCPU's exit in the old worker to the last vCPU's first KVM_RUN in the new
 Pause      the broker's own view of it: \"park\" sent to \"running\" received
 Guest gap  the longest time between two turns of the guest's loop, by its own clock
+Audit      the longest that a thread of the worker stood still, and the guest's gap meanwhile
 Sweep      the guest's first round over all its memory after the upgrade, beside a warm one
 
 Examples:
@@ -70,6 +71,9 @@ struct Arguments {
     /// After how many of them the first sweep over memory is waited for
     #[arg(long, value_name = "N", default_value_t = 5)]
     sweeps: u32,
+    /// Audits of each VM, of its last worker
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    audits: u32,
     /// Starts of each VM
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     starts: u32,
@@ -108,6 +112,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         },
         upgrades: arguments.upgrades,
         sweeps: arguments.sweeps,
+        audits: arguments.audits,
         starts: arguments.starts,
         transfers: arguments.qemu,
         walk: !arguments.no_walk,

@@ -24,6 +24,9 @@ use crate::vm::Vm;
 /// How long a guest may take to go through all its memory, cold.
 const SWEEP: Duration = Duration::from_secs(300);
 
+/// A turn or two, so that the guest has seen how long it stood still.
+const SETTLE: Duration = Duration::from_millis(5);
+
 /// What guest RAM is called in a process's memory map.
 const GUEST_RAM: &str = "/memfd:guest-ram";
 
@@ -33,6 +36,7 @@ pub(crate) struct Plan {
     pub(crate) binaries: PathBuf,
     pub(crate) upgrades: u32,
     pub(crate) sweeps: u32,
+    pub(crate) audits: u32,
     pub(crate) starts: u32,
     pub(crate) transfers: u32,
     pub(crate) walk: bool,
@@ -67,6 +71,10 @@ pub(crate) struct Figures {
     /// Each step's time by the broker's clock.
     pub(crate) steps_us: BTreeMap<String, Summary>,
     pub(crate) state_bytes: Option<Summary>,
+    /// The longest that a thread of the worker stood still in an audit.
+    pub(crate) audit_us: Option<Summary>,
+    /// The guest's gap meanwhile.
+    pub(crate) audit_gap_us: Option<Summary>,
     /// What its devices did meanwhile, with `--busy`.
     pub(crate) traffic: Option<Traffic>,
     /// How long all of that took.
@@ -108,6 +116,8 @@ struct Samples {
     first_sweep: Vec<f64>,
     warm_sweep: Vec<f64>,
     state: Vec<f64>,
+    audit: Vec<f64>,
+    audit_gap: Vec<f64>,
     steps: BTreeMap<String, Vec<f64>>,
     transfers: Vec<Transfer>,
 }
@@ -160,6 +170,9 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
                 .push(qemu::transfer(directory.path(), case)?);
         }
     }
+    for _ in 0..plan.audits {
+        audit(&vm, &guest, &mut samples)?;
+    }
     let report = guest.report()?;
     if report.nonce != booted.nonce || report.boots != booted.boots || report.faults() > 0 {
         bail!("the guest was disturbed: {report:?}");
@@ -182,6 +195,8 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
             .filter_map(|(step, times)| Some((step, Summary::of(times)?)))
             .collect(),
         state_bytes: Summary::of(samples.state),
+        audit_us: Summary::of(samples.audit),
+        audit_gap_us: Summary::of(samples.audit_gap),
         traffic,
         seconds: began.elapsed().as_secs_f64(),
         start_to_guest_us: Summary::of(to_guest),
@@ -228,6 +243,20 @@ fn first_instruction_us(vm: &Vm) -> Result<f64> {
     Ok((booted - vm.executed_ns) as f64 / 1e3)
 }
 
+fn audit(vm: &Vm, guest: &Guest, samples: &mut Samples) -> Result<()> {
+    guest.clear()?;
+    let Some(stood) = vm.audit()? else {
+        return Ok(());
+    };
+    samples.audit.push(stood as f64);
+    std::thread::sleep(SETTLE);
+    samples.audit_gap.push(us_of(
+        guest.report()?.cleared_max_gap(),
+        vm.status()?.tsc_khz,
+    ));
+    Ok(())
+}
+
 fn upgrade(vm: &Vm, guest: &Guest, sweep: bool, samples: &mut Samples) -> Result<()> {
     guest.clear()?;
     let before = guest.report()?;
@@ -237,10 +266,9 @@ fn upgrade(vm: &Vm, guest: &Guest, sweep: bool, samples: &mut Samples) -> Result
         return Ok(());
     };
     let outcome = upgraded.outcome;
-    // A turn or two, so that the guest has seen how long it stood still.
-    std::thread::sleep(Duration::from_millis(5));
+    std::thread::sleep(SETTLE);
     let after = guest.report()?;
-    let micros = |ticks: u64| ticks as f64 * 1e3 / f64::from(tsc_khz.max(1));
+    let micros = |ticks: u64| us_of(ticks, tsc_khz);
     let gap = after.cleared_max_gap();
     samples.gap.push(micros(gap));
     samples.blackout.push(outcome.blackout_us as f64);
@@ -281,6 +309,11 @@ fn swept(guest: &Guest, before: &Report) -> Result<(u64, u64)> {
         median => median,
     });
     Ok((first.unwrap_or(0), warm.max().unwrap_or(0)))
+}
+
+/// Ticks of the guest's clock in microseconds.
+fn us_of(ticks: u64, tsc_khz: u32) -> f64 {
+    ticks as f64 * 1e3 / f64::from(tsc_khz.max(1))
 }
 
 fn us(duration: Duration) -> f64 {

@@ -64,6 +64,8 @@ pub(crate) fn of(figures: &Figures) -> String {
         let name = step.split_once(' ').map_or(step.as_str(), |(_, name)| name);
         time(&format!("  {name}"), &Some(*summary));
     }
+    time("audit: a thread's stop", &figures.audit_us);
+    time("audit: the guest's gap", &figures.audit_gap_us);
     time("first sweep afterwards", &figures.first_sweep_us);
     time("warm sweep", &figures.warm_sweep_us);
     time("start: to first instruction", &figures.start_to_guest_us);

@@ -19,6 +19,7 @@ use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use baton_ipc::control::SOCKET;
 use baton_ipc::control::UpgradeOutcome;
+use baton_ipc::control::Verdict;
 use baton_ipc::control::VmStatus;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
@@ -162,6 +163,19 @@ impl Vm {
                 Ok(None)
             }
             reply => bail!("the upgrade is not committed: {reply:?}"),
+        }
+    }
+
+    /// Audits its worker: the longest that one of its threads stood still, in microseconds; none if one could not be stopped in
+    /// time, as on a host that is too busy.
+    pub(crate) fn audit(&self) -> Result<Option<u64>> {
+        match self.ask(&Request::Audit)? {
+            Reply::Audit(report) if report.verdict == Verdict::Proven => Ok(Some(report.pause_us)),
+            Reply::Audit(report) => {
+                eprintln!("baton-bench: the audit finds {:?}", report.findings);
+                Ok(None)
+            }
+            reply => bail!("the broker answered {reply:?}"),
         }
     }
 
