@@ -106,7 +106,9 @@ pub(crate) struct Broker {
     /// Its virtio devices, whose descriptors are in the registry.
     pub(crate) virtio: Vec<VirtioConfig>,
     /// What keeps its taps from other VMs, held.
-    _claims: Vec<OwnedFd>,
+    pub(crate) claims: Vec<OwnedFd>,
+    /// Cgroups of a dead broker whose guest has come here, to be removed when their last process is gone.
+    pub(crate) remains: Vec<PathBuf>,
     pub(crate) ids: VmIds,
     pub(crate) cgroup: Option<Cgroup>,
     pub(crate) prover: Prover,
@@ -251,6 +253,7 @@ impl Broker {
             self.clients.resting(),
             self.vsock.as_ref().and_then(Vsock::deadline),
             (!self.retired.is_empty()).then(|| Instant::now() + Duration::from_millis(100)),
+            (!self.remains.is_empty()).then(|| Instant::now() + Duration::from_millis(20)),
         ];
         let next = deadlines.into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
@@ -270,6 +273,7 @@ impl Broker {
         }
         self.console.iter_mut().for_each(Console::pump);
         self.retired.retain(|worker| worker.reap().is_none());
+        crate::cgroup::remove(&mut self.remains);
         self.first_worker()?;
         self.running_worker()?;
         self.advance_incoming()?;
@@ -397,6 +401,7 @@ impl Broker {
         self.upgrade = None;
         self.incoming = None;
         self.retired.clear();
+        crate::cgroup::remove_when_empty(std::mem::take(&mut self.remains));
         self.front.end();
     }
 

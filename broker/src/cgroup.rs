@@ -204,6 +204,18 @@ pub(crate) fn remove(left: &mut Vec<PathBuf>) {
     });
 }
 
+/// Removes these directories of a dead VM, waiting a second at most. A worker that was killed just now is in its cgroup until
+/// its memory is torn down, about 30 ms a GiB; a cgroup that somebody else uses stays.
+pub(crate) fn remove_when_empty(mut left: Vec<PathBuf>) {
+    for _ in 0..100 {
+        remove(&mut left);
+        if left.is_empty() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
 /// Removes the empty cgroups of this VM's dead brokers: one that was killed before it had published anything left no other
 /// trace.
 fn sweep(parent: &Path, vm: &str) {

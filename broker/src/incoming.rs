@@ -34,6 +34,7 @@ use baton_ipc::cpr::CprReceiver;
 use baton_ipc::transfer::Offer;
 use baton_ipc::transfer::ToNew;
 use baton_ipc::transfer::ToOld;
+use baton_ipc::worker::MAX_SLOTS;
 
 use crate::broker::Broker;
 use crate::channel_socket::Listener;
@@ -103,6 +104,8 @@ pub(crate) struct Incoming {
     offer: Option<Box<Offer>>,
     /// The broker's end of the console, which the old broker reads until the commit.
     console: Option<OwnedFd>,
+    /// What keeps its taps from other VMs.
+    claims: Vec<OwnedFd>,
     /// The file that the console is copied to.
     file: Option<File>,
     paused: bool,
@@ -118,6 +121,7 @@ impl Incoming {
             peer: None,
             offer: None,
             console: None,
+            claims: Vec::new(),
             file: None,
             paused: channels.paused,
             deadline: None,
@@ -308,6 +312,18 @@ impl Broker {
                                 incoming.console = console.into_iter().next();
                             }
                             Some(offer)
+                        }
+                        Some((ToNew::Claim, claim)) => {
+                            if let Some(incoming) = &mut self.incoming {
+                                incoming.claims.extend(claim);
+                                if incoming.claims.len() > usize::from(MAX_SLOTS) {
+                                    return Err(unfit(
+                                        "more claims of taps came than there are devices",
+                                        "",
+                                    ));
+                                }
+                            }
+                            None
                         }
                         Some(_) => return Err(hung_up()),
                         None => None,

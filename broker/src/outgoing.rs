@@ -292,6 +292,12 @@ impl Broker {
             machine,
         };
         let cannot = "cannot send the CPR state";
+        for claim in &self.claims {
+            outgoing
+                .link
+                .send_with(&ToNew::Claim, &[claim.as_fd()])
+                .doing(cannot)?;
+        }
         let console = self.console.as_ref().map(crate::console::Console::guest);
         outgoing
             .link
@@ -466,6 +472,7 @@ impl Broker {
             ));
         }
         self.registry = baton_ipc::Registry::default();
+        self.claims.clear();
         if let Err(refusal) = self.ids.record(&[]) {
             complain(&refusal);
         }

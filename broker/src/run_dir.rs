@@ -200,11 +200,18 @@ impl VmDirectory {
         Ok(())
     }
 
-    /// Has the name from now on, and goes on with its audit log: taken, unless it was given already.
-    pub(crate) fn take_name(&mut self) -> Result<()> {
+    /// Has the name from now on, and goes on with its audit log: taken, unless it was given already. The cgroup of the broker
+    /// that it was taken from, whose worker may still be on its way out.
+    pub(crate) fn take_name(&mut self) -> Result<Vec<PathBuf>> {
         let named = self.run_dir.join(&self.name);
+        let mut remains = Vec::new();
         if identity_of(&named) != Some(self.identity()) {
             exchange(&self.path, &named)?;
+            let text = fs::read_to_string(self.path.join("state.json")).unwrap_or_default();
+            let state: Option<StateFile> = serde_json::from_str(&text).ok();
+            if let Some(cgroup) = state.and_then(|state| state.cgroup) {
+                remains = crate::cgroup::everywhere(&cgroup);
+            }
             // Whoever had the name is dead: its lock is gone, and its guest runs here.
             if let Ok(handle) = open_directory(&self.path) {
                 remove_files(&handle);
@@ -216,7 +223,7 @@ impl VmDirectory {
             .run_dir
             .join(".audit")
             .join(format!("{}.jsonl", self.name));
-        Ok(())
+        Ok(remains)
     }
 
     /// Removes it, if what is there is still this one.
@@ -260,7 +267,7 @@ impl VmDirectory {
                 ));
             }
             if let Some(cgroup) = &found.cgroup {
-                remove_when_empty(cgroup);
+                crate::cgroup::remove_when_empty(crate::cgroup::everywhere(cgroup));
             }
             self.notes.push(format!(
                 "cleared what a dead broker (process {}) had left of {}, whose worker is dead too",
@@ -369,19 +376,6 @@ fn remove_files(directory: &OwnedFd) {
         "lock",
     ] {
         let _ = rustix::fs::unlinkat(directory, file, AtFlags::empty());
-    }
-}
-
-/// Removes a dead VM's cgroup. A worker that was killed just now is in it until its memory is torn down, about 30 ms a GiB;
-/// one that somebody else uses stays.
-fn remove_when_empty(cgroup: &Path) {
-    let mut left = crate::cgroup::everywhere(cgroup);
-    for _ in 0..100 {
-        crate::cgroup::remove(&mut left);
-        if left.is_empty() {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }
 

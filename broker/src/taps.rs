@@ -54,10 +54,46 @@ pub(crate) fn origin(tap: &Interface) -> PathBuf {
     }
 }
 
+/// The abstract name of a tap's claim.
+fn claim_name(tap: &str) -> String {
+    format!("baton/tap/{tap}")
+}
+
+/// Whether these are the claims of every tap of a VM, and of no other.
+pub(crate) fn check_claims<'a>(
+    nets: &[Net],
+    claims: impl Iterator<Item = &'a OwnedFd>,
+) -> Result<()> {
+    let name = |claim: &OwnedFd| {
+        let address = rustix::net::getsockname(claim).ok()?;
+        let address = SocketAddrUnix::try_from(address).ok()?;
+        String::from_utf8(address.abstract_name()?.to_vec()).ok()
+    };
+    let mut found: Vec<_> = claims.map(name).collect();
+    for net in nets {
+        let wanted = Some(claim_name(&net.tap.0));
+        let Some(index) = found.iter().position(|one| *one == wanted) else {
+            return Err(unfit(
+                format_args!("the claim of the tap {} did not come", net.tap.0),
+                "",
+            ));
+        };
+        found.swap_remove(index);
+    }
+    if found.is_empty() {
+        Ok(())
+    } else {
+        Err(unfit(
+            "a claim came of a tap that the VM file does not name",
+            "",
+        ))
+    }
+}
+
 /// Claims a tap's name among all brokers of this network namespace: an abstract socket has one owner there, as a tap's name
 /// has, and is gone with the last descriptor of it (unix(7)). The kernel itself lets several have queues of one tap.
 fn claim(tap: &str) -> rustix::io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new_abstract_name(format!("baton/tap/{tap}").as_bytes())?;
+    let address = SocketAddrUnix::new_abstract_name(claim_name(tap).as_bytes())?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
     rustix::net::bind(&socket, &address)?;

@@ -8,6 +8,7 @@
 //! old broker                                              new broker
 //!   │ preamble + link + cpr                                  │  peers' user ids compared on both sides
 //!   │                                                  hello │
+//!   │ claim of each tap                                      │
 //!   │ offer: nonce, VM, generation, machine; console         │
 //!   │ (cpr) every descriptor                                 │  compared with its own VM file, checked by fstat
 //!   │                                               deferred │  only until `migrate-incoming`
@@ -267,6 +268,8 @@ pub enum ToNew {
     Ended(Box<UpgradeOutcome>),
     /// The transfer is off, and why. The old worker runs the guest.
     Cancelled(String),
+    /// Before the offer, for each of the VM's taps: comes with what keeps that tap from other VMs.
+    Claim,
 }
 
 /// What the new broker says.

@@ -136,7 +136,19 @@ impl Vm {
             has_it.then_some(())
         });
         self.broker = by.broker;
-        self.cgroup = self.site.cgroups().first().expect("a cgroup").clone();
+        // Also that of an old broker that was killed.
+        self.cgroup = until("the old cgroup is gone", || {
+            match self.site.cgroups().as_slice() {
+                [one] => Some(one.clone()),
+                _ => None,
+            }
+        });
+        let mine = format!("-{}", by.broker);
+        assert!(
+            self.cgroup.to_string_lossy().ends_with(&mine),
+            "{:?}",
+            self.cgroup
+        );
     }
 
     /// Nobody waits for the guest any more.

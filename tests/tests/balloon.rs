@@ -50,3 +50,29 @@ fn memory_that_the_guest_reports_is_the_hosts_again_over_upgrades() {
     let audit = vm.ask("audit").expect(0).json();
     assert_eq!(audit["verdict"], "proven", "{audit}");
 }
+
+#[test]
+fn memory_that_was_reported_stays_the_hosts_over_transfers() {
+    let line = CommandLine::new().walk_bytes(4 << 20).balloon();
+    let mut vm = Builder::release()
+        .line(line.console().period_ms(20))
+        .balloon()
+        .start();
+    let other = 4 << 20;
+    for round in 1..=2 {
+        vm.ram.mail(layout::COMMAND_BALLOON_FILL);
+        wait_for(&vm, "memory to be filled", |balloon| {
+            balloon.filled == round
+        });
+        let full = vm.ram.taken();
+        vm.ram.mail(layout::COMMAND_BALLOON_REPORT);
+        wait_for(&vm, "a report", |balloon| balloon.reported == round);
+        let freed = vm.ram.taken();
+        assert!(
+            freed < full + other - layout::BALLOON_BYTES,
+            "{full} {freed}"
+        );
+        vm.assert_transfers();
+        assert!(vm.ram.taken() < freed + other, "{freed}");
+    }
+}

@@ -91,6 +91,7 @@ impl Broker {
                     return Ok(Stage::Gone);
                 };
                 incoming.file = file;
+                self.claims = std::mem::take(&mut incoming.claims);
                 incoming.offer = Some(offer);
                 let deferred = incoming.main.is_none();
                 incoming.deadline = Some(Instant::now() + if deferred { DEFERRED } else { bound });
@@ -124,6 +125,8 @@ impl Broker {
             ));
         }
         crate::guest_machine::check(&self.vm, &self.rules.policy, registry, machine)?;
+        let claims = self.incoming.iter().flat_map(|one| &one.claims);
+        crate::taps::check_claims(&self.vm.net.0, claims)?;
         crate::resources::check_console(&self.vm.console, &self.rules.policy, &mut self.log)?;
         for (key, description, _) in registry.iter() {
             self.log

@@ -113,7 +113,9 @@ impl Broker {
         let uptime = Duration::from_micros(committed.uptime_us);
         self.began = Instant::now().checked_sub(uptime).unwrap_or(self.began);
         // Each of these whatever becomes of the others: the guest runs.
-        for done in [self.directory.take_name(), self.publish()] {
+        let named = self.directory.take_name();
+        let named = named.map(|remains| self.remains.extend(remains));
+        for done in [named, self.publish()] {
             if let Err(refusal) = done {
                 complain(&refusal);
             }
