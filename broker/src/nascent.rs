@@ -234,9 +234,7 @@ impl Nascent {
                     }
                     // Says more than its exit status.
                     Ok(Some(Report::Failed { step, reason })) => Err(failed(&step, &reason)),
-                    _ => Err(NascentFault::HungUp(
-                        exit_status(worker).unwrap_or_else(|| "it is still there".to_owned()),
-                    )),
+                    _ => Err(last_word(worker, NascentFault::HungUp)),
                 }
             }
         }
@@ -278,10 +276,23 @@ impl Nascent {
             vm: self.config.vm,
             generation: self.config.generation,
         };
-        cpr::send(channel, &header, registry)?;
+        if let Err(error) = cpr::send(channel, &header, registry) {
+            // One that has ended says more of it than the socket does.
+            return Err(match self.stage_worker() {
+                Some(worker) => last_word(worker, |_| error.into()),
+                None => error.into(),
+            });
+        }
         self.handed_over = true;
         self.deadline = Instant::now() + bound;
         Ok(())
+    }
+
+    fn stage_worker(&mut self) -> Option<&mut Worker> {
+        match &mut self.stage {
+            Stage::Building(worker, _) => Some(worker),
+            _ => None,
+        }
     }
 
     /// Compares the process, apart from its threads, with what it has to be before it is given anything.
@@ -323,6 +334,15 @@ fn failed(step: &str, reason: &str) -> NascentFault {
     NascentFault::Failed {
         step: quoted(step),
         reason: quoted(reason),
+    }
+}
+
+/// What a worker that has hung up its cpr channel said of it, perhaps only after that; otherwise what `else_of` makes of its end.
+fn last_word(worker: &mut Worker, else_of: impl FnOnce(String) -> NascentFault) -> NascentFault {
+    let how = exit_status(worker);
+    match worker.hear() {
+        Ok(Some(Report::Failed { step, reason })) => failed(&step, &reason),
+        _ => else_of(how.unwrap_or_else(|| "it is still there".to_owned())),
     }
 }
 

@@ -175,6 +175,32 @@ pub(crate) struct Memory {
     /// Whether the guest has a balloon.
     #[serde(default)]
     pub(crate) balloon: bool,
+    #[serde(rename = "kind", default)]
+    _kind: MemoryKind,
+}
+
+/// What kind of memory it is. There is one; others are known by name, and refused.
+#[derive(Debug, Default, Deserialize)]
+#[serde(try_from = "String")]
+struct MemoryKind;
+
+impl TryFrom<String> for MemoryKind {
+    type Error = String;
+
+    fn try_from(kind: String) -> std::result::Result<Self, String> {
+        match kind.as_str() {
+            "ram" => Ok(Self),
+            "confidential" => Err(
+                "confidential memory (guest_memfd) is not supported: no other worker could have it, and the guest could not be upgraded"
+                    .to_owned(),
+            ),
+            "epc" => Err(
+                "epc memory (SGX) is not supported: no other worker could have it, and the guest could not be upgraded"
+                    .to_owned(),
+            ),
+            other => Err(format!("{other:?} is no kind of memory; there is \"ram\"")),
+        }
+    }
 }
 
 fn small_pages() -> Pages {
@@ -406,6 +432,15 @@ kernel = "vmlinux"
                 size: 512 << 20
             }]
         );
+    }
+
+    #[test]
+    fn memory_that_no_other_worker_could_have_is_refused_by_name() {
+        for kind in ["confidential", "epc", "other"] {
+            let text = GOOD.replace("size =", &format!("kind = \"{kind}\"\nsize ="));
+            let error = VmFile::parse(&text).unwrap_err().to_string();
+            assert!(error.contains(kind), "{error}");
+        }
     }
 
     #[test]
