@@ -77,6 +77,7 @@ const EVENTS: &[Row] = &[
     ("incoming-refused",  Lifecycle,  OTHER, MEDIUM,        FAILURE),
     ("incoming-undecided", Lifecycle, OTHER, HIGH,          FAILURE),
     ("taken-over",        Lifecycle,  8,     INFORMATIONAL, SUCCESS), // Update
+    ("continued",         Lifecycle,  8,     INFORMATIONAL, SUCCESS), // Update
     ("received",          File,       14,    INFORMATIONAL, SUCCESS), // Open
     ("worker-failed",     Lifecycle,  OTHER, MEDIUM,        FAILURE),
     ("worker-says",       Base,       OTHER, INFORMATIONAL, SUCCESS),

@@ -80,6 +80,35 @@ fn the_guest_the_name_and_the_log_go_to_the_new_broker() {
 }
 
 #[test]
+fn the_logs_of_both_brokers_answer_for_each_other() {
+    let mut vm = Builder::release().start();
+    vm.assert_transfers();
+    vm.assert_transfers();
+    let verify = || vm.site.baton(["log", "verify", &vm.site.name]);
+    verify().expect(0);
+    let audit = vm.site.run_dir().join(".audit");
+    let waited = audit.join(format!("{}.incoming.jsonl", vm.site.name));
+    let text = std::fs::read_to_string(&waited).unwrap();
+    let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(last["metadata"]["event_code"], "continued");
+    let head = last["unmapped"]["in"]["head"].as_str().unwrap();
+    let log = std::fs::read_to_string(audit.join(format!("{}.jsonl", vm.site.name))).unwrap();
+    assert!(log.contains(&format!("\"prev\":\"{head}\"")), "{head}");
+
+    // Without its end, as a whole, and gone: each is seen from the VM's own log.
+    let shorter = text.trim_end().rfind('\n').unwrap();
+    for (remains, words) in [(&text[..=shorter], "end-removed"), ("", "end-removed")] {
+        std::fs::write(&waited, remains).unwrap();
+        let said = verify().expect(1);
+        assert!(said.stdout.contains(words), "{said:?}");
+    }
+    std::fs::remove_file(&waited).unwrap();
+    verify().expect(1);
+    std::fs::write(&waited, &text).unwrap();
+    verify().expect(0);
+}
+
+#[test]
 fn ten_transfers_follow_each_other() {
     let line = CommandLine::new()
         .walk_bytes(4 << 20)

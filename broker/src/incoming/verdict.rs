@@ -176,14 +176,24 @@ impl Broker {
             return;
         }
         self.has_log = true;
+        // Each chain says where the other stood: who changes one of them has to change both.
+        let mut waited = None;
         match self.open_own_log() {
-            Ok(log) => self.log = log,
+            Ok(log) => {
+                self.log.note("continued", &json!({"in": log.checkpoint()}));
+                self.log.end();
+                waited = Some(self.log.checkpoint());
+                self.log = log;
+            }
             Err(refusal) => complain(&refusal),
         }
         let generation = self.generation();
         self.log.note(
             "taken-over",
-            &json!({"generation": generation, "vm_file": self.options.vm_file, "policy_digest": self.rules.policy.digest.to_string()}),
+            &json!({
+                "generation": generation, "vm_file": self.options.vm_file,
+                "policy_digest": self.rules.policy.digest.to_string(), "waited": waited,
+            }),
         );
         if let Some(outcome) = outcome {
             self.last_upgrade = Some((*outcome).clone());

@@ -11,6 +11,8 @@ use baton_audit::checkpoint::MAX_CHECKPOINT;
 use baton_audit::read;
 use baton_audit::segments;
 use baton_audit::verify;
+use baton_audit::verify::LogFinding;
+use baton_audit::verify::Place;
 use baton_audit::verify::Verification;
 use baton_audit::verify::What;
 use baton_ipc::control::Exit;
@@ -32,6 +34,9 @@ use crate::units;
 
 /// How often a log is read again whose last line its broker may just be writing.
 const TRIES: usize = 3;
+
+/// How many transfers are followed into the log of those that waited, the last ones.
+const MAX_FOLLOWED: usize = 1000;
 
 pub(crate) fn execute(
     globals: &Globals,
@@ -55,6 +60,8 @@ struct Log {
     files: Vec<PathBuf>,
     /// What a running broker remembers, asked before the files are read: they can only have become longer.
     live: Option<Checkpoint>,
+    /// The log of the brokers that have waited for this VM's guest.
+    waited: Option<PathBuf>,
 }
 
 impl Log {
@@ -66,6 +73,7 @@ impl Log {
                 vm,
                 files,
                 live: None,
+                waited: None,
             });
         }
         let run_dir = RunDir::resolve(globals.run_dir.as_deref())?;
@@ -89,7 +97,13 @@ impl Log {
                 "pass the --run-dir that the VM was started with, or --file for a copy",
             ));
         }
-        Ok(Self { vm, files, live })
+        let waited = current.with_file_name(format!("{vm}.incoming.jsonl"));
+        Ok(Self {
+            vm,
+            files,
+            live,
+            waited: Some(waited),
+        })
     }
 
     fn verify(&self, checkpoints: &[Checkpoint]) -> Result<Verification, Refusal> {
@@ -103,11 +117,45 @@ impl Log {
                 .iter()
                 .any(|finding| matches!(finding.what, What::CutShort { .. }));
             if !cut || self.live.is_none() || attempt == TRIES {
-                return Ok(found);
+                return self.follow(found);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(Verification::default())
+    }
+
+    /// A broker that took the guest over from another wrote down where its own log stood until then: that has to be there, too.
+    fn follow(&self, mut found: Verification) -> Result<Verification, Refusal> {
+        let Some(waited) = &self.waited else {
+            return Ok(found);
+        };
+        let failed = |error| unfit(format!("cannot read the audit log: {error}"), "");
+        let taken = |record: &Value| read::event(record) == "taken-over";
+        let taken = read::last(&self.files, MAX_FOLLOWED, taken).map_err(failed)?;
+        let marks: Vec<Checkpoint> = taken
+            .iter()
+            .filter_map(|record| record.pointer("/unmapped/waited"))
+            .filter_map(|mark| serde_json::from_value(mark.clone()).ok())
+            .collect();
+        let Some(first) = marks.first() else {
+            return Ok(found);
+        };
+        let files = segments::all(waited).unwrap_or_default();
+        let other = verify::files(&first.vm, &files, &marks).map_err(failed)?;
+        found.more += other.more;
+        // A broker that waits just now may be writing.
+        let cut = |what: &What| matches!(what, What::CutShort { .. });
+        let end = Place {
+            file: waited.clone(),
+            line: other.records,
+        };
+        let findings = other.findings.into_iter().filter(|one| !cut(&one.what));
+        let findings = findings.map(|one| LogFinding {
+            place: Some(one.place.unwrap_or_else(|| end.clone())),
+            what: one.what,
+        });
+        found.findings.extend(findings);
+        Ok(found)
     }
 }
 
