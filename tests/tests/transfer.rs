@@ -284,6 +284,67 @@ fn a_transfer_is_cancelled_and_tried_again() {
 }
 
 #[test]
+fn a_cancel_at_any_moment_leaves_one_side_with_the_guest() {
+    let mut vm = Builder::release().start();
+    let mut cancelled = 0;
+    for wait_us in [0, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000, 400_000] {
+        let (before, old, generation) = (vm.witness(), vm.worker(), vm.generation());
+        let waiting = vm.wait_for_guest();
+        let mut qmp = Qmp::connect(&vm);
+        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        qmp.done("migrate", json!({"channels": waiting.channels()}));
+        std::thread::sleep(std::time::Duration::from_micros(wait_us));
+        for _ in 0..2 {
+            qmp.done("migrate_cancel", json!({}));
+        }
+        let info = qmp.migrated();
+        // After the end it is no error either, and changes nothing.
+        qmp.done("migrate_cancel", json!({}));
+        let after = qmp.returns("query-migrate", json!({}));
+        assert_eq!(after["status"], info["status"]);
+        drop(qmp);
+        if info["status"] == "completed" {
+            vm.assert_taken_over(&waiting);
+            assert_eq!(vm.generation(), generation + 1);
+        } else {
+            assert_eq!(info["status"], "cancelled", "{info}");
+            cancelled += 1;
+            // One that nobody has connected to yet waits on.
+            vm.site
+                .baton(["stop", "--force", &format!("{}.incoming", vm.site.name)]);
+            vm.assert_nobody_waits(&waiting);
+            assert_eq!((vm.worker(), vm.state()), (old, "running".to_owned()));
+        }
+        vm.assert_only_runner(vm.worker());
+        vm.assert_goes_on(&before);
+    }
+    assert!(cancelled > 0, "a cancel at once comes before everything");
+    vm.assert_transfers();
+}
+
+#[test]
+fn a_cancel_after_a_failure_changes_nothing_and_a_retry_succeeds() {
+    let mut vm = Builder::release().start();
+    let (before, old) = (vm.witness(), vm.worker());
+    let file = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    vm.site
+        .write("other.toml", file.replace("count = 1", "count = 2"));
+    let waiting = vm.wait_from("other.toml", &[]);
+    let mut qmp = Qmp::connect(&vm);
+    let failed = vm.migrate_to(&mut qmp, &waiting);
+    assert_eq!(failed["status"], "failed", "{failed}");
+    qmp.done("migrate_cancel", json!({}));
+    let info = qmp.returns("query-migrate", json!({}));
+    assert_eq!(info["status"], "failed");
+    assert_eq!(info["error-desc"], failed["error-desc"]);
+    drop(qmp);
+    vm.assert_nobody_waits(&waiting);
+    vm.assert_only_runner(old);
+    vm.assert_goes_on(&before);
+    vm.assert_transfers();
+}
+
+#[test]
 fn before_its_pause_it_waits_and_is_continued() {
     let mut vm = Builder::release().start();
     let waiting = vm.wait_for_guest();
