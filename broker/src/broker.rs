@@ -36,6 +36,7 @@ use rustix::event::PollFlags;
 use rustix::time::Timespec;
 use serde_json::json;
 
+use crate::balloon::BalloonNews;
 use crate::cgroup::Cgroup;
 use crate::clients::Awaiting;
 use crate::clients::Clients;
@@ -148,6 +149,8 @@ pub(crate) struct Broker {
     pub(crate) resets_asked: u32,
     /// The guest stands still because it has panicked, and nobody has let it go on since.
     pub(crate) panicked: bool,
+    /// Of its balloon.
+    pub(crate) news: BalloonNews,
     end: Option<Exit>,
 }
 
@@ -247,6 +250,7 @@ impl Broker {
                 .then(|| Instant::now() + Duration::from_millis(100)),
             self.incoming.as_ref().and_then(Incoming::deadline),
             self.front.deadline(),
+            self.news.due(),
             self.clients
                 .any_waiting()
                 .then(|| Instant::now() + Duration::from_millis(100)),
@@ -279,6 +283,7 @@ impl Broker {
         self.advance_incoming()?;
         self.advance_upgrade()?;
         self.advance_vsock();
+        self.advance_balloon();
         self.clients.accept(&self.rules.policy);
         self.advance_front();
         while let Some(asked) = self.clients.hear(self.state, &self.rules.policy) {

@@ -94,6 +94,7 @@ const REQUESTS: &[Row] = &[
     ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running],       Power),
     ("transfer",      |r| matches!(r, Request::Transfer { .. }), &[Running, Paused],    Upgrade),
     ("incoming",      |r| matches!(r, Request::Incoming { .. }), &[Incoming, Running, Paused], Upgrade),
+    ("balloon",       |r| matches!(r, Request::Balloon { .. }), &[Running],     Power),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];
 

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod audit;
+mod balloon;
 mod binary;
 mod broker;
 mod cgroup;

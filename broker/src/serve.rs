@@ -132,6 +132,13 @@ impl Broker {
                 };
                 self.clients.reply(client, &reply);
             }
+            Request::Balloon { bytes } => {
+                let reply = match self.want_balloon(bytes) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => Reply::Refused(refusal),
+                };
+                self.clients.reply(client, &reply);
+            }
             Request::Continue => {
                 let reply = match self.continue_upgrade() {
                     Ok(()) => Reply::Done,

@@ -88,6 +88,7 @@ const PERMITTED: &[Row] = &[
     ("status",    &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Status(_))),
     ("guest",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Guest(_))),
     ("vsock",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Vsock(_))),
+    ("balloon",   &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Balloon { .. })),
     ("violation", &[Spawned, Confined, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
                                                                       |r| matches!(r, Report::Violation { .. })),
 ];

@@ -134,6 +134,11 @@ pub enum Request {
         /// There.
         main: Address,
     },
+    /// Leave the guest this much of its memory, and want the rest in its balloon.
+    Balloon {
+        /// Bytes.
+        bytes: u64,
+    },
 }
 
 /// A reply.
@@ -228,6 +233,8 @@ pub enum Happening {
     GuestCrashLoaded,
     /// It has shut down through its pvpanic device; `ended` follows.
     GuestPvShutdown,
+    /// The balloon leaves the guest this much memory, in bytes.
+    BalloonChanged(u64),
 }
 
 /// Why a request was refused.
@@ -360,6 +367,8 @@ pub struct VmStatus {
     pub last_upgrade: Option<UpgradeOutcome>,
     /// The VM file that its broker was started from, an absolute path.
     pub vm_file: String,
+    /// What the balloon leaves to the guest, in bytes, as the guest says; none without a balloon.
+    pub balloon: Option<u64>,
 }
 
 /// A disk, as its description says.

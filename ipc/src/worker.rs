@@ -349,6 +349,11 @@ pub enum Order {
     CommitPaused,
     /// Nobody will ever say `commit` any more: end, unless it was said. A worker that has the guest answers as to `query`.
     Abandon,
+    /// Want so many 4 KiB pages of the guest's in its balloon.
+    Balloon {
+        /// How many.
+        pages: u32,
+    },
     /// A deterministic fault, for tests; a release build does not contain it.
     #[cfg(feature = "fail-points")]
     Fail(crate::FailPoint),
@@ -423,6 +428,11 @@ pub enum Report {
         /// The address of the call.
         address: u64,
     },
+    /// The guest says that other many pages are in its balloon.
+    Balloon {
+        /// How many, of 4 KiB each.
+        pages: u32,
+    },
 }
 
 /// Where a build's time went, in microseconds since the worker's exec.
@@ -445,6 +455,8 @@ pub struct WorkerStatus {
     pub exits: u64,
     /// Console bytes dropped because nobody took them.
     pub console_dropped: u64,
+    /// 4 KiB pages that the guest says are in its balloon.
+    pub balloon_pages: u32,
 }
 
 /// What a guest did.

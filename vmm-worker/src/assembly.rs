@@ -39,6 +39,7 @@ use rustix::fs::OFlags;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
+use crate::ballooning::Ballooning;
 use crate::boot;
 use crate::boot::AcpiExtras;
 use crate::boot::BootError;
@@ -138,6 +139,7 @@ pub(crate) struct Machinery {
     pub(crate) cpuid: Told,
     pub(crate) console: Console,
     pub(crate) vsock: Option<vsock::Link>,
+    pub(crate) balloon: Option<Ballooning>,
     kernel: File,
     initrd: Option<File>,
     pub(crate) pool: IoPool,
@@ -338,7 +340,7 @@ pub(crate) fn build(
         .transpose()?;
     let console = claim(registry, descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
     let mut virtio = Vec::with_capacity(config.virtio.len());
-    let mut vsock = None;
+    let (mut vsock, mut balloon) = (None, None);
     for device in &config.virtio {
         let made: Box<dyn VirtioDevice> = match &device.device {
             VirtioKind::Block(block) => {
@@ -366,7 +368,12 @@ pub(crate) fn build(
                 Box::new(Net::new(taps, net))
             }
             VirtioKind::Entropy => Box::new(Entropy),
-            VirtioKind::Balloon => Box::new(Balloon::new(memory::page(config.pages))),
+            VirtioKind::Balloon => {
+                let mut made = Balloon::new(memory::page(config.pages));
+                let link = made.link(Arc::clone(wake));
+                balloon = Some(Ballooning::new(device.slot, link));
+                Box::new(made)
+            }
             VirtioKind::Vsock(config) => {
                 let held = registry.claim_all(descriptor::VSOCK, DescriptorKind::Stream)?;
                 let (device, link) = Vsock::new(config, held, Arc::clone(wake));
@@ -450,6 +457,7 @@ pub(crate) fn build(
         inventory,
         console: Console::new(console, Arc::clone(&platform.serial)),
         vsock,
+        balloon,
         platform,
         cpuid: Told::of(&tables),
         kernel: kernel.into(),

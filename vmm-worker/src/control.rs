@@ -29,6 +29,7 @@ use baton_ipc::worker::Report;
 use libc::c_int;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
+use rustix::event::Timespec;
 use rustix::io::Errno;
 
 use crate::assembly::Machinery;
@@ -169,6 +170,7 @@ impl Worker {
             self.wake.clear();
             self.look_after_guest();
         }
+        self.look_after_balloon();
         if ready.main {
             self.serve_main()?;
         }
@@ -226,7 +228,11 @@ impl Worker {
                 );
             }
         }
-        match rustix::event::poll(&mut fds, None) {
+        let timeout = self.balloon_due().map(|left| Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(0),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        });
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Ready::default()),
             Err(error) => {

@@ -16,6 +16,7 @@
 //! broker, and no path is ever seen here.
 
 mod assembly;
+mod ballooning;
 mod blob;
 pub mod boot;
 mod clock;

@@ -13,6 +13,7 @@ use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::WorkerStatus;
 use rustix::fs::OFlags;
 
+use crate::ballooning::Ballooning;
 use crate::control::EXIT_DONE;
 use crate::control::EXIT_FAILED;
 use crate::control::Exit;
@@ -43,10 +44,12 @@ impl Worker {
                 return Err(Exit(EXIT_DONE));
             }
             (Order::Query | Order::Abandon, _) => {
+                let balloon = self.machinery.balloon.as_ref();
                 let status = WorkerStatus {
                     tsc_khz: self.machinery.inventory.tsc_khz(),
                     exits: self.machinery.vcpus.exits(),
                     console_dropped: self.machinery.console.dropped(),
+                    balloon_pages: balloon.map(Ballooning::pages).unwrap_or_default(),
                 };
                 self.report(Report::Status(status));
             }
@@ -61,6 +64,7 @@ impl Worker {
             (Order::Resume, Phase::Paused) => self.resume(),
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
             (Order::PowerButton, Phase::Running) => self.press_power_button(),
+            (Order::Balloon { pages }, Phase::Running) => self.inflate(pages),
             (Order::Transfer, Phase::Running | Phase::Paused) => match main {
                 Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
                     self.fail("transfer", "an upgrade is under way already".to_owned());

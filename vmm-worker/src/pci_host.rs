@@ -189,6 +189,14 @@ impl PciHost {
         });
     }
 
+    /// The configuration of the device in `slot` has changed by no doing of its driver.
+    pub(crate) fn reconfigured(&self, slot: u8) {
+        self.functions
+            .iter()
+            .filter(|function| function.slot == slot)
+            .for_each(|function| function.transport().reconfigured());
+    }
+
     /// Arranges everything for the first time: as the preview says, or as it is at power-on.
     ///
     /// # Errors

@@ -78,6 +78,10 @@ impl Broker {
                 Ok(())
             }
             Report::Guest(event) => self.guest_event(&event),
+            Report::Balloon { pages } => {
+                self.news.said = Some(pages);
+                Ok(())
+            }
             Report::Vsock(report) => {
                 self.vsock_said(report);
                 Ok(())

@@ -31,6 +31,7 @@ use serde_json::json;
 
 use super::Broker;
 use super::Options;
+use crate::balloon::BalloonNews;
 use crate::cgroup::Cgroup;
 use crate::clients::Clients;
 use crate::console::Console;
@@ -185,6 +186,7 @@ impl Broker {
             paused: false,
             resets_asked: 0,
             panicked: false,
+            news: BalloonNews::default(),
             has_log: incoming.is_none(),
             incoming,
             linger: None,

@@ -93,6 +93,8 @@ impl Broker {
             console_dropped: self.status.console_dropped,
             last_upgrade: self.last_upgrade.clone(),
             vm_file: self.options.vm_file.display().to_string(),
+            balloon: (self.vm.memory.balloon)
+                .then(|| self.left_by_balloon(self.status.balloon_pages)),
         }
     }
 

@@ -62,6 +62,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         console_dropped,
         last_upgrade,
         vm_file,
+        balloon,
     } = status;
     json!({
         "name": name,
@@ -82,6 +83,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "console_dropped": console_dropped,
         "last_upgrade": last_upgrade.as_ref().map(upgrade::document),
         "vm_file": vm_file,
+        "balloon": balloon,
     })
 }
 
@@ -119,6 +121,10 @@ fn person(status: &VmStatus, output: &Output) -> String {
         field(output, "vCPUs", &status.cpus.to_string()),
         field(output, "TSC", &format!("{} kHz", status.tsc_khz)),
     ];
+    if let Some(left) = status.balloon.filter(|left| *left < status.ram_bytes) {
+        let left = format!("leaves {} to the guest", units::bytes(left));
+        lines.push(field(output, "balloon", &left));
+    }
     if status.console_dropped > 0 {
         lines.push(field(
             output,

@@ -146,6 +146,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         console_dropped: 0,
         last_upgrade: Some(outcome(Outcome::Committed)),
         vm_file: "/srv/vm/web1.toml".to_owned(),
+        balloon: None,
     }
 }
 

@@ -1,5 +1,5 @@
-//! The virtio balloon of the machine, driven by the first vCPU, as far as free page reporting goes: on command it fills
-//! memory of its own, and on command it says that it does not use it.
+//! The virtio balloon of the machine, driven by the first vCPU: on command it fills memory of its own, and on command it says
+//! that it does not use it. As the device wants, it puts pages of the same memory into the balloon, or takes them back.
 //!
 //! Touches the registers of PCI devices, and RAM from [`BALLOON_ADDRESS`] on.
 
@@ -17,9 +17,28 @@ const REPORT: u16 = 2;
 const RING: u64 = 0x1d_8000;
 /// Parts that are reported at once.
 const PARTS: u16 = 4;
+/// The other queues, where they and their numbers are, and the most pages of one request.
+const INFLATE: u16 = 0;
+const DEFLATE: u16 = 1;
+const NUMBERS: u64 = BALLOON_RINGS + 2 * RING_STEP;
+const BATCH: u32 = 256;
+/// Pages that it can give up.
+const PAGES: u32 = (BALLOON_BYTES / 4096) as u32;
+/// Device configuration: pages that are wanted, and pages that are in it.
+const WANTED: u64 = 0;
+const ACTUAL: u64 = 4;
+/// Turns from one look at what is wanted to the next: each is an exit.
+const LOOK: u32 = 512;
 
 pub struct Balloon {
     ring: Ring,
+    /// To inflate, and to deflate.
+    pages: [Ring; 2],
+    config: u64,
+    /// Pages in it, and pages of the request in flight, which is one of inflating or not.
+    actual: u32,
+    moving: Option<(bool, u32)>,
+    turns: u32,
 }
 
 fn fail(state: u64) -> Option<Balloon> {
@@ -39,12 +58,24 @@ impl Balloon {
         if !function.agree(FEATURES) {
             return fail(DRIVER_REFUSED);
         }
-        let Some(ring) = Ring::new(&function, REPORT, RING) else {
+        let rings = (
+            Ring::new(&function, REPORT, RING),
+            Ring::new(&function, INFLATE, BALLOON_RINGS),
+            Ring::new(&function, DEFLATE, BALLOON_RINGS + RING_STEP),
+        );
+        let (Some(ring), Some(inflate), Some(deflate)) = rings else {
             return fail(DRIVER_REFUSED);
         };
         function.go();
         report::write(BALLOON_STATE_OFFSET, DRIVER_WORKING);
-        Some(Self { ring })
+        Some(Self {
+            ring,
+            pages: [inflate, deflate],
+            config: function.device,
+            actual: 0,
+            moving: None,
+            turns: 0,
+        })
     }
 
     /// One of `layout`'s commands.
@@ -72,8 +103,52 @@ impl Balloon {
         }
     }
 
-    /// Takes a report back that the device has dealt with.
+    /// Puts pages in, or takes them back, until there are as many as are wanted; the last ones in are the first out.
+    fn balance(&mut self) {
+        let [inflate, deflate] = &mut self.pages;
+        if let Some((inflating, count)) = self.moving {
+            let ring = if inflating { inflate } else { deflate };
+            if ring.take().is_some() {
+                self.moving = None;
+                self.actual = if inflating {
+                    self.actual + count
+                } else {
+                    self.actual - count
+                };
+                write(self.config + ACTUAL, self.actual);
+            }
+            return;
+        }
+        self.turns += 1;
+        if self.turns < LOOK {
+            return;
+        }
+        let wanted = read::<u32>(self.config + WANTED).min(PAGES);
+        if wanted == self.actual {
+            self.turns = 0;
+            return;
+        }
+        let inflating = wanted > self.actual;
+        let count = wanted.abs_diff(self.actual).min(BATCH);
+        let first = if inflating {
+            self.actual
+        } else {
+            self.actual - count
+        };
+        for index in 0..count {
+            let number = (BALLOON_ADDRESS >> 12) as u32 + first + index;
+            write(NUMBERS + 4 * u64::from(index), number);
+        }
+        let ring = if inflating { inflate } else { deflate };
+        descriptor(ring.descriptor(0), NUMBERS, 4 * count, 0, 0);
+        ring.offer(0);
+        ring.publish();
+        self.moving = Some((inflating, count));
+    }
+
+    /// Takes a report back that the device has dealt with, and goes on with the pages.
     pub fn step(&mut self) {
+        self.balance();
         if self.ring.take().is_some() {
             report::increment(BALLOON_REPORTED_OFFSET);
         }

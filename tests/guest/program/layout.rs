@@ -149,6 +149,8 @@ pub const BALLOON_REPORTED_OFFSET: usize = 0x390;
 pub const BALLOON_ADDRESS: u64 = 40 << 20;
 /// Its bytes.
 pub const BALLOON_BYTES: u64 = 16 << 20;
+/// Rings and numbers of pages for the balloon's queues to inflate and deflate, beyond that memory.
+pub const BALLOON_RINGS: u64 = BALLOON_ADDRESS + BALLOON_BYTES;
 
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;

@@ -110,6 +110,32 @@ pub(crate) fn system_powerdown(_: &mut Shared, _: &Object) -> Answer {
     Answer::order(Request::PowerButton)
 }
 
+fn no_balloon() -> Failure {
+    Failure::of(
+        Class::DeviceNotActive,
+        "No balloon device has been activated",
+    )
+}
+
+pub(crate) fn balloon(_: &mut Shared, arguments: &Object) -> Answer {
+    let value = arguments.get("value").and_then(Value::as_i64);
+    let bytes = value.and_then(|value| u64::try_from(value).ok());
+    with_status(move |_, status| match (status.balloon, bytes) {
+        (None, _) => Answer::failed(no_balloon()),
+        (_, None | Some(0)) => {
+            Answer::failed(Failure::generic("Parameter 'target' expects a size"))
+        }
+        (Some(_), Some(bytes)) => Answer::order(Request::Balloon { bytes }),
+    })
+}
+
+pub(crate) fn query_balloon(_: &mut Shared, _: &Object) -> Answer {
+    with_status(|_, status| match status.balloon {
+        Some(bytes) => Answer::value(json!({"actual": bytes})),
+        None => Answer::failed(no_balloon()),
+    })
+}
+
 pub(crate) fn quit(shared: &mut Shared, _: &Object) -> Answer {
     shared.quit = true;
     Answer::Tell(Request::Stop { force: true })

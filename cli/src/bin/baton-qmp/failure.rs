@@ -15,6 +15,8 @@ pub(crate) enum Class {
     CommandNotFound,
     /// No such thing.
     DeviceNotFound,
+    /// The thing is not there to be used.
+    DeviceNotActive,
 }
 
 /// A refused or failed command.
@@ -45,6 +47,7 @@ impl Failure {
             Class::GenericError => "GenericError",
             Class::CommandNotFound => "CommandNotFound",
             Class::DeviceNotFound => "DeviceNotFound",
+            Class::DeviceNotActive => "DeviceNotActive",
         };
         json!({"class": class, "desc": self.text})
     }

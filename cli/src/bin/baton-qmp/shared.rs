@@ -140,6 +140,9 @@ impl Shared {
             Happening::GuestCrashLoaded => {
                 self.emit(at_us, "GUEST_CRASHLOADED", &json!({"action": "run"}));
             }
+            Happening::BalloonChanged(bytes) => {
+                self.emit(at_us, "BALLOON_CHANGE", &json!({"actual": bytes}));
+            }
             Happening::GuestPvShutdown => self.emit(at_us, "GUEST_PVSHUTDOWN", &json!({})),
             Happening::Lost { reason } => {
                 self.emit(at_us, "__org.baton_VM_LOST", &json!({"reason": reason}));

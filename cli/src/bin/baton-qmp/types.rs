@@ -692,6 +692,36 @@ object!(
         member("reason", OneOf(&SHUTDOWN_CAUSE), "Why."),
     ]
 );
+object!(
+    BALLOON,
+    "q_obj_balloon-arg",
+    "Arguments of `balloon`.",
+    [member(
+        "value",
+        Int,
+        "Bytes that are to be left to the guest, in whole pages of 4 KiB; all of its memory empties the balloon."
+    )]
+);
+object!(
+    BALLOON_INFO,
+    "BalloonInfo",
+    "The balloon.",
+    [member(
+        "actual",
+        Int,
+        "Bytes that it leaves to the guest, as the guest says."
+    )]
+);
+object!(
+    BALLOON_DATA,
+    "q_obj_BALLOON_CHANGE-arg",
+    "Data of BALLOON_CHANGE.",
+    [member(
+        "actual",
+        Int,
+        "Bytes that it leaves to the guest, as the guest says."
+    )]
+);
 choice!(
     PANIC_ACTION,
     "GuestPanicAction",

@@ -1,8 +1,8 @@
 //! The memory balloon (5.5): the driver gives pages up, and the host's kernel gets them back.
 //!
 //! By free page reporting (5.5.6.7) the driver says which pages it does not use, without being asked, and may use them again
-//! without a word. By the inflate queue it gives pages up until it takes them back by the deflate queue; nobody asks it to
-//! here (`num_pages` is 0), so drivers leave that alone.
+//! without a word. By the inflate queue it gives pages up, as many as an operator wants (`num_pages`), until it takes them back by the
+//! deflate queue.
 //!
 //! Either way a hole is punched where the pages were in the memfd: it stays as large as it is, which its seals demand, every
 //! mapping of it in every process sees zeroes there, and the next worker does not populate it. Only whole pages of the host
@@ -10,6 +10,7 @@
 
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering;
 
@@ -31,6 +32,7 @@ use super::queue::Chain;
 use super::queue::Virtqueue;
 use super::seat::Stop;
 use crate::devices::DeviceKind;
+use crate::devices::Trigger;
 use crate::devices::state;
 use crate::devices::state::StateError;
 
@@ -56,12 +58,53 @@ const MAX_PAGES: usize = 256;
 const BATCH: usize = 16;
 
 /// The half that the driver configures.
-#[derive(Debug)]
 pub struct Balloon {
     /// Bytes of the pages that the memory is made of, a power of two.
     page: u64,
-    /// Pages that the driver says are in the balloon.
-    actual: Arc<AtomicU32>,
+    figures: Arc<Figures>,
+    /// Told when the driver says how many pages are in the balloon.
+    wake: Option<Arc<dyn Trigger>>,
+}
+
+/// Numbers of pages, of 4 KiB each.
+#[derive(Debug, Default)]
+struct Figures {
+    /// That an operator wants in the balloon.
+    target: AtomicU32,
+    /// That the driver says are in it.
+    actual: AtomicU32,
+    /// The driver has said so, and nobody has taken it.
+    changed: AtomicBool,
+}
+
+/// The operator's end of a balloon.
+#[derive(Debug)]
+pub struct Link(Arc<Figures>);
+
+impl Link {
+    /// Wants so many pages in it. The driver is told by an interrupt of its configuration, which is the caller's.
+    pub fn want(&self, pages: u32) {
+        self.0.target.store(pages, Ordering::SeqCst);
+    }
+
+    /// Pages that the driver says are in it.
+    #[must_use]
+    pub fn actual(&self) -> u32 {
+        self.0.actual.load(Ordering::SeqCst)
+    }
+
+    /// Whether the driver has said another number since [`Self::take_change`].
+    #[must_use]
+    pub fn has_changed(&self) -> bool {
+        self.0.changed.load(Ordering::SeqCst)
+    }
+
+    /// What the driver says now.
+    #[must_use]
+    pub fn take_change(&self) -> u32 {
+        self.0.changed.store(false, Ordering::SeqCst);
+        self.actual()
+    }
 }
 
 /// Version 1, in the transport's section.
@@ -69,6 +112,7 @@ pub struct Balloon {
 struct SavedBalloon {
     page: u64,
     actual: u32,
+    target: u32,
 }
 
 impl Balloon {
@@ -77,8 +121,21 @@ impl Balloon {
     pub fn new(page: u64) -> Self {
         Self {
             page,
-            actual: Arc::default(),
+            figures: Arc::default(),
+            wake: None,
         }
+    }
+
+    /// The operator's end. `wake` tells that the driver has said something.
+    pub fn link(&mut self, wake: Arc<dyn Trigger>) -> Link {
+        self.wake = Some(wake);
+        Link(Arc::clone(&self.figures))
+    }
+}
+
+impl std::fmt::Debug for Balloon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Balloon({:?})", self.figures)
     }
 }
 
@@ -175,40 +232,63 @@ impl VirtioDevice for Balloon {
     }
 
     fn config(&self) -> Vec<u8> {
-        let actual = self.actual.load(Ordering::SeqCst);
         // num_pages, actual (5.5.4).
-        [0_u32.to_le_bytes(), actual.to_le_bytes()].concat()
+        let Figures { target, actual, .. } = &*self.figures;
+        let word = |pages: &AtomicU32| pages.load(Ordering::SeqCst).to_le_bytes();
+        [word(target), word(actual)].concat()
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         // `actual` is the driver's; written in one piece, as every driver does.
         if let (4, Ok(bytes)) = (offset, data.try_into()) {
-            self.actual
-                .store(u32::from_le_bytes(bytes), Ordering::SeqCst);
+            let pages = u32::from_le_bytes(bytes);
+            let before = self.figures.actual.swap(pages, Ordering::SeqCst);
+            let news = before != pages && !self.figures.changed.swap(true, Ordering::SeqCst);
+            if let (true, Some(wake)) = (news, &self.wake) {
+                wake.trigger();
+            }
         }
     }
 
     fn activate(&mut self, _features: u64) {}
 
     fn reset(&mut self) {
-        self.actual.store(0, Ordering::SeqCst);
+        // What is wanted stays: another driver is told of it too.
+        self.figures.actual.store(0, Ordering::SeqCst);
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        let Self { page, actual } = self;
+        let Self {
+            page,
+            figures,
+            wake: _,
+        } = self;
+        let Figures {
+            target,
+            actual,
+            changed: _,
+        } = &**figures;
         let saved = SavedBalloon {
             page: *page,
             actual: actual.load(Ordering::SeqCst),
+            target: target.load(Ordering::SeqCst),
         };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
     fn load(&mut self, state: &[u8], _features: Option<u64>) -> Result<(), StateError> {
-        let SavedBalloon { page, actual } = state::parse(state)?;
+        let SavedBalloon {
+            page,
+            actual,
+            target,
+        } = state::parse(state)?;
         if page != self.page {
             return Err(StateError::field("page", page, "not that of this memory"));
         }
-        self.actual.store(actual, Ordering::SeqCst);
+        self.figures.actual.store(actual, Ordering::SeqCst);
+        self.figures.target.store(target, Ordering::SeqCst);
+        // Whoever is told of it may not have been.
+        self.figures.changed.store(true, Ordering::SeqCst);
         Ok(())
     }
 }

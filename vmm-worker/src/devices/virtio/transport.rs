@@ -196,6 +196,14 @@ impl Transport {
         &self.kicks
     }
 
+    /// The device's configuration has changed by no doing of its driver, which is told.
+    pub fn reconfigured(&mut self) {
+        self.config_generation = self.config_generation.wrapping_add(1);
+        if self.driver.status & DRIVER_OK != 0 {
+            self.interrupts.config();
+        }
+    }
+
     /// Where its BAR is, whether it answers or not.
     #[must_use]
     pub fn bar_address(&self) -> u64 {

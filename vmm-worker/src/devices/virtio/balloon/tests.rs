@@ -97,6 +97,31 @@ fn pages_are_inflated_by_their_numbers_and_the_driver_counts_them() {
 }
 
 #[test]
+fn what_is_wanted_is_the_drivers_to_read_in_every_generation() {
+    let woken = Arc::new(AtomicU32::new(0));
+    let counter = Arc::clone(&woken);
+    let mut balloon = Balloon::new(PAGE);
+    let link = balloon.link(Arc::new(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    }));
+    link.want(7);
+    assert_eq!(balloon.config(), [7, 0, 0, 0, 0, 0, 0, 0]);
+    for (pages, wakings) in [(0, 0), (5, 1), (5, 1), (6, 1)] {
+        balloon.write_config(4, &u32::to_le_bytes(pages));
+        assert_eq!(woken.load(Ordering::SeqCst), wakings, "{pages}");
+    }
+    assert!(link.has_changed());
+    assert_eq!((link.take_change(), link.has_changed()), (6, false));
+    // `num_pages` is not the driver's to write.
+    balloon.write_config(0, &[9, 0, 0, 0]);
+    let mut new = Balloon::new(PAGE);
+    new.load(&balloon.save().unwrap(), None).unwrap();
+    assert_eq!(new.config(), [7, 0, 0, 0, 6, 0, 0, 0]);
+    new.reset();
+    assert_eq!(new.config(), [7, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
 fn a_state_of_other_pages_is_refused() {
     let state = Balloon::new(2 << 20).save().unwrap();
     assert!(matches!(
