@@ -58,6 +58,8 @@ pub(crate) struct PauseFacts {
     pub(crate) halted: bool,
     /// What was said of the guest's vsock meanwhile.
     pub(crate) vsock: Vec<VsockReport>,
+    /// The last that was said of its balloon: pages that are in it.
+    pub(crate) balloon: Option<u32>,
 }
 
 /// How a pause ended.
@@ -84,6 +86,7 @@ impl PauseFacts {
                 }
                 self.vsock.push(*said);
             }
+            Report::Balloon { pages } => self.balloon = Some(*pages),
             _ => {}
         }
         true
@@ -527,7 +530,9 @@ impl Pause<'_> {
                     break;
                 }
                 // What it said before it heard of the rollback.
-                Ok(Some(report @ (Report::Guest(_) | Report::Vsock(_)))) if !late => {
+                Ok(Some(
+                    report @ (Report::Guest(_) | Report::Vsock(_) | Report::Balloon { .. }),
+                )) if !late => {
                     self.note(&report);
                 }
                 Ok(_) | Err(WorkerFault::OutOfTurn { .. }) if late => {

@@ -238,6 +238,7 @@ impl Broker {
         }
         // Each of these whatever becomes of the others: the guest's fate is decided.
         facts.vsock.iter().for_each(|said| self.vsock_said(*said));
+        self.news.said = facts.balloon.or(self.news.said);
         let published = match handed_to {
             None => self.publish(),
             Some(_) => Ok(()),

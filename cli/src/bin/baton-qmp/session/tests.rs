@@ -111,7 +111,7 @@ fn status() -> VmStatus {
         console_dropped: 0,
         last_upgrade: None,
         vm_file: "/srv/vm/web1.toml".into(),
-        balloon: None,
+        balloon: Some(64 << 20),
     }
 }
 
