@@ -39,7 +39,6 @@ use rustix::fs::OFlags;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
-use crate::ballooning::Ballooning;
 use crate::boot;
 use crate::boot::AcpiExtras;
 use crate::boot::BootError;
@@ -47,6 +46,7 @@ use crate::boot::BootParams;
 use crate::boot::RamContent;
 use crate::clock;
 use crate::console::Console;
+use crate::control::ballooning::Ballooning;
 use crate::cpuid;
 use crate::cpuid::Processors;
 use crate::cpuid::Told;

@@ -12,6 +12,8 @@
 //! anywhere:    the guest powers off or gets stuck ──► Off
 //! ```
 
+pub(crate) mod ballooning;
+
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;

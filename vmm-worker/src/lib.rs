@@ -16,7 +16,6 @@
 //! broker, and no path is ever seen here.
 
 mod assembly;
-mod ballooning;
 mod blob;
 pub mod boot;
 mod clock;

@@ -13,12 +13,12 @@ use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::WorkerStatus;
 use rustix::fs::OFlags;
 
-use crate::ballooning::Ballooning;
 use crate::control::EXIT_DONE;
 use crate::control::EXIT_FAILED;
 use crate::control::Exit;
 use crate::control::Phase;
 use crate::control::Worker;
+use crate::control::ballooning::Ballooning;
 use crate::diagnostics::log;
 use crate::transfer::main_channel::MainChannel;
 use crate::transfer::outgoing::Outgoing;
