@@ -202,10 +202,11 @@ impl Broker {
             self.hand_name_over(outgoing);
         }
         let handed_away = outgoing.is_some() && matches!(end, PauseEnd::Committed);
+        self.paused_and_switched(&upgrade.clock, &end, &facts, handed_away);
+        // After the steps that it came in: whoever follows them takes the last one for how it stands.
         if let Some(client) = canceller {
             self.cancelled_in_pause(client);
         }
-        self.paused_and_switched(&upgrade.clock, &end, &facts, handed_away);
         let (outcome, reason) = match end {
             PauseEnd::Committed => {
                 upgrade.clock.enter(Step::Retire);
