@@ -28,6 +28,7 @@ mod fail_point;
 mod guest;
 mod handover;
 mod io_pool;
+mod kvmclock;
 mod life;
 mod memory;
 mod orders;

@@ -8,7 +8,6 @@ use std::time::Duration;
 use kvm_bindings::KVM_IRQCHIP_IOAPIC;
 use kvm_bindings::KVM_IRQCHIP_PIC_MASTER;
 use kvm_bindings::KVM_IRQCHIP_PIC_SLAVE;
-use kvm_bindings::kvm_clock_data;
 use kvm_bindings::kvm_irqchip;
 use kvm_bindings::kvm_pit_state2;
 use kvm_ioctls::VmFd;
@@ -21,6 +20,8 @@ use crate::blob::Blob;
 use crate::boot::layout;
 use crate::clock;
 use crate::devices::state::StateError;
+use crate::kvmclock;
+use crate::kvmclock::Reading;
 use crate::vcpu::Purpose;
 
 /// The version of [`SavedVm`].
@@ -60,9 +61,7 @@ fn ioctl(call: &'static str) -> impl Fn(errno::Error) -> VmStateError {
 pub(crate) struct VmState {
     chips: [kvm_irqchip; 3],
     pit: kvm_pit_state2,
-    clock_ns: u64,
-    /// CLOCK_MONOTONIC_RAW when the clock had that value.
-    clock_at_ns: u64,
+    clock: Reading,
 }
 
 /// Version 1.
@@ -71,6 +70,7 @@ struct SavedVm {
     chips: [Blob<kvm_irqchip>; 3],
     pit: Blob<kvm_pit_state2>,
     clock_ns: u64,
+    /// CLOCK_MONOTONIC_RAW when the clock had that value.
     clock_at_ns: u64,
 }
 
@@ -89,13 +89,8 @@ impl VmState {
             vm.get_irqchip(chip).map_err(ioctl("KVM_GET_IRQCHIP"))?;
         }
         let pit = vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?;
-        let clock_ns = vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?.clock;
-        Ok(Self {
-            chips,
-            pit,
-            clock_ns,
-            clock_at_ns: clock::raw_ns(),
-        })
+        let clock = kvmclock::read(vm).map_err(ioctl("KVM_GET_CLOCK"))?;
+        Ok(Self { chips, pit, clock })
     }
 
     /// Loads it; all vCPUs are stopped and have their state.
@@ -104,20 +99,10 @@ impl VmState {
     ///
     /// [`VmStateError`].
     pub(crate) fn load(&self, vm: &VmFd, purpose: Purpose) -> Result<(), VmStateError> {
-        let Self {
-            chips,
-            pit,
-            clock_ns,
-            clock_at_ns,
-        } = self;
+        let Self { chips, pit, clock } = self;
         vm.set_pit2(pit).map_err(ioctl("KVM_SET_PIT2"))?;
         if purpose == Purpose::Transfer {
-            let clock = clock_ns.saturating_add(clock::raw_ns().saturating_sub(*clock_at_ns));
-            vm.set_clock(&kvm_clock_data {
-                clock,
-                ..kvm_clock_data::default()
-            })
-            .map_err(ioctl("KVM_SET_CLOCK"))?;
+            kvmclock::go_on(vm, *clock).map_err(ioctl("KVM_SET_CLOCK"))?;
         }
         chips
             .iter()
@@ -130,17 +115,13 @@ impl VmState {
     ///
     /// [`StateError::Malformed`] when postcard refuses, which it does not for this type.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, StateError> {
-        let Self {
-            chips,
-            pit,
-            clock_ns,
-            clock_at_ns,
-        } = self;
+        let Self { chips, pit, clock } = self;
+        let Reading { ns, at_raw_ns } = *clock;
         let saved = SavedVm {
             chips: chips.map(Blob),
             pit: Blob(*pit),
-            clock_ns: *clock_ns,
-            clock_at_ns: *clock_at_ns,
+            clock_ns: ns,
+            clock_at_ns: at_raw_ns,
         };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
@@ -226,8 +207,10 @@ impl VmState {
         Ok(Self {
             chips,
             pit: pit.0,
-            clock_ns,
-            clock_at_ns,
+            clock: Reading {
+                ns: clock_ns,
+                at_raw_ns: clock_at_ns,
+            },
         })
     }
 }
@@ -272,10 +255,7 @@ mod tests {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
         let state = VmState::parse(VERSION, &bytes).unwrap();
         let again = VmState::parse(VERSION, &state.encode().unwrap()).unwrap();
-        assert_eq!(
-            (again.clock_ns, again.clock_at_ns),
-            (state.clock_ns, state.clock_at_ns)
-        );
+        assert_eq!(again.clock, state.clock);
     }
 
     #[test]
