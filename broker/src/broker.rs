@@ -54,6 +54,8 @@ use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
+use crate::restoring::Restore;
+use crate::restoring::Restoring;
 use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
 use crate::upgrade::Upgrade;
@@ -77,6 +79,8 @@ pub(crate) struct Options {
     pub(crate) slowness: u32,
     /// Wait for another broker's guest.
     pub(crate) incoming: Option<Channels>,
+    /// Take the guest out of a file.
+    pub(crate) restore: Option<Restore>,
 }
 
 /// What a worker's privileges come from: a policy as it was read for that worker.
@@ -128,11 +132,15 @@ pub(crate) struct Broker {
     /// The host's side of its vsock.
     pub(crate) vsock: Option<Vsock>,
     signals: Signals,
-    first: Option<Nascent>,
+    pub(crate) first: Option<Nascent>,
     pub(crate) starter: Option<Channel<StartReport, ()>>,
     pub(crate) began: Instant,
     /// A guest of another broker is awaited, or what follows it.
     pub(crate) incoming: Option<Incoming>,
+    /// The guest comes out of a file.
+    pub(crate) restoring: Option<Restoring>,
+    /// The host's boot, by `/proc/sys/kernel/random/boot_id`.
+    pub(crate) boot: [u8; 16],
     /// The log is the VM's own: not that of a broker that waits beside it.
     pub(crate) has_log: bool,
     /// The guest is another broker's, and this one stays until then for those who ask.
@@ -158,7 +166,7 @@ impl Broker {
     /// Serves until the VM has ended. `starter` is told how the start went, and in the foreground its end is the VM's.
     pub(crate) fn run(mut self, starter: Option<Channel<StartReport, ()>>) -> Exit {
         self.starter = starter;
-        if self.incoming.is_some() {
+        if self.incoming.is_some() || self.awaits_file() {
             self.say_waiting();
         }
         loop {

@@ -172,7 +172,7 @@ fn unix_address(path: &Path) -> Result<SocketAddrUnix> {
 }
 
 /// An error as strerror(3) has it.
-fn words(error: Errno) -> String {
+pub(crate) fn words(error: Errno) -> String {
     nix::errno::Errno::from_raw(error.raw_os_error())
         .desc()
         .to_owned()

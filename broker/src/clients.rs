@@ -95,6 +95,8 @@ const REQUESTS: &[Row] = &[
     ("transfer",      |r| matches!(r, Request::Transfer { .. }), &[Running, Paused],    Upgrade),
     ("incoming",      |r| matches!(r, Request::Incoming { .. }), &[Incoming, Running, Paused], Upgrade),
     ("balloon",       |r| matches!(r, Request::Balloon { .. }), &[Running],     Power),
+    ("save",          |r| matches!(r, Request::Save { .. }),    &[Running, Paused],      Upgrade),
+    ("restore",       |r| matches!(r, Request::Restore { .. }), &[Incoming, Running, Paused], Upgrade),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];
 

@@ -33,6 +33,11 @@ impl Deadlines {
         Duration::from_millis(ms) * self.slowness
     }
 
+    /// How long a guest may take on its way into a file, or out of one: 4 s a GiB, which disks of this century manage.
+    pub(crate) fn file(self) -> Duration {
+        Duration::from_millis(10_000 + (self.ram_bytes >> 18)) * self.slowness
+    }
+
     /// How long a worker may wait for requests in flight: less than the bound of parking, so that it says itself that it
     /// cannot.
     pub(crate) fn drain(self) -> Duration {

@@ -107,7 +107,7 @@ fn shape(mut file: &File) -> std::io::Result<(DescriptorKind, u32, u64)> {
 }
 
 /// Locks all of a file: for this VM alone, or with others that only read.
-fn lock(file: &File, shared: bool) -> nix::Result<()> {
+pub(crate) fn lock(file: &File, shared: bool) -> nix::Result<()> {
     let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
     let whole = libc::flock {
         l_type: i16::try_from(kind).unwrap_or(0),

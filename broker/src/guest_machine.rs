@@ -13,6 +13,7 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::transfer::GuestMachine;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_policy::Policy;
@@ -47,6 +48,7 @@ pub(crate) fn of(vm: &VmFile, virtio: &[VirtioConfig]) -> GuestMachine {
         }
         .to_owned(),
         virtio: virtio.to_vec(),
+        backing: vm.memory.backing(),
     }
 }
 
@@ -99,7 +101,10 @@ pub(crate) fn check(
                 "",
             ));
         }
-        if description.kind == DescriptorKind::GuestRam {
+        if matches!(
+            description.kind,
+            DescriptorKind::GuestRam | DescriptorKind::RamFile
+        ) {
             let region = machine.ram.iter().zip(0..).find(|(_, id)| *id == key.id());
             let size = region.map_or(0, |(region, _)| region.size);
             if description.size != size {
@@ -115,6 +120,7 @@ pub(crate) fn check(
         let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
         let path = match description.kind {
             DescriptorKind::Image
+            | DescriptorKind::RamFile
             | DescriptorKind::Kvm
             | DescriptorKind::Disk
             | DescriptorKind::BlockDevice => {
@@ -156,8 +162,12 @@ fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKi
     if machine.initrd {
         want(descriptor::INITRD, 0, DescriptorKind::Image)?;
     }
+    let ram = match machine.backing {
+        RamBacking::File => DescriptorKind::RamFile,
+        RamBacking::Shared | RamBacking::Private => DescriptorKind::GuestRam,
+    };
     for (id, _) in (0..).zip(&machine.ram) {
-        want(descriptor::RAM, id, DescriptorKind::GuestRam)?;
+        want(descriptor::RAM, id, ram)?;
     }
     for config in &machine.virtio {
         match &config.device {

@@ -29,13 +29,17 @@ mod pause;
 mod phase_clock;
 mod process;
 mod proof;
+mod ram_file;
 mod refusal;
 mod resources;
+mod restoring;
 mod rules;
 mod run_dir;
+mod saving;
 mod serve;
 mod signals;
 mod socket_file;
+mod state_file;
 mod taps;
 mod upgrade;
 mod vm_file;
@@ -51,6 +55,7 @@ use std::time::Instant;
 use baton_ipc::Address;
 use baton_ipc::Channel;
 use baton_ipc::FdSocket;
+use baton_ipc::FileAddress;
 use baton_ipc::control::StartReport;
 use clap::Parser;
 use clap::Subcommand;
@@ -62,6 +67,7 @@ use crate::incoming::Channels;
 use crate::launcher::Launcher;
 use crate::refusal::Doing;
 use crate::refusal::Result;
+use crate::restoring::Restore;
 
 /// What clients are told this is.
 pub(crate) const BUILD: &str = concat!("baton-broker ", env!("CARGO_PKG_VERSION"));
@@ -108,8 +114,14 @@ enum Command {
         #[arg(long, value_name = "ADDRESS", requires = "incoming_cpr")]
         incoming_main: Option<Address>,
         /// Let the guest that came stand still.
-        #[arg(long, requires = "incoming_cpr")]
+        #[arg(long)]
         incoming_paused: bool,
+        /// Take the guest out of this state file: PATH or PATH,offset=BYTES.
+        #[arg(long, value_name = "FILE", conflicts_with = "incoming_cpr")]
+        restore: Option<FileAddress>,
+        /// Wait for `migrate-incoming` to say which state file the guest is in.
+        #[arg(long, conflicts_with_all = ["incoming_cpr", "restore"])]
+        restore_deferred: bool,
     },
     /// What starts workers and reads filters for a broker.
     #[command(hide = true)]
@@ -140,10 +152,16 @@ fn main() -> ExitCode {
             incoming_cpr,
             incoming_main,
             incoming_paused,
+            restore,
+            restore_deferred,
         } => {
             let incoming = incoming_cpr.map(|cpr| Channels {
                 cpr,
                 main: incoming_main,
+                paused: incoming_paused,
+            });
+            let restore = (restore.is_some() || restore_deferred).then_some(Restore {
+                file: restore,
                 paused: incoming_paused,
             });
             let options = Options {
@@ -155,6 +173,7 @@ fn main() -> ExitCode {
                 log,
                 slowness: slow_host,
                 incoming,
+                restore,
             };
             serve(options, began)
         }

@@ -30,6 +30,7 @@ use serde_json::json;
 
 use crate::disks;
 use crate::disks::OpenDisk;
+use crate::ram_file;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -63,8 +64,13 @@ pub(crate) struct Resources {
     pub(crate) claims: Vec<OwnedFd>,
 }
 
-/// Opens everything but the console, which has a life of its own.
-pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<Resources> {
+/// Opens everything but the console, which has a life of its own. The RAM of a guest that comes back is left as it is.
+pub(crate) fn open(
+    vm: &VmFile,
+    policy: &Policy,
+    log: &mut AuditLog,
+    restoring: bool,
+) -> Result<Resources> {
     let mut opening = Opening {
         registry: Registry::default(),
         claims: Vec::new(),
@@ -99,6 +105,13 @@ pub(crate) fn open(vm: &VmFile, policy: &Policy, log: &mut AuditLog) -> Result<R
         ));
     }
     for (id, region) in (0..).zip(vm.ram()) {
+        if let Some(path) = &vm.memory.path {
+            let path = ram_file::path(path, id);
+            let file = opening.ram_file(&path, region, vm.memory.pages, restoring)?;
+            let kind = DescriptorKind::RamFile;
+            opening.save(descriptor::RAM, id, kind, file.into(), &path)?;
+            continue;
+        }
         let memfd = guest_ram(region, vm.memory.pages)?;
         opening.save(
             descriptor::RAM,
@@ -141,6 +154,36 @@ impl Opening<'_> {
             )
         })?;
         self.save(name, 0, DescriptorKind::Image, file.into(), path)
+    }
+
+    /// By the path as it is, before anything is done to what lies there.
+    fn ram_file(
+        &mut self,
+        path: &Path,
+        region: RamRegion,
+        pages: Pages,
+        restoring: bool,
+    ) -> Result<File> {
+        let directory = path.parent().unwrap_or(Path::new("/")).canonicalize();
+        let directory = directory.map_err(|e| {
+            unfit(
+                format_args!("cannot open memory.path {}: {e}", path.display()),
+                "mend the path in the VM file",
+            )
+        })?;
+        let resolved = directory.join(path.file_name().unwrap_or_default());
+        let grant = self.policy.grant(descriptor::RAM);
+        if !grant.is_some_and(|grant| grant.permits_path(&resolved)) {
+            return Err(refused(
+                format_args!(
+                    "policy {} does not grant guest RAM in {}",
+                    self.policy.name,
+                    resolved.display()
+                ),
+                "",
+            ));
+        }
+        ram_file::open(path, region.size, pages, restoring)
     }
 
     fn disk(&mut self, slot: u8, disk: &Disk) -> Result<VirtioConfig> {
@@ -228,6 +271,7 @@ impl Opening<'_> {
         // Where the kernel says that it is, whatever the path led through.
         let resolved = match kind {
             DescriptorKind::Image
+            | DescriptorKind::RamFile
             | DescriptorKind::Kvm
             | DescriptorKind::Disk
             | DescriptorKind::BlockDevice => Some(
@@ -273,7 +317,9 @@ pub(crate) fn check_grant(
     let kind = match found.kind {
         DescriptorKind::Kvm => baton_policy::Kind::Kvm,
         DescriptorKind::GuestRam => baton_policy::Kind::Memfd,
-        DescriptorKind::Image | DescriptorKind::Disk => baton_policy::Kind::File,
+        DescriptorKind::Image | DescriptorKind::Disk | DescriptorKind::RamFile => {
+            baton_policy::Kind::File
+        }
         DescriptorKind::BlockDevice => baton_policy::Kind::Block,
         DescriptorKind::Eventfd => baton_policy::Kind::Eventfd,
         DescriptorKind::Tap => baton_policy::Kind::Tap,

@@ -139,6 +139,24 @@ impl Broker {
                 };
                 self.clients.reply(client, &reply);
             }
+            Request::Save { file, hold } => {
+                let reply = match self.begin_save(&file, hold, &who) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => {
+                        let record = json!({"request": name, "reason": quoted(&refusal.reason)});
+                        self.log.note_by("upgrade-refused", Some(&who), &record);
+                        Reply::Refused(refusal)
+                    }
+                };
+                self.clients.reply(client, &reply);
+            }
+            Request::Restore { file } => {
+                let reply = match self.begin_restore(&file, Some(&who)) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => Reply::Refused(refusal),
+                };
+                self.clients.reply(client, &reply);
+            }
             Request::Continue => {
                 let reply = match self.continue_upgrade() {
                     Ok(()) => Reply::Done,
@@ -177,7 +195,9 @@ impl Broker {
 
     /// Passes an order on; the worker's word is the answer. Without a worker a status is what the broker knows.
     fn order_for(&mut self, client: u64, order: &Order, awaiting: Awaiting) {
-        match &self.worker {
+        // A worker that writes its guest into a file hears nothing but that it is to stop.
+        let worker = self.worker.as_ref().filter(|_| !self.is_saving());
+        match worker {
             Some(worker) if worker.order(order).is_ok() => self.await_for(client, awaiting),
             _ if awaiting == Awaiting::Status => {
                 let reply = Reply::Status(Box::new(self.vm_status()));

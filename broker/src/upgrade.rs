@@ -25,6 +25,7 @@ use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
 use baton_ipc::control::VmState;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::WorkerConfig;
 use baton_policy::Confinement;
 use serde_json::json;
@@ -43,6 +44,7 @@ use crate::process::is_stopped;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::saving::Saving;
 use crate::worker::Phase;
 use crate::worker::Worker;
 
@@ -52,6 +54,8 @@ pub(crate) struct Upgrade {
     nascent: Option<Nascent>,
     /// Another broker makes the new worker.
     outgoing: Option<Outgoing>,
+    /// There is none: the guest goes into a file.
+    saving: Option<Saving>,
     rules: Rc<Rules>,
     clock: PhaseClock,
     dry_run: bool,
@@ -86,12 +90,35 @@ impl Upgrade {
         Self {
             nascent: None,
             outgoing: Some(outgoing),
+            saving: None,
             rules,
             clock,
             dry_run: false,
             hold: Hold::No,
             aborting: None,
         }
+    }
+
+    /// One without a new worker: the guest goes into a file.
+    pub(crate) fn into_file(saving: Saving, rules: Rc<Rules>, clock: PhaseClock) -> Self {
+        Self {
+            nascent: None,
+            outgoing: None,
+            saving: Some(saving),
+            rules,
+            clock,
+            dry_run: false,
+            hold: Hold::No,
+            aborting: None,
+        }
+    }
+
+    pub(crate) fn saving_mut(&mut self) -> Option<&mut Saving> {
+        self.saving.as_mut()
+    }
+
+    pub(crate) fn into_saving(self) -> Option<(Saving, PhaseClock)> {
+        self.saving.map(|saving| (saving, self.clock))
     }
 
     pub(crate) fn outgoing(&self) -> Option<&Outgoing> {
@@ -124,10 +151,11 @@ impl Upgrade {
         match (&self.aborting, &self.nascent) {
             (Some(abort), _) => abort.by,
             (None, Some(nascent)) => nascent.deadline,
-            (None, None) => self
-                .outgoing
-                .as_ref()
-                .map_or_else(Instant::now, |outgoing| outgoing.deadline),
+            (None, None) => {
+                let outgoing = self.outgoing.as_ref().map(|outgoing| outgoing.deadline);
+                let saving = self.saving.as_ref().map(|saving| saving.deadline);
+                outgoing.or(saving).unwrap_or_else(Instant::now)
+            }
         }
     }
 }
@@ -176,6 +204,18 @@ impl Broker {
 
     /// The worker that runs the guest has to be able to hand it over.
     pub(crate) fn check_old(&self) -> Result<()> {
+        self.check_worker()?;
+        match self.vm.memory.backing() {
+            RamBacking::Private => Err(unfit(
+                "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required.",
+                "leave memory.share out of the VM file",
+            )),
+            RamBacking::Shared | RamBacking::File => Ok(()),
+        }
+    }
+
+    /// Whether the worker that runs the guest has time to part with it.
+    pub(crate) fn check_worker(&self) -> Result<()> {
         let old = self
             .worker
             .as_ref()
@@ -251,6 +291,7 @@ impl Broker {
         self.upgrade = Some(Upgrade {
             nascent: Some(nascent),
             outgoing: None,
+            saving: None,
             rules: Rc::new(rules),
             clock,
             dry_run,
@@ -282,6 +323,19 @@ impl Broker {
                 self.upgrade_rolled_back()
             } else {
                 Ok(())
+            };
+        }
+        if let Some(saving) = &upgrade.saving {
+            return match Instant::now() > saving.deadline {
+                false => Ok(()),
+                true if upgrade.hold == Hold::Holds && !saving.parked => self.abort(&format!(
+                    "nobody has told it to go on within {} s",
+                    HOLD.as_secs()
+                )),
+                true => self.abort(&format!(
+                    "writing the guest into a file took longer than {:?}",
+                    self.deadlines.file()
+                )),
             };
         }
         if upgrade.outgoing.is_some() {
@@ -334,6 +388,9 @@ impl Broker {
                 if let Some(outgoing) = &mut upgrade.outgoing {
                     outgoing.deadline = by;
                 }
+                if let Some(saving) = &mut upgrade.saving {
+                    saving.deadline = by;
+                }
                 self.happened(Happening::UpgradeHeld);
                 Ok(())
             }
@@ -348,6 +405,12 @@ impl Broker {
         }
     }
 
+    /// Whether the guest is being written into a file.
+    pub(crate) fn is_saving(&self) -> bool {
+        let saving = self.upgrade.as_ref().and_then(|one| one.saving.as_ref());
+        saving.is_some()
+    }
+
     fn is_held(&self) -> bool {
         self.upgrade
             .as_ref()
@@ -358,6 +421,9 @@ impl Broker {
     pub(crate) fn continue_upgrade(&mut self) -> Result<()> {
         if !self.is_held() {
             return Err(unfit("the upgrade does not wait to be continued", ""));
+        }
+        if let Some(upgrade) = &mut self.upgrade {
+            upgrade.hold = Hold::No;
         }
         self.or_abort(Self::take_over)
     }

@@ -11,6 +11,7 @@ use baton_ipc::worker::MAX_CMDLINE;
 use baton_ipc::worker::MAX_CPUS;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::PanicAction;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::RamRegion;
 use baton_policy::CgroupLimits;
 use baton_policy::Policy;
@@ -175,8 +176,44 @@ pub(crate) struct Memory {
     /// Whether the guest has a balloon.
     #[serde(default)]
     pub(crate) balloon: bool,
+    /// The file that it is in, which outlives the VM; without it, memfds.
+    pub(crate) path: Option<PathBuf>,
+    /// Whether every worker of the VM has the same.
+    #[serde(default = "yes")]
+    pub(crate) share: bool,
     #[serde(rename = "kind", default)]
     _kind: MemoryKind,
+}
+
+impl Memory {
+    /// Where it is.
+    pub(crate) fn backing(&self) -> RamBacking {
+        match (&self.path, self.share) {
+            (_, false) => RamBacking::Private,
+            (Some(_), true) => RamBacking::File,
+            (None, true) => RamBacking::Shared,
+        }
+    }
+
+    /// What does not go together.
+    fn check(&self) -> std::result::Result<(), &'static str> {
+        match self.share {
+            false if self.path.is_some() => Err(
+                "memory.path with share = false: what the guest writes would not be in its file",
+            ),
+            false if self.balloon => Err(
+                "memory.balloon with share = false: memory that is the worker's own cannot be given back",
+            ),
+            false if self.pages != Pages::Small => Err(
+                "memory.pages with share = false: memory that is the worker's own is in small pages",
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What kind of memory it is. There is one; others are known by name, and refused.
@@ -323,12 +360,14 @@ impl VmFile {
         file.take(MAX_FILE)
             .read_to_string(&mut text)
             .map_err(unreadable)?;
-        let mut file = Self::parse(&text).map_err(|e| {
+        let wrong = |e: &dyn std::fmt::Display| {
             unfit(
                 format_args!("{shown}: {e}"),
                 "docs/vm-file.md describes every field",
             )
-        })?;
+        };
+        let mut file = Self::parse(&text).map_err(|e| wrong(&e))?;
+        file.memory.check().map_err(|e| wrong(&e))?;
         let directory = std::path::absolute(path)
             .ok()
             .and_then(|path| path.parent().map(Path::to_owned))
@@ -346,6 +385,7 @@ impl VmFile {
         below(&mut self.boot.kernel);
         self.boot.initrd.as_mut().map(below);
         self.worker.as_mut().map(below);
+        self.memory.path.as_mut().map(below);
         self.disk
             .0
             .iter_mut()
@@ -432,6 +472,28 @@ kernel = "vmlinux"
                 size: 512 << 20
             }]
         );
+    }
+
+    #[test]
+    fn memory_is_shared_unless_it_is_said_not_to_be() {
+        let memory = |lines: &str| {
+            let text = GOOD.replace("size = \"512M\"", &format!("size = \"512M\"\n{lines}"));
+            VmFile::parse(&text).map(|file| file.memory)
+        };
+        for (lines, backing) in [
+            ("", RamBacking::Shared),
+            ("kind = \"ram\"\nshare = true", RamBacking::Shared),
+            ("path = \"/dev/shm/a\"", RamBacking::File),
+            ("share = false", RamBacking::Private),
+        ] {
+            let memory = memory(lines).unwrap();
+            assert_eq!((memory.backing(), memory.check()), (backing, Ok(())));
+        }
+        for other in ["path = \"/dev/shm/a\"", "balloon = true", "pages = \"thp\""] {
+            let memory = memory(&format!("share = false\n{other}")).unwrap();
+            let name = other.split(' ').next().unwrap();
+            assert!(memory.check().unwrap_err().contains(name), "{other}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use baton_ipc::Address;
+use baton_ipc::FileAddress;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 use serde_json::Value;
@@ -11,12 +12,20 @@ use serde_json::json;
 
 use crate::failure::failure;
 
-/// Both channels.
+/// Where a guest comes from. `None` waits for `migrate-incoming`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Incoming {
-    pub(crate) cpr: Address,
-    /// `None` waits for `migrate-incoming`.
-    pub(crate) main: Option<Address>,
+pub(crate) enum Incoming {
+    /// Another broker, by both channels.
+    Broker { cpr: Address, main: Option<Address> },
+    /// A state file.
+    File(Option<FileAddress>),
+}
+
+/// What one `--incoming` says.
+enum Place {
+    Defer,
+    Socket(Address),
+    File(FileAddress),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,14 +40,23 @@ impl Incoming {
         let (mut cpr, mut main) = (None, None);
         for text in texts {
             match channel(text).map_err(|reason| usage(&format!("--incoming {text}: {reason}")))? {
-                (Kind::Cpr, address) => cpr = address,
-                (Kind::Main, address) => main = address,
+                (Kind::Cpr, place) => cpr = Some(place),
+                (Kind::Main, place) => main = Some(place),
             }
         }
-        match cpr {
-            Some(cpr) => Ok(Some(Self { cpr, main })),
-            None if texts.is_empty() => Ok(None),
-            None => Err(usage(
+        match (cpr, main) {
+            (Some(Place::Socket(cpr)), Some(Place::Socket(main))) => Ok(Some(Self::Broker {
+                cpr,
+                main: Some(main),
+            })),
+            (Some(Place::Socket(cpr)), None | Some(Place::Defer)) => {
+                Ok(Some(Self::Broker { cpr, main: None }))
+            }
+            (Some(_), _) => Err(usage("Migration requires streamable transport (eg unix)")),
+            (None, None) => Ok(None),
+            (None, Some(Place::File(file))) => Ok(Some(Self::File(Some(file)))),
+            (None, Some(Place::Defer)) => Ok(Some(Self::File(None))),
+            (None, Some(Place::Socket(_))) => Err(usage(
                 "a guest comes with its descriptors only: --incoming for a cpr channel is missing",
             )),
         }
@@ -53,9 +71,9 @@ fn usage(reason: &str) -> Refusal {
     )
 }
 
-fn channel(text: &str) -> Result<(Kind, Option<Address>), String> {
+fn channel(text: &str) -> Result<(Kind, Place), String> {
     if text == "defer" {
-        return Ok((Kind::Main, None));
+        return Ok((Kind::Main, Place::Defer));
     }
     let first = text.split([',', '=']).next().unwrap_or_default();
     if text.starts_with('{') {
@@ -66,12 +84,19 @@ fn channel(text: &str) -> Result<(Kind, Option<Address>), String> {
         return of_json(&dotted(text)?);
     }
     match text.split_once(':') {
-        Some(("unix", path)) => Ok((Kind::Main, Some(unix(path)?))),
+        Some(("unix", path)) => Ok((Kind::Main, Place::Socket(unix(path)?))),
+        Some(("file", place)) => {
+            // Absolute before it is parsed, which only an absolute one can be.
+            let place = std::path::absolute(place).map_err(|e| e.to_string())?;
+            let place = place.to_str().ok_or("the path is no text")?.parse();
+            let place = place.map_err(|e: baton_ipc::AddressError| e.to_string())?;
+            Ok((Kind::Main, Place::File(place)))
+        }
         Some(("fd", _)) => text
             .parse()
-            .map(|address| (Kind::Main, Some(address)))
+            .map(|address| (Kind::Main, Place::Socket(address)))
             .map_err(|e: baton_ipc::AddressError| e.to_string()),
-        Some((protocol @ ("tcp" | "vsock" | "exec" | "rdma" | "file"), _)) => {
+        Some((protocol @ ("tcp" | "vsock" | "exec" | "rdma"), _)) => {
             Err(format!("'{protocol}' is not supported by this VMM"))
         }
         _ => Err(format!("unknown migration protocol: {text}")),
@@ -101,7 +126,7 @@ fn dotted(text: &str) -> Result<Value, String> {
     Ok(channel)
 }
 
-fn of_json(channel: &Value) -> Result<(Kind, Option<Address>), String> {
+fn of_json(channel: &Value) -> Result<(Kind, Place), String> {
     let text = |value: &Value, key: &str| {
         let found = value.get(key).and_then(Value::as_str);
         found
@@ -123,6 +148,16 @@ fn of_json(channel: &Value) -> Result<(Kind, Option<Address>), String> {
         Kind::Cpr => "bad cpr channel socket type; must be unix or fd".to_owned(),
         Kind::Main => format!("'{transport}' is not supported by this VMM; use a unix socket"),
     };
+    if (kind, transport.as_str()) == (Kind::Main, "file") {
+        let offset = match addr.get("offset") {
+            None => Ok(0),
+            Some(Value::String(text)) => text.parse().map_err(|_| ()),
+            Some(number) => number.as_u64().ok_or(()),
+        };
+        let offset =
+            offset.map_err(|()| "Invalid parameter type for 'offset', expected: integer")?;
+        return Ok((kind, Place::File(file(&text(addr, "filename")?, offset)?)));
+    }
     if transport != "socket" {
         return Err(bad);
     }
@@ -133,7 +168,17 @@ fn of_json(channel: &Value) -> Result<(Kind, Option<Address>), String> {
             .map_err(|e: baton_ipc::AddressError| e.to_string())?,
         _ => return Err(bad),
     };
-    Ok((kind, Some(address)))
+    Ok((kind, Place::Socket(address)))
+}
+
+/// A state file by a path that means the same to the broker.
+fn file(path: &str, offset: u64) -> Result<FileAddress, String> {
+    if path.is_empty() {
+        return Err("the path is empty".to_owned());
+    }
+    let path = std::path::absolute(Path::new(path)).map_err(|e| e.to_string())?;
+    let path = path.to_str().ok_or("the path is no text")?;
+    FileAddress::new(path, offset).map_err(|e| e.to_string())
 }
 
 /// An address that means the same to the broker.
@@ -161,7 +206,7 @@ mod tests {
 
     #[test]
     fn qemus_forms_mean_the_same() {
-        let expected = Incoming {
+        let expected = Incoming::Broker {
             cpr: Address::Unix("/run/c".into()),
             main: Some(Address::Unix("/run/m".into())),
         };
@@ -175,11 +220,41 @@ mod tests {
                 assert_eq!(parse(&[cpr, "unix:/x", main]).unwrap().unwrap(), expected);
             }
         }
-        assert_eq!(parse(&["defer", DOTTED]).unwrap().unwrap().main, None);
-        assert_eq!(parse(&[DOTTED]).unwrap().unwrap().main, None);
+        let deferred = Incoming::Broker {
+            cpr: Address::Unix("/run/c".into()),
+            main: None,
+        };
+        assert_eq!(parse(&["defer", DOTTED]).unwrap().unwrap(), deferred);
+        assert_eq!(parse(&[DOTTED]).unwrap().unwrap(), deferred);
         let fd = "cpr,addr.transport=socket,addr.type=fd,addr.str=5";
-        assert_eq!(parse(&[fd]).unwrap().unwrap().cpr, Address::Fd(5));
+        let inherited = Incoming::Broker {
+            cpr: Address::Fd(5),
+            main: None,
+        };
+        assert_eq!(parse(&[fd]).unwrap().unwrap(), inherited);
         assert_eq!(parse(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_guest_comes_out_of_a_file_in_qemus_forms() {
+        let place = |offset| Incoming::File(Some(FileAddress::new("/var/s", offset).unwrap()));
+        for (text, expected) in [
+            ("defer", Incoming::File(None)),
+            ("file:/var/s", place(0)),
+            ("file:/var/s,offset=0x1000", place(4096)),
+            (
+                "main,addr.transport=file,addr.filename=/var/s,addr.offset=7",
+                place(7),
+            ),
+            (
+                r#"{"channel-type":"main","addr":{"transport":"file","filename":"/var/s","offset":9}}"#,
+                place(9),
+            ),
+        ] {
+            assert_eq!(parse(&[text]).unwrap().unwrap(), expected, "{text}");
+        }
+        let both = parse(&["file:/var/s", DOTTED]).unwrap_err();
+        assert!(both.reason.contains("streamable transport"), "{both}");
     }
 
     #[test]

@@ -28,6 +28,14 @@ pub enum AddressError {
     /// A path that no socket has.
     #[error("a Unix socket's path has 1 to {MAX_PATH} bytes and no NUL; {0:?} has {length}", length = .0.len())]
     Path(String),
+    /// A path that names no file here.
+    #[error(
+        "a state file has an absolute path of at most {MAX_FILE_PATH} bytes, since it outlives this VM's directory; {0:?} is none"
+    )]
+    File(String),
+    /// No offset.
+    #[error("{0:?} is no offset into a file, in bytes")]
+    Offset(String),
 }
 
 impl Address {
@@ -41,6 +49,66 @@ impl Address {
             return Err(AddressError::Path(path.chars().take(MAX_PATH).collect()));
         }
         Ok(Self::Unix(path.to_owned()))
+    }
+}
+
+/// A place in a file, in QEMU's words: `PATH` or `PATH,offset=BYTES`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileAddress {
+    /// The file's absolute path.
+    pub path: String,
+    /// Where in it, in bytes.
+    pub offset: u64,
+}
+
+/// The longest path of a file, in bytes (PATH_MAX of `linux/limits.h`, with its NUL).
+const MAX_FILE_PATH: usize = 4095;
+/// The largest offset into a file, in bytes: what off_t has.
+const MAX_OFFSET: u64 = i64::MAX.unsigned_abs();
+
+impl FileAddress {
+    /// A place in a file.
+    ///
+    /// # Errors
+    ///
+    /// [`AddressError::File`] and [`AddressError::Offset`].
+    pub fn new(path: &str, offset: u64) -> Result<Self, AddressError> {
+        let short = path.len() <= MAX_FILE_PATH && !path.contains('\0');
+        if !path.starts_with('/') || !short {
+            return Err(AddressError::File(
+                path.chars().take(MAX_FILE_PATH).collect(),
+            ));
+        }
+        if offset > MAX_OFFSET {
+            return Err(AddressError::Offset(offset.to_string()));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            offset,
+        })
+    }
+}
+
+impl FromStr for FileAddress {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let Some((path, offset)) = text.rsplit_once(",offset=") else {
+            return Self::new(text, 0);
+        };
+        let number = match offset.strip_prefix("0x") {
+            Some(hex) => u64::from_str_radix(hex, 16),
+            None => offset.parse(),
+        };
+        let number = number
+            .map_err(|_| AddressError::Offset(offset.chars().take(MAX_FILE_PATH).collect()))?;
+        Self::new(path, number)
+    }
+}
+
+impl fmt::Display for FileAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},offset={}", self.path, self.offset)
     }
 }
 
@@ -74,6 +142,30 @@ mod tests {
     fn addresses_are_what_they_print() {
         for text in ["unix:/run/main.sock", "unix:a:b", "fd:7"] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn places_in_files_are_what_they_print() {
+        for (text, path, offset) in [
+            ("/var/a", "/var/a", 0),
+            ("/var/a,offset=0x1000", "/var/a", 4096),
+            ("/a,b,offset=7", "/a,b", 7),
+            ("/a,offset=1,offset=2", "/a,offset=1", 2),
+        ] {
+            let place: FileAddress = text.parse().unwrap();
+            assert_eq!((place.path.as_str(), place.offset), (path, offset));
+            assert_eq!(place.to_string().parse(), Ok(place));
+        }
+        for text in [
+            "",
+            "a",
+            "/a\0",
+            "/a,offset=",
+            "/a,offset=-1",
+            "/a,offset=0x8000000000000000",
+        ] {
+            assert!(text.parse::<FileAddress>().is_err(), "{text:?}");
         }
     }
 

@@ -19,7 +19,9 @@ use serde::Serialize;
 use crate::Access;
 use crate::Address;
 use crate::DescriptorKind;
+use crate::FileAddress;
 use crate::worker::PanicAction;
+use crate::worker::RamBacking;
 
 /// The version of these messages.
 pub const PROTOCOL: u32 = 3;
@@ -138,6 +140,18 @@ pub enum Request {
     Balloon {
         /// Bytes.
         bytes: u64,
+    },
+    /// Stop the guest for good and put it into a file, answered as soon as that has begun; events tell the rest.
+    Save {
+        /// There.
+        file: FileAddress,
+        /// Before the pause, wait for [`Request::Continue`].
+        hold: bool,
+    },
+    /// To a broker that waits for a guest: the file that it is in.
+    Restore {
+        /// There.
+        file: FileAddress,
     },
 }
 
@@ -354,6 +368,12 @@ pub struct VmStatus {
     pub cpus: u8,
     /// The guest stands still at the operator's wish, also while its worker is being replaced.
     pub paused: bool,
+    /// Where its RAM is.
+    pub ram_backing: RamBacking,
+    /// It is in huge pages.
+    pub huge_pages: bool,
+    /// It has a socket device.
+    pub vsock: bool,
     /// Its disks, in the order in which the guest finds them.
     pub disks: Vec<DiskStatus>,
     /// The threads that run the vCPUs, in the broker's pid namespace and in the vCPUs' order, by the names that the worker
@@ -467,6 +487,8 @@ pub enum Outcome {
     Lost,
     /// A dry run went as far as it goes.
     Rehearsed,
+    /// The guest is in a file, and nobody runs it.
+    Saved,
 }
 
 /// What an upgrade did.

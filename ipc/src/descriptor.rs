@@ -133,6 +133,8 @@ pub enum DescriptorKind {
     Eventfd,
     /// A queue of a tap. All of them look alike to fstat(2): which interface it belongs to is the broker's word.
     Tap,
+    /// A regular file that guest RAM is in, outliving every process. Nothing seals it: its owner has to leave its size alone.
+    RamFile,
 }
 
 /// What a descriptor may be used for (O_ACCMODE, open(2)).
@@ -256,9 +258,10 @@ impl Description {
             DescriptorKind::Kvm => {
                 file_type == FileType::CharacterDevice && device_number == KVM_DEVICE
             }
-            DescriptorKind::GuestRam | DescriptorKind::Image | DescriptorKind::Disk => {
-                file_type == FileType::RegularFile
-            }
+            DescriptorKind::GuestRam
+            | DescriptorKind::Image
+            | DescriptorKind::Disk
+            | DescriptorKind::RamFile => file_type == FileType::RegularFile,
             DescriptorKind::Stream => file_type == FileType::Socket,
             DescriptorKind::BlockDevice => file_type == FileType::BlockDevice,
             // An anonymous inode has no type (Linux, `fs/anon_inodes.c`).
@@ -314,7 +317,10 @@ impl Description {
                 inode: found.inode,
             });
         }
-        let fixed = matches!(self.kind, DescriptorKind::GuestRam | DescriptorKind::Disk);
+        let fixed = matches!(
+            self.kind,
+            DescriptorKind::GuestRam | DescriptorKind::Disk | DescriptorKind::RamFile
+        );
         if fixed && found.size != self.size {
             return Err(DescriptorError::Size {
                 expected: self.size,

@@ -17,6 +17,7 @@ mod fail_point;
 mod registry;
 mod socket;
 mod start_mode;
+pub mod state_file;
 pub mod state_stream;
 pub mod transfer;
 mod vm_id;
@@ -24,6 +25,7 @@ pub mod worker;
 
 pub use address::Address;
 pub use address::AddressError;
+pub use address::FileAddress;
 pub use channel::Channel;
 pub use channel::ChannelError;
 pub use channel::decode;

@@ -13,15 +13,18 @@ pub enum StartMode {
     None,
     /// QEMU's `cpr-transfer`: RAM stays in place, descriptors come from the broker, state comes over the main channel.
     CprTransfer,
+    /// QEMU's `cpr-reboot`: every process of the VM has ended, state comes out of a file, and RAM out of that or of one of its
+    /// own.
+    CprReboot,
 }
 
 impl StartMode {
-    /// Whether guest RAM, and everything that descriptors stand for, belongs to a guest that another worker still runs.
+    /// Whether guest RAM, and everything that descriptors stand for, belongs to a guest that was begun by another worker.
     #[must_use]
     pub fn preserves_guest(self) -> bool {
         match self {
             StartMode::None => false,
-            StartMode::CprTransfer => true,
+            StartMode::CprTransfer | StartMode::CprReboot => true,
         }
     }
 }

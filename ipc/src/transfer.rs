@@ -33,6 +33,7 @@ use crate::VmId;
 use crate::control::UpgradeOutcome;
 use crate::worker::BuildTimes;
 use crate::worker::Pages;
+use crate::worker::RamBacking;
 use crate::worker::RamRegion;
 use crate::worker::VirtioConfig;
 use crate::worker::VirtioKind;
@@ -115,6 +116,8 @@ pub struct GuestMachine {
     pub console: String,
     /// virtio devices, in ascending order of their slots.
     pub virtio: Vec<VirtioConfig>,
+    /// Where RAM is.
+    pub backing: RamBacking,
 }
 
 impl GuestMachine {
@@ -132,6 +135,7 @@ impl GuestMachine {
             initrd,
             console,
             virtio,
+            backing,
         } = self;
         let differ = |what: &str, here: String, there: String| {
             Some(format!(
@@ -158,6 +162,13 @@ impl GuestMachine {
                 "memory.pages",
                 format!("{pages:?}"),
                 format!("{:?}", other.pages),
+            );
+        }
+        if *backing != other.backing {
+            return differ(
+                "memory.path",
+                format!("{backing:?}"),
+                format!("{:?}", other.backing),
             );
         }
         if *hide != other.hide {
@@ -323,6 +334,7 @@ mod tests {
                 size: 64 << 20,
             }],
             pages: Pages::Small,
+            backing: RamBacking::Shared,
             cmdline: String::new(),
             initrd: false,
             console: "file".into(),

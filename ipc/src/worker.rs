@@ -92,6 +92,18 @@ pub enum Pages {
     Transparent,
 }
 
+/// Where guest RAM is, and who sees what is written there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RamBacking {
+    /// In memfds, which every worker of the VM maps.
+    Shared,
+    /// In files that outlive every process, which every worker of the VM maps.
+    File,
+    /// In the worker's own memory: it cannot be handed over.
+    Private,
+}
+
 /// One region of guest RAM, backed by descriptor `ram` with its index as id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamRegion {
@@ -118,6 +130,10 @@ pub struct WorkerConfig {
     pub ram: Vec<RamRegion>,
     /// How RAM is backed.
     pub pages: Pages,
+    /// Where it is.
+    pub backing: RamBacking,
+    /// The host's boot, by `/proc/sys/kernel/random/boot_id`.
+    pub boot: [u8; 16],
     /// The kernel's command line, at most [`MAX_CMDLINE`] bytes.
     pub cmdline: String,
     /// Whether there is an initrd.
@@ -319,7 +335,8 @@ pub struct Filters {
 /// What a broker tells a worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
-    /// Build the VM. Comes with the cpr socket and, in [`StartMode::CprTransfer`], the main channel.
+    /// Build the VM. Comes with the cpr socket and, in [`StartMode::CprTransfer`], the main channel; in
+    /// [`StartMode::CprReboot`], the state file at the position where it begins.
     Configure(Box<WorkerConfig>),
     /// Run the guest from its kernel's entry.
     Start,
@@ -354,6 +371,9 @@ pub enum Order {
         /// How many.
         pages: u32,
     },
+    /// Stop all vCPUs, park the devices, and write everything into the file that comes with this, from its position on. Only
+    /// [`Order::Rollback`] lets the guest run again.
+    Save,
     /// A deterministic fault, for tests; a release build does not contain it.
     #[cfg(feature = "fail-points")]
     Fail(crate::FailPoint),

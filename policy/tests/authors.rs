@@ -469,7 +469,7 @@ fn the_whole_explanation_has_every_call_and_every_role() {
     for expected in [
         "Policy \"default\"",
         "CAP",
-        "ram: memfd for read-write, up to 64, with the seals",
+        "ram: memfd or file for read-write, up to 64, with the seals",
         "control",
         "●",
         "◐",

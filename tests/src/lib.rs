@@ -26,6 +26,7 @@ mod patience;
 mod processes;
 mod qmp;
 mod ram;
+pub mod reboot;
 mod residue;
 mod site;
 pub mod transfer;

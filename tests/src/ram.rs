@@ -19,14 +19,17 @@ pub struct Ram(File);
 
 impl Ram {
     /// Opens it through a process that holds it: of all its `guest-ram` memfds the one that begins at address 0 has the
-    /// least descriptor number, since the broker makes them in ascending order.
+    /// least descriptor number, since the broker makes them in ascending order. A file of that name (`memory.path`) will do, too.
     pub(crate) fn of(pid: i32) -> Option<Self> {
         let mut fds: Vec<u32> = std::fs::read_dir(format!("/proc/{pid}/fd"))
             .ok()?
             .flatten()
             .filter(|entry| {
                 std::fs::read_link(entry.path())
-                    .is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:guest-ram"))
+                    .map(|target| target.to_string_lossy().into_owned())
+                    .is_ok_and(|target| {
+                        target.starts_with("/memfd:guest-ram") || target.ends_with("/guest-ram")
+                    })
             })
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .collect();

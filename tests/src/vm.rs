@@ -34,6 +34,7 @@ pub struct Builder {
     nets: Vec<(String, String)>,
     vsock: bool,
     balloon: bool,
+    memory_lines: String,
     policy: Option<String>,
     on_panic: &'static str,
 }
@@ -55,6 +56,7 @@ impl Builder {
             nets: Vec::new(),
             vsock: false,
             balloon: false,
+            memory_lines: String::new(),
             policy: None,
             on_panic: "pause",
         }
@@ -144,6 +146,13 @@ impl Builder {
         self
     }
 
+    /// With these further lines of `[memory]`.
+    #[must_use]
+    pub fn memory_lines(mut self, lines: &str) -> Self {
+        lines.clone_into(&mut self.memory_lines);
+        self
+    }
+
     /// With a balloon.
     #[must_use]
     pub fn balloon(mut self) -> Self {
@@ -175,6 +184,26 @@ impl Builder {
     /// When it does not start.
     #[must_use]
     pub fn start_in(self, prepare: impl FnOnce(&Site)) -> Vm {
+        let vm = self.begin(prepare);
+        until("the guest counts", || {
+            let report = vm.ram.report().ok()?;
+            let counts = |slot: &baton_guest::Slot| slot.running && slot.sequence > 0;
+            report.slots.iter().all(counts).then_some(())
+        });
+        vm
+    }
+
+    /// Starts one whose RAM nobody but its worker sees.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start.
+    #[must_use]
+    pub fn start_unseen(self) -> Vm {
+        self.begin(|_| {})
+    }
+
+    fn begin(self, prepare: impl FnOnce(&Site)) -> Vm {
         let mut site = Site::new(self.binaries, self.slowness);
         prepare(&site);
         if let Some(faults) = &self.faults {
@@ -201,9 +230,9 @@ impl Builder {
             })
             .cpus(self.cpus);
         let mut file = format!(
-            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\non_panic = \"{}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\nballoon = {}\n\
+            "schema = 1\nname = \"{}\"\npolicy = \"{policy}\"\non_panic = \"{}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\nballoon = {}\n{}\n\
              [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n[console]\nkind = \"file\"\npath = \"console.log\"\n",
-            site.name, self.on_panic, self.cpus, self.memory, self.balloon
+            site.name, self.on_panic, self.cpus, self.memory, self.balloon, self.memory_lines
         );
         for (id, mib, lines) in &self.disks {
             let image = std::fs::File::create(site.path(&format!("{id}.img"))).unwrap();
@@ -225,18 +254,12 @@ impl Builder {
         let broker = pid(&started, "broker_pid");
         let ram = Ram::of(broker).unwrap_or_else(|| panic!("broker {broker} holds no guest RAM"));
         let cgroups = site.cgroups();
-        let vm = Vm {
+        Vm {
             ram,
             broker,
             cgroup: cgroups.first().expect("a VM has a cgroup").clone(),
             site,
-        };
-        until("the guest counts", || {
-            let report = vm.ram.report().ok()?;
-            let counts = |slot: &baton_guest::Slot| slot.running && slot.sequence > 0;
-            report.slots.iter().all(counts).then_some(())
-        });
-        vm
+        }
     }
 }
 

@@ -25,6 +25,7 @@ use baton_ipc::transfer::Offer;
 use baton_ipc::transfer::ToNew;
 use baton_ipc::transfer::ToOld;
 use baton_ipc::worker::Pages;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -274,6 +275,7 @@ impl Impostor {
                 size: 64 << 20,
             }],
             pages: Pages::Small,
+            backing: RamBacking::Shared,
             cmdline: cmdline(vm),
             initrd: false,
             console: "file".into(),

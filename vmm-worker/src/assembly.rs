@@ -27,6 +27,7 @@ use baton_ipc::worker::MAX_SERIAL;
 use baton_ipc::worker::MAX_SLOTS;
 use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::PanicAction;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::VsockConfig;
@@ -329,9 +330,13 @@ pub(crate) fn build(
     let since = || clock::monotonic_ns().saturating_sub(origin_ns) / 1000;
     let registry = &mut registry;
     let kvm = claim(registry, descriptor::KVM, 0, DescriptorKind::Kvm)?;
+    let ram_kind = match config.backing {
+        RamBacking::File => DescriptorKind::RamFile,
+        RamBacking::Shared | RamBacking::Private => DescriptorKind::GuestRam,
+    };
     let memfds = (0..)
         .zip(&config.ram)
-        .map(|(id, _)| claim(registry, descriptor::RAM, id, DescriptorKind::GuestRam))
+        .map(|(id, _)| claim(registry, descriptor::RAM, id, ram_kind))
         .collect::<Result<Vec<_>, _>>()?;
     let kernel = claim(registry, descriptor::KERNEL, 0, DescriptorKind::Image)?;
     let initrd = config
@@ -405,6 +410,7 @@ pub(crate) fn build(
         &config.ram,
         memfds,
         config.pages,
+        config.backing,
         config.mode,
     )?));
     times.memory_us = since();

@@ -9,6 +9,7 @@
 //! old worker:                 park  ▼  │ rollback, or the broker's death
 //!                                 Parked ── ceded ──► Ceded (only rollback leads back)
 //! new worker:  Receiving ── whole stream ──► Loaded ── commit ──► Running, or Paused
+//! from a file: Restored ── commit ──► Running, or Paused; into one: Running, Paused ── save ──► Parked
 //! anywhere:    the guest powers off or gets stuck ──► Off
 //! ```
 
@@ -25,9 +26,12 @@ use baton_ipc::SocketError;
 use baton_ipc::StartMode;
 use baton_ipc::VmId;
 use baton_ipc::state_stream::Machine;
+use baton_ipc::state_stream::StateStream;
 use baton_ipc::worker::MAX_VSOCK_CONNECTIONS;
 use baton_ipc::worker::Order;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::Report;
+use baton_ipc::worker::WorkerConfig;
 use libc::c_int;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
@@ -59,6 +63,8 @@ pub(crate) enum Phase {
     Built,
     /// Built; the guest runs in another worker, and its state will come.
     Receiving(Incoming),
+    /// Built, with the guest's RAM, out of a file that had this state, too.
+    Restored(StateStream),
     /// The guest's state is here, and may not run.
     Loaded,
     /// The guest runs here.
@@ -66,8 +72,8 @@ pub(crate) enum Phase {
     /// The guest stands still at the operator's wish.
     Paused,
     /// The guest stands still, and its state went to another worker over this, which stays open until it is clear who
-    /// runs on.
-    Parked(#[expect(dead_code, reason = "held, and closed with the phase")] MainChannel),
+    /// runs on; or into a file.
+    Parked(#[expect(dead_code, reason = "held, and closed with the phase")] Option<MainChannel>),
     /// Another worker may run the guest.
     Ceded,
     /// The guest has ended.
@@ -79,6 +85,7 @@ impl Phase {
         match self {
             Self::Built => "built",
             Self::Receiving(_) => "waiting for the guest's state",
+            Self::Restored(_) => "restored",
             Self::Loaded => "loaded",
             Self::Running => "running",
             Self::Paused => "paused",
@@ -100,6 +107,8 @@ pub(crate) struct Worker {
     pub(crate) unsent: VecDeque<Report>,
     pub(crate) vm: VmId,
     pub(crate) generation: u32,
+    pub(crate) backing: RamBacking,
+    pub(crate) boot: [u8; 16],
     pub(crate) machine: Machine,
     pub(crate) machinery: Machinery,
     pub(crate) reset: ResetState,
@@ -123,14 +132,9 @@ struct Ready {
 }
 
 impl Worker {
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the parts that a build results in, named at the one call"
-    )]
     pub(crate) fn new(
         control: Channel<Report, Order>,
-        vm: VmId,
-        generation: u32,
+        config: &WorkerConfig,
         machine: Machine,
         machinery: Machinery,
         reset: ResetState,
@@ -140,8 +144,10 @@ impl Worker {
         Self {
             control: Some(control),
             unsent: VecDeque::new(),
-            vm,
-            generation,
+            vm: config.vm,
+            generation: config.generation,
+            backing: config.backing,
+            boot: config.boot,
             machine,
             machinery,
             reset,

@@ -1,6 +1,7 @@
 //! The old side of the pause: park, save, stream; and back, when the upgrade does not happen.
 
 use baton_ipc::StartMode;
+use baton_ipc::StateDigest;
 use baton_ipc::worker::Report;
 
 use crate::clock;
@@ -17,9 +18,9 @@ use crate::vm_state::VmState;
 const MODE: StartMode = StartMode::CprTransfer;
 
 /// A step that failed, and why.
-type Failure = (&'static str, String);
+pub(crate) type Failure = (&'static str, String);
 
-fn failure<E: std::fmt::Display>(step: &'static str) -> impl Fn(E) -> Failure {
+pub(crate) fn failure<E: std::fmt::Display>(step: &'static str) -> impl Fn(E) -> Failure {
     move |error| (step, error.to_string())
 }
 
@@ -29,7 +30,7 @@ impl Worker {
     pub(crate) fn park(&mut self, mut main: MainChannel) {
         self.stood = matches!(self.phase, Phase::Paused);
         let outcome = self.park_and_save(&mut main);
-        self.phase = Phase::Parked(main);
+        self.phase = Phase::Parked(Some(main));
         if let Err((step, reason)) = outcome {
             self.fail(step, reason);
         }
@@ -37,6 +38,30 @@ impl Worker {
 
     fn park_and_save(&mut self, main: &mut MainChannel) -> Result<(), Failure> {
         let lie = fail_point!(Park).map_err(failure("park"))?;
+        let (bytes, digest) = self.stop_and_encode()?;
+
+        let half = if cfg!(feature = "fail-points") {
+            bytes.len() / 2
+        } else {
+            bytes.len()
+        };
+        let (first, rest) = bytes.split_at(half);
+        main.send(first, SEND_TIMEOUT).map_err(failure("save"))?;
+        if !fail_point!(Save).map_err(failure("save"))? {
+            main.send(rest, SEND_TIMEOUT).map_err(failure("save"))?;
+        }
+        if lie {
+            self.run_on();
+        }
+        self.report(Report::Saved {
+            digest,
+            bytes: bytes.len() as u64,
+        });
+        Ok(())
+    }
+
+    /// Stops the guest: its state, and that one's digest.
+    pub(crate) fn stop_and_encode(&mut self) -> Result<(Vec<u8>, StateDigest), Failure> {
         let stopped = self
             .machinery
             .vcpus
@@ -71,28 +96,8 @@ impl Worker {
             .vcpus
             .finish_save()
             .map_err(failure("save"))?;
-        let (bytes, digest) =
-            sections::encode(self.vm, self.generation + 1, &vcpus, &state?, devices?)
-                .map_err(failure("save"))?;
-
-        let half = if cfg!(feature = "fail-points") {
-            bytes.len() / 2
-        } else {
-            bytes.len()
-        };
-        let (first, rest) = bytes.split_at(half);
-        main.send(first, SEND_TIMEOUT).map_err(failure("save"))?;
-        if !fail_point!(Save).map_err(failure("save"))? {
-            main.send(rest, SEND_TIMEOUT).map_err(failure("save"))?;
-        }
-        if lie {
-            self.run_on();
-        }
-        self.report(Report::Saved {
-            digest,
-            bytes: bytes.len() as u64,
-        });
-        Ok(())
+        sections::encode(self.vm, self.generation + 1, &vcpus, &state?, devices?)
+            .map_err(failure("save"))
     }
 
     /// Lets the guest run again where it stopped, unless it stood still before: the upgrade did not happen.

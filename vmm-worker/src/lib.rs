@@ -34,6 +34,7 @@ mod memory;
 mod orders;
 mod pci_host;
 mod platform;
+mod reboot;
 mod rehearsal;
 mod sections;
 mod signals;

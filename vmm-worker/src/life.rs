@@ -12,6 +12,7 @@ use baton_ipc::ChannelError;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::Registry;
+use baton_ipc::StartMode;
 use baton_ipc::cpr::CprError;
 use baton_ipc::cpr::CprHeader;
 use baton_ipc::cpr::CprReceiver;
@@ -38,6 +39,8 @@ use crate::diagnostics::log;
 use crate::platform;
 use crate::platform::PlatformError;
 use crate::platform::Wake;
+use crate::reboot;
+use crate::reboot::RestoreError;
 use crate::rehearsal;
 use crate::rehearsal::RehearsalError;
 use crate::sections;
@@ -97,6 +100,15 @@ enum LifeError {
     Build(#[from] BuildError),
     #[error(transparent)]
     Rehearsal(#[from] RehearsalError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// Where the guest comes from.
+enum Source {
+    Kernel,
+    Main(MainChannel),
+    File(Box<reboot::Opened>),
 }
 
 impl LifeError {
@@ -111,6 +123,7 @@ impl LifeError {
             Self::FirstOrder { .. } => "configure",
             Self::Cpr(_) | Self::Header { .. } | Self::CprSilent => "hand-over",
             Self::Incoming(_) | Self::Processor(_) => "agree",
+            Self::Restore(_) => "restore",
             Self::Platform(_) | Self::Build(_) => "build",
             Self::Rehearsal(_) => "rehearse",
         }
@@ -171,13 +184,20 @@ fn grow_up(
     let filters = assembly::check(&config)?;
 
     let machine = sections::machine(&config, &platform::device_ids(&config));
-    let mut main = main.map(MainChannel::new);
-    let preview = match &mut main {
-        Some(main) => {
+    let mut source = match main {
+        Some(file) if config.mode == StartMode::CprReboot => {
+            Source::File(Box::new(reboot::open(file.into(), &config, &machine)?))
+        }
+        Some(main) => Source::Main(MainChannel::new(main)),
+        None => Source::Kernel,
+    };
+    let preview = match &mut source {
+        Source::Main(main) => {
             let offer = sections::offer(machine.clone(), BUILD);
             Some(incoming::agree(main, &offer, control.as_fd())?)
         }
-        None => None,
+        Source::File(file) => Some(reboot::preview(file)?),
+        Source::Kernel => None,
     };
     let registry = descriptors(&cpr, control, &config)?;
     let wake = Arc::new(Wake::new()?);
@@ -190,6 +210,14 @@ fn grow_up(
     if let Some(difference) = cpuid.and_then(|cpuid| machinery.cpuid.first_difference(&cpuid)) {
         return Err(LifeError::Processor(difference.to_string()));
     }
+    let phase = match source {
+        Source::File(file) => Phase::Restored(reboot::load(*file, machinery.memory, &config)?),
+        Source::Main(main) => Phase::Receiving(Incoming::new(
+            main,
+            Decoder::new(config.vm, config.generation),
+        )),
+        Source::Kernel => Phase::Built,
+    };
     rehearsal::confine(&mut machinery, &filters)?;
     let reset = rehearsal::rehearse(&mut machinery, config.mode, config.vm, wake.as_fd())?;
     times.rehearsed_us = clock::monotonic_ns().saturating_sub(origin_ns) / 1000;
@@ -197,25 +225,7 @@ fn grow_up(
     // "Ready" is queued: this hang-up means that it is true.
     drop(cpr);
 
-    let phase = match main {
-        Some(main) => Phase::Receiving(Incoming::new(
-            main,
-            Decoder::new(config.vm, config.generation),
-        )),
-        None => Phase::Built,
-    };
-    Ok(move |control| {
-        Worker::new(
-            control,
-            config.vm,
-            config.generation,
-            machine,
-            machinery,
-            reset,
-            wake,
-            phase,
-        )
-    })
+    Ok(move |control| Worker::new(control, &config, machine, machinery, reset, wake, phase))
 }
 
 /// Waits for the first order, for as long as the broker takes.

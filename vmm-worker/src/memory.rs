@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 
 use baton_ipc::StartMode;
 use baton_ipc::worker::Pages;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::RamRegion;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -94,6 +95,7 @@ pub(crate) fn map(
     regions: &[RamRegion],
     memfds: Vec<OwnedFd>,
     pages: Pages,
+    backing: RamBacking,
     mode: StartMode,
 ) -> Result<GuestMemoryMmap, MemoryError> {
     if regions.is_empty() {
@@ -125,7 +127,7 @@ pub(crate) fn map(
         ranges.push((
             GuestAddress(address),
             length,
-            Some(FileOffset::new(File::from(memfd), 0)),
+            (backing != RamBacking::Private).then(|| FileOffset::new(File::from(memfd), 0)),
         ));
     }
     let memory = GuestMemoryMmap::from_ranges_with_files(ranges)
@@ -251,7 +253,14 @@ mod tests {
             size: 4 << 20,
         }];
         let copy = fd.as_fd().try_clone_to_owned().unwrap();
-        let memory = map(&regions, vec![copy], Pages::Small, StartMode::CprTransfer).unwrap();
+        let memory = map(
+            &regions,
+            vec![copy],
+            Pages::Small,
+            RamBacking::Shared,
+            StartMode::CprTransfer,
+        )
+        .unwrap();
         assert_eq!(blocks(&fd), before);
         assert_eq!(before, 16);
         for (address, byte) in [(0x3000, 7), (0x10_0fff, 9), (0x4000, 0)] {
@@ -273,7 +282,14 @@ mod tests {
             address: 0,
             size: 1 << 20,
         }];
-        let memory = map(&regions, vec![copy], pages, StartMode::None).unwrap();
+        let memory = map(
+            &regions,
+            vec![copy],
+            pages,
+            RamBacking::Shared,
+            StartMode::None,
+        )
+        .unwrap();
         memory.write_obj(0x55_u8, GuestAddress(0x1234)).unwrap();
         let mut byte = [0];
         rustix::io::pread(&fd, &mut byte, 0x1234).unwrap();
@@ -288,6 +304,7 @@ mod tests {
                 regions,
                 sizes.iter().map(|size| memfd(*size)).collect(),
                 pages,
+                RamBacking::Shared,
                 StartMode::None,
             )
             .unwrap_err()

@@ -26,7 +26,7 @@ use crate::transfer::outgoing::Outgoing;
 impl Worker {
     /// Carries an order out, or says why not.
     pub(crate) fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
-        let main = if matches!(order, Order::Transfer | Order::Vsock(_)) {
+        let main = if matches!(order, Order::Transfer | Order::Vsock(_) | Order::Save) {
             descriptors.pop()
         } else {
             None
@@ -38,9 +38,12 @@ impl Worker {
             );
             return Err(Exit(EXIT_FAILED));
         }
-        match (order, &self.phase) {
+        match (&order, &self.phase) {
             // It never ran its guest, and never will.
-            (Order::Abandon, Phase::Built | Phase::Receiving(_) | Phase::Loaded) => {
+            (
+                Order::Abandon,
+                Phase::Built | Phase::Receiving(_) | Phase::Restored(_) | Phase::Loaded,
+            ) => {
                 return Err(Exit(EXIT_DONE));
             }
             (Order::Query | Order::Abandon, _) => {
@@ -54,17 +57,27 @@ impl Worker {
                 self.report(Report::Status(status));
             }
             // At any time: the device takes it in when it is served, or when its state is saved.
-            (Order::Vsock(order), _) => self.vsock_ordered(order, main),
+            (Order::Vsock(order), _) => self.vsock_ordered(*order, main),
             #[cfg(feature = "fail-points")]
-            (Order::Fail(fault), _) => crate::fail_point::arm(fault),
+            (Order::Fail(fault), _) => crate::fail_point::arm(fault.clone()),
             (Order::Start, Phase::Built) => return self.start(),
             (Order::Commit, Phase::Loaded) => return self.commit(false),
             (Order::CommitPaused, Phase::Loaded) => return self.commit(true),
+            (Order::Commit | Order::CommitPaused, Phase::Restored(_)) => {
+                let paused = order == Order::CommitPaused;
+                if let Phase::Restored(stream) = std::mem::replace(&mut self.phase, Phase::Loaded) {
+                    return self.restore(stream, paused);
+                }
+            }
+            (Order::Save, Phase::Running | Phase::Paused) => match main {
+                Some(file) => self.save_to(file.into()),
+                None => self.fail("save", "no file came with the order".to_owned()),
+            },
             (Order::Pause, Phase::Running) => self.pause(),
             (Order::Resume, Phase::Paused) => self.resume(),
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
             (Order::PowerButton, Phase::Running) => self.press_power_button(),
-            (Order::Balloon { pages }, Phase::Running) => self.inflate(pages),
+            (Order::Balloon { pages }, Phase::Running) => self.inflate(*pages),
             (Order::Transfer, Phase::Running | Phase::Paused) => match main {
                 Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
                     self.fail("transfer", "an upgrade is under way already".to_owned());
@@ -128,7 +141,9 @@ impl Worker {
         }
         match self.phase {
             // Never run without an order to.
-            Phase::Built | Phase::Receiving(_) | Phase::Loaded => Err(Exit(EXIT_DONE)),
+            Phase::Built | Phase::Receiving(_) | Phase::Restored(_) | Phase::Loaded => {
+                Err(Exit(EXIT_DONE))
+            }
             // Another worker may run, or nobody needs this one any more.
             Phase::Ceded | Phase::Off => Err(Exit(EXIT_DONE)),
             Phase::Running | Phase::Paused => Ok(()),

@@ -26,6 +26,7 @@ use crate::vcpu::Command;
 use crate::vcpu::Purpose;
 use crate::vcpu::VcpuError;
 use crate::vcpu::VcpuState;
+use crate::vm_state::PAUSE_MAX;
 use crate::vm_state::VmState;
 use crate::vm_state::VmStateError;
 
@@ -112,7 +113,12 @@ pub(crate) fn rehearse(
     let stream = Decoder::new(vm, 1)
         .push(&bytes)?
         .ok_or(RehearsalError::Incomplete)?;
-    let parsed = sections::parse(stream, machinery.vcpus.count(), &machinery.inventory)?;
+    let parsed = sections::parse(
+        stream,
+        machinery.vcpus.count(),
+        &machinery.inventory,
+        PAUSE_MAX,
+    )?;
     machinery.vcpus.load(parsed.vcpus, Purpose::Transfer)?;
     parsed.vm.load(&machinery.vm, Purpose::Transfer)?;
     machinery.platform.devices.rehearse(mode)?;

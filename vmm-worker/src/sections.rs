@@ -7,6 +7,8 @@
 //! 1 …       as the device    a device (`devices::id`), in the devices' order
 //! ```
 
+use std::time::Duration;
+
 use baton_ipc::StateDigest;
 use baton_ipc::VmId;
 use baton_ipc::state_stream::CONTAINER_VERSION;
@@ -219,7 +221,7 @@ pub(crate) struct Parsed {
     pub(crate) devices: Vec<SavedSection>,
 }
 
-/// Takes a stream apart for a VM with `cpus` vCPUs.
+/// Takes a stream apart for a VM with `cpus` vCPUs, whose guest has stood still for the `longest` time at most.
 ///
 /// # Errors
 ///
@@ -228,6 +230,7 @@ pub(crate) fn parse(
     stream: StateStream,
     cpus: usize,
     inventory: &Inventory,
+    longest: Duration,
 ) -> Result<Parsed, SectionError> {
     let mut vcpus: Vec<Option<VcpuState>> = (0..cpus).map(|_| None).collect();
     let (mut vm, mut devices) = (None, Vec::new());
@@ -246,7 +249,9 @@ pub(crate) fn parse(
                     .ok_or(SectionError::Unknown(id))?;
                 *slot = Some(VcpuState::parse(version, &payload, inventory).map_err(wrong)?);
             }
-            VM if id.instance == 0 => vm = Some(VmState::parse(version, &payload).map_err(wrong)?),
+            VM if id.instance == 0 => {
+                vm = Some(VmState::parse(version, &payload, longest).map_err(wrong)?);
+            }
             kind if kind < FIRST_OWN => {
                 let id = DeviceId::new(DeviceKind(kind), id.instance);
                 devices.push(SavedSection {
@@ -273,6 +278,7 @@ mod tests {
     use baton_ipc::StartMode;
     use baton_ipc::worker::Filters;
     use baton_ipc::worker::Pages;
+    use baton_ipc::worker::RamBacking;
     use baton_ipc::worker::RamRegion;
 
     use super::*;
@@ -289,6 +295,8 @@ mod tests {
                 size: 1 << 20,
             }],
             pages: Pages::Small,
+            backing: RamBacking::Shared,
+            boot: [0; 16],
             cmdline: String::new(),
             initrd: false,
             filters: Filters {

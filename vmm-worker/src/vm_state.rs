@@ -42,7 +42,9 @@ const PIT_MODE_MAX: u8 = 7;
 /// What a channel's mode is until the guest programs it (`kvm_pit_reset`, arch/x86/kvm/i8254.c).
 const PIT_MODE_UNSET: u8 = 0xff;
 /// No upgrade's pause is nearly as long; a longer one is a forged state.
-const PAUSE_MAX: Duration = Duration::from_secs(60);
+pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// The longest that a state may lie in a file: ten years.
+pub(crate) const STORED_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// Why the VM's own state cannot be saved or loaded.
 #[derive(Debug, Error)]
@@ -126,17 +128,22 @@ impl VmState {
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
-    /// Parses a section's payload of `version`.
+    /// Parses a section's payload of `version`, which may be of a guest that has stood still for the `longest` time.
     ///
     /// # Errors
     ///
     /// [`StateError`] with the field that no VM of this kind can have.
-    pub(crate) fn parse(version: u16, bytes: &[u8]) -> Result<Self, StateError> {
-        Self::parse_at(version, bytes, clock::raw_ns())
+    pub(crate) fn parse(version: u16, bytes: &[u8], longest: Duration) -> Result<Self, StateError> {
+        Self::parse_at(version, bytes, longest, clock::raw_ns())
     }
 
     /// [`VmState::parse`], when CLOCK_MONOTONIC_RAW is `now`.
-    fn parse_at(version: u16, bytes: &[u8], now: u64) -> Result<Self, StateError> {
+    fn parse_at(
+        version: u16,
+        bytes: &[u8],
+        longest: Duration,
+        now: u64,
+    ) -> Result<Self, StateError> {
         if version != VERSION {
             return Err(StateError::Version {
                 found: version,
@@ -192,7 +199,7 @@ impl VmState {
                 ));
             }
         }
-        let pause_max = u64::try_from(PAUSE_MAX.as_nanos()).unwrap_or(u64::MAX);
+        let pause_max = u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX);
         if clock_at_ns > now || now - clock_at_ns > pause_max {
             return Err(StateError::field(
                 "clock_at_ns",
@@ -239,7 +246,7 @@ mod tests {
     }
 
     fn parse(saved: &SavedVm) -> Result<VmState, StateError> {
-        VmState::parse(VERSION, &postcard::to_stdvec(saved).unwrap())
+        VmState::parse(VERSION, &postcard::to_stdvec(saved).unwrap(), PAUSE_MAX)
     }
 
     #[track_caller]
@@ -253,8 +260,8 @@ mod tests {
     #[test]
     fn a_state_survives_its_encoding() {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
-        let state = VmState::parse(VERSION, &bytes).unwrap();
-        let again = VmState::parse(VERSION, &state.encode().unwrap()).unwrap();
+        let state = VmState::parse(VERSION, &bytes, PAUSE_MAX).unwrap();
+        let again = VmState::parse(VERSION, &state.encode().unwrap(), PAUSE_MAX).unwrap();
         assert_eq!(again.clock, state.clock);
     }
 
@@ -279,7 +286,7 @@ mod tests {
                 ..saved()
             };
             let bytes = postcard::to_stdvec(&wrong).unwrap();
-            match VmState::parse_at(VERSION, &bytes, now).err() {
+            match VmState::parse_at(VERSION, &bytes, PAUSE_MAX, now).err() {
                 Some(StateError::Field { name, .. }) => assert_eq!(name, "clock_at_ns"),
                 other => panic!("{other:?}"),
             }
@@ -297,16 +304,16 @@ mod tests {
     fn wrong_versions_lengths_and_rests_are_refused() {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
         assert!(matches!(
-            VmState::parse(2, &bytes),
+            VmState::parse(2, &bytes, PAUSE_MAX),
             Err(StateError::Version { found: 2, .. })
         ));
         assert!(matches!(
-            VmState::parse(VERSION, &bytes[..bytes.len() - 1]),
+            VmState::parse(VERSION, &bytes[..bytes.len() - 1], PAUSE_MAX),
             Err(StateError::Malformed(_))
         ));
         let long = [bytes, vec![0]].concat();
         assert!(matches!(
-            VmState::parse(VERSION, &long),
+            VmState::parse(VERSION, &long, PAUSE_MAX),
             Err(StateError::Trailing(1))
         ));
     }

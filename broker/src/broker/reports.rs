@@ -112,7 +112,7 @@ impl Broker {
                     // The guest stands still until it succeeds; its next answer is this one's next try.
                     let _ = worker.order(&Order::Rollback);
                 }
-                if self.state == VmState::Starting {
+                if matches!(self.state, VmState::Starting | VmState::Incoming) {
                     return Err(unfit(
                         format_args!("the worker cannot {step}: {reason}"),
                         "",
@@ -120,11 +120,12 @@ impl Broker {
                 }
                 self.upgrade_refused(&format!("the old worker cannot {step}: {reason}"))
             }
-            Report::Hello { .. }
-            | Report::Ready(_)
-            | Report::Parked { .. }
-            | Report::Saved { .. }
-            | Report::Loaded { .. } => Ok(()),
+            Report::Parked { .. } => {
+                self.parked_to_be_saved();
+                Ok(())
+            }
+            Report::Saved { digest, bytes } => self.saved(digest, bytes),
+            Report::Hello { .. } | Report::Ready(_) | Report::Loaded { .. } => Ok(()),
         }
     }
 
@@ -197,12 +198,10 @@ impl Broker {
             worker.kill();
             self.retired.push(worker);
         }
-        let starting = self.state == VmState::Starting;
-        self.state = if starting {
-            VmState::Starting
-        } else {
-            VmState::Lost
-        };
+        let starting = matches!(self.state, VmState::Starting | VmState::Incoming);
+        if !starting {
+            self.state = VmState::Lost;
+        }
         if let Err(refusal) = self.log.write_synced("lost", &json!({"reason": reason})) {
             complain(&refusal);
         }

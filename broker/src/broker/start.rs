@@ -21,7 +21,6 @@ use baton_ipc::control::VmState;
 use baton_ipc::descriptor;
 use baton_ipc::worker::Filters;
 use baton_ipc::worker::MAX_IO_THREADS;
-use baton_ipc::worker::Order;
 use baton_ipc::worker::WorkerConfig;
 use baton_ipc::worker::WorkerStatus;
 use baton_policy::Compiled;
@@ -106,20 +105,20 @@ impl Broker {
             .map(Incoming::listen)
             .transpose()?;
         // First, because it takes its time by itself: a refusal of what follows ends it again.
-        let begun = match incoming {
-            None => Some(Begun::start(
+        let begun = match (&incoming, &options.restore) {
+            (None, None) => Some(Begun::start(
                 &launcher,
                 Program::Worker,
                 ids.ids,
                 cgroup.as_ref(),
             )?),
-            Some(_) => None,
+            _ => None,
         };
         let mut resources = Resources::default();
         let mut console = None;
         let mut vsock = None;
         if incoming.is_none() {
-            resources = resources::open(&vm, &rules.policy, &mut log)?;
+            resources = resources::open(&vm, &rules.policy, &mut log, options.restore.is_some())?;
             resources::check_console(&vm.console, &rules.policy, &mut log)?;
             let (opened, end) = Console::open(&vm.console, directory.path())?;
             let key =
@@ -151,7 +150,7 @@ impl Broker {
         let mut broker = Self {
             deadlines,
             id: VmId(id),
-            state: if incoming.is_some() {
+            state: if incoming.is_some() || options.restore.is_some() {
                 VmState::Incoming
             } else {
                 VmState::Starting
@@ -188,6 +187,8 @@ impl Broker {
             panicked: false,
             news: BalloonNews::default(),
             has_log: incoming.is_none(),
+            restoring: None,
+            boot: boot_id()?,
             incoming,
             linger: None,
             end: None,
@@ -196,6 +197,10 @@ impl Broker {
             log,
         };
         let Some(begun) = begun else {
+            let restore = broker.options.restore.clone();
+            if let Some(file) = restore.and_then(|restore| restore.file) {
+                broker.begin_restore(&file, None)?;
+            }
             return Ok(broker);
         };
         let prepared =
@@ -239,18 +244,24 @@ impl Broker {
             Advance::Waiting => {}
             Advance::Greeted => {
                 self.confirm_fresh(&nascent, &Rc::clone(&self.rules))?;
-                nascent.configure(None).map_err(|fault| failed(&fault))?;
-                self.record_grants(1, StartMode::None)?;
-                let bound = self.deadlines.of(Step::Build);
+                let (generation, mode, _) = self.beginning();
+                let file = self.take_state_file();
+                let bound = match &file {
+                    None => self.deadlines.of(Step::Build),
+                    Some(_) => self.deadlines.file(),
+                };
+                nascent.configure(file).map_err(|fault| failed(&fault))?;
+                self.record_grants(generation, mode)?;
                 nascent
                     .hand_over(&self.registry, bound)
                     .map_err(|fault| failed(&fault))?;
             }
             Advance::Listening(times) => {
+                let (generation, mode, order) = self.beginning();
                 self.log
                     .write(
                         "ready",
-                        &json!({"generation": 1, "mode": StartMode::None, "times": times}),
+                        &json!({"generation": generation, "mode": mode, "times": times}),
                     )
                     .recorded()?;
                 let mut worker = nascent.into_worker()?;
@@ -260,7 +271,7 @@ impl Broker {
                 self.worker = Some(worker);
                 self.publish()?;
                 let worker = self.worker.as_ref().ok_or_else(|| failed(&"it is gone"))?;
-                let told = worker.order(&Order::Start).map_err(|fault| failed(&fault));
+                let told = worker.order(&order).map_err(|fault| failed(&fault));
                 self.start_by = Some(Instant::now() + self.deadlines.of(Step::Build));
                 return told;
             }
@@ -275,12 +286,14 @@ impl Broker {
             return Ok(());
         };
         worker.phase = Phase::Running;
+        let (generation, mode, _) = self.beginning();
         self.state = VmState::Running;
         self.start_by = None;
         self.log.note(
             "running",
-            &json!({"generation": 1, "mode": StartMode::None, "start_us": crate::phase_clock::micros(self.began.elapsed())}),
+            &json!({"generation": generation, "mode": mode, "start_us": crate::phase_clock::micros(self.began.elapsed())}),
         );
+        self.restored();
         self.say_started();
         Ok(())
     }
@@ -353,6 +366,8 @@ impl Broker {
             hide: self.vm.cpus.hide.clone(),
             ram: self.vm.ram(),
             pages: self.vm.memory.pages,
+            backing: self.vm.memory.backing(),
+            boot: self.boot,
             cmdline: self.vm.boot.cmdline.0.clone(),
             initrd: self.vm.boot.initrd.is_some(),
             filters: Filters {
@@ -374,6 +389,16 @@ impl Broker {
             .unwrap_or(MAX_IO_THREADS)
             .clamp(1, MAX_IO_THREADS)
     }
+}
+
+/// The host's boot, by its random identity, a UUID in text.
+fn boot_id() -> Result<[u8; 16]> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(PATH).doing(format_args!("cannot read {PATH}"))?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16)
+        .map(u128::to_be_bytes)
+        .doing(format_args!("cannot read {PATH}"))
 }
 
 /// The VM's audit log, with its copies: standard error where that is asked for, the journal where there is one.

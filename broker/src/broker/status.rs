@@ -3,6 +3,7 @@
 use baton_ipc::StartMode;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
+use baton_ipc::worker::Pages;
 use serde_json::json;
 
 use super::Broker;
@@ -85,6 +86,9 @@ impl Broker {
             ram_bytes: self.vm.memory.size.0,
             cpus: self.vm.cpus.count.0,
             paused: self.paused,
+            ram_backing: self.vm.memory.backing(),
+            huge_pages: self.vm.memory.pages == Pages::Huge,
+            vsock: self.vm.vsock.is_some(),
             disks: self.vm.disks(),
             vcpu_threads: worker.map_or_else(Vec::new, |worker| {
                 crate::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)

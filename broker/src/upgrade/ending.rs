@@ -25,7 +25,7 @@ use crate::worker::Worker;
 
 impl Broker {
     /// Kills a worker that does not hold the guest, and forgets it when it is gone.
-    pub(super) fn retire(&mut self, worker: Worker) {
+    pub(crate) fn retire(&mut self, worker: Worker) {
         worker.kill();
         self.retired.push(worker);
     }
@@ -72,7 +72,8 @@ impl Broker {
         match &mut self.worker {
             // It knows of the transfer, and says when it has forgotten it.
             Some(old)
-                if old.phase == Phase::Transferring && old.order(&Order::Rollback).is_ok() =>
+                if matches!(old.phase, Phase::Transferring | Phase::Parking)
+                    && old.order(&Order::Rollback).is_ok() =>
             {
                 old.phase = Phase::RollingBack;
                 Ok(())
@@ -93,6 +94,7 @@ impl Broker {
         let Some(Upgrade {
             clock,
             aborting: Some(abort),
+            saving,
             ..
         }) = self.upgrade.take()
         else {
@@ -101,6 +103,11 @@ impl Broker {
         if self.state == VmState::Upgrading {
             self.state = self.at_rest();
         }
+        if saving.as_ref().is_some_and(|saving| saving.parked) && !self.paused {
+            self.happened(Happening::Resumed);
+        }
+        // Gone before anybody is told.
+        drop(saving);
         self.finish(
             abort.outcome,
             abort.step,
@@ -135,7 +142,7 @@ impl Broker {
     }
 
     /// The terminal record, and then the answer.
-    pub(super) fn finish(
+    pub(crate) fn finish(
         &mut self,
         outcome: Outcome,
         step: Step,

@@ -121,6 +121,9 @@ impl Broker {
 
     /// S6 to S10.
     pub(super) fn take_over(&mut self) -> Result<()> {
+        if self.is_saving() {
+            return self.order_save();
+        }
         let Some(mut upgrade) = self.upgrade.take() else {
             return Ok(());
         };

@@ -159,7 +159,7 @@ impl Fleet<'_> {
             let result = self.one(&directory);
             let halt = match &result {
                 End::Ended(outcome) => match outcome.outcome {
-                    Outcome::Committed | Outcome::Rehearsed => false,
+                    Outcome::Committed | Outcome::Rehearsed | Outcome::Saved => false,
                     Outcome::Aborted => strict,
                     Outcome::Lost => true,
                 },

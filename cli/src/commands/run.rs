@@ -165,14 +165,21 @@ impl Broker {
         if let Some(factor) = slow_host {
             arguments.extend(["--slow-host".into(), factor.to_string().into()]);
         }
-        if let Some(Incoming { cpr, main }) = Incoming::parse(&run.incoming)? {
-            arguments.extend(["--incoming-cpr".into(), cpr.to_string().into()]);
-            if let Some(main) = main {
-                arguments.extend(["--incoming-main".into(), main.to_string().into()]);
+        match Incoming::parse(&run.incoming)? {
+            Some(Incoming::Broker { cpr, main }) => {
+                arguments.extend(["--incoming-cpr".into(), cpr.to_string().into()]);
+                if let Some(main) = main {
+                    arguments.extend(["--incoming-main".into(), main.to_string().into()]);
+                }
             }
-            if run.paused {
-                arguments.push("--incoming-paused".into());
+            Some(Incoming::File(Some(file))) => {
+                arguments.extend(["--restore".into(), file.to_string().into()]);
             }
+            Some(Incoming::File(None)) => arguments.push("--restore-deferred".into()),
+            None => {}
+        }
+        if run.paused {
+            arguments.push("--incoming-paused".into());
         }
         if run.detach {
             // It makes a session of its own, which the leader of a group could not.

@@ -56,6 +56,10 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         ram_bytes,
         cpus,
         paused,
+        // For the QMP front.
+        ram_backing: _,
+        huge_pages: _,
+        vsock: _,
         disks,
         vcpu_threads,
         tsc_khz,

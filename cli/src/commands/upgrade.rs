@@ -177,7 +177,7 @@ pub(crate) fn progress_line(vm: &str, step: Option<Step>, begun: Instant) -> Str
 /// The exit status of an outcome.
 pub(crate) fn exit_of(outcome: Outcome) -> Exit {
     match outcome {
-        Outcome::Committed | Outcome::Rehearsed => Exit::Done,
+        Outcome::Committed | Outcome::Rehearsed | Outcome::Saved => Exit::Done,
         Outcome::Aborted => Exit::Aborted,
         Outcome::Lost => Exit::Lost,
     }
@@ -188,6 +188,7 @@ pub(crate) fn outcome_name(outcome: Outcome) -> (Style, &'static str) {
     match outcome {
         Outcome::Committed => (Style::Good, "committed"),
         Outcome::Rehearsed => (Style::Good, "rehearsed"),
+        Outcome::Saved => (Style::Good, "saved"),
         Outcome::Aborted => (Style::Warning, "aborted"),
         Outcome::Lost => (Style::Bad, "lost"),
     }
@@ -263,6 +264,8 @@ pub(crate) fn sentence(outcome: &UpgradeOutcome, output: &Output) -> String {
             "{name}: the new worker was built and let go after {} ms; generation {generation} runs on",
             outcome.total_ms
         ),
+        // `baton upgrade` asks for no such thing.
+        Outcome::Saved => format!("{name}: its guest is in a file"),
         Outcome::Aborted | Outcome::Lost => format!("{name}{}", why(outcome)),
     }
 }

@@ -162,7 +162,7 @@ impl Incoming {
     }
 }
 
-/// Validates and loads a state; the digest that the stream had.
+/// Validates and loads a state; the digest that the stream had. The guest has stood still for the `longest` time at most.
 ///
 /// # Errors
 ///
@@ -170,9 +170,15 @@ impl Incoming {
 pub(crate) fn load(
     machinery: &mut Machinery,
     stream: StateStream,
+    longest: Duration,
 ) -> Result<StateDigest, IncomingError> {
     let digest = stream.digest;
-    let parsed = sections::parse(stream, machinery.vcpus.count(), &machinery.inventory)?;
+    let parsed = sections::parse(
+        stream,
+        machinery.vcpus.count(),
+        &machinery.inventory,
+        longest,
+    )?;
     fail_point!(Validate).map_err(IncomingError::FailPoint)?;
     // The vCPUs first, then what they deliver interrupts to, then the devices that raise them.
     machinery.vcpus.load(parsed.vcpus, Purpose::Transfer)?;

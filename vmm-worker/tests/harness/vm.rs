@@ -26,6 +26,7 @@ use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::PanicAction;
+use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -86,6 +87,8 @@ impl Vm {
             hide: Vec::new(),
             ram: vec![RamRegion { address: 0, size }],
             pages: Pages::Small,
+            backing: RamBacking::Shared,
+            boot: [0; 16],
             cmdline: command_line.cpus(cpus.into()).to_string(),
             initrd: false,
             filters: Filters {

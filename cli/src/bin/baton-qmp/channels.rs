@@ -1,10 +1,18 @@
 //! The channels of `migrate` and `migrate-incoming`: what is wrong with them, in QEMU's words, and where they lead.
 
 use baton_ipc::Address;
+use baton_ipc::FileAddress;
 use serde_json::Value;
 
 use crate::failure::Failure;
 use crate::schema::Object;
+
+/// Where a `migrate-incoming` leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Socket(Address),
+    File(FileAddress),
+}
 
 /// Both channels of a `migrate`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,13 +88,47 @@ fn unix(addr: &Value) -> Option<Result<Address, Failure>> {
     }
 }
 
-/// Where `migrate-incoming` is to listen.
-pub(crate) fn incoming(arguments: &Object) -> Result<Address, Failure> {
+/// The file of a `migrate` in mode `cpr-reboot`.
+pub(crate) fn file(arguments: &Object) -> Result<FileAddress, Failure> {
+    let channels = arguments.get("channels").and_then(Value::as_array);
+    let uri = arguments.get("uri").and_then(Value::as_str);
+    let addr = channels.map(|channels| of_type(channels, "main").next());
+    let addr = addr.flatten().and_then(|main| main.get("addr"));
+    if channels.is_some_and(|channels| has_cpr(channels)) {
+        return Err(Failure::generic("mode 'cpr-reboot' has no cpr channel"));
+    }
+    match (uri.and_then(|uri| uri.strip_prefix("file:")), addr) {
+        (Some(place), _) => place.parse().map_err(Failure::generic),
+        (None, Some(addr)) if is_file(addr) => file_address(addr),
+        _ => Err(Failure::generic(
+            "mode 'cpr-reboot' takes a file here: file:PATH[,offset=BYTES]",
+        )),
+    }
+}
+
+fn is_file(addr: &Value) -> bool {
+    addr.get("transport").and_then(Value::as_str) == Some("file")
+}
+
+fn file_address(addr: &Value) -> Result<FileAddress, Failure> {
+    let path = addr.get("filename").and_then(Value::as_str);
+    let offset = addr.get("offset").and_then(Value::as_i64).unwrap_or(0);
+    let offset = u64::try_from(offset)
+        .map_err(|_| Failure::generic(format_args!("{offset} is no offset into a file")))?;
+    FileAddress::new(path.unwrap_or_default(), offset).map_err(Failure::generic)
+}
+
+/// Where `migrate-incoming` is to listen, or what it is to read.
+pub(crate) fn incoming(arguments: &Object) -> Result<Place, Failure> {
     let channels = arguments.get("channels").and_then(Value::as_array);
     match (arguments.get("uri").and_then(Value::as_str), channels) {
         (Some(uri), None) => match uri.split_once(':') {
-            Some(("unix", path)) => Address::unix(path).map_err(Failure::generic),
-            Some((protocol @ ("tcp" | "vsock" | "fd" | "exec" | "rdma" | "file"), _)) => {
+            Some(("unix", path)) => {
+                let address = Address::unix(path).map_err(Failure::generic)?;
+                Ok(Place::Socket(address))
+            }
+            Some(("file", place)) => place.parse().map(Place::File).map_err(Failure::generic),
+            Some((protocol @ ("tcp" | "vsock" | "fd" | "exec" | "rdma"), _)) => {
                 Err(Failure::generic(format_args!(
                     "'{protocol}' is not supported by this VMM; use a unix socket"
                 )))
@@ -97,7 +139,11 @@ pub(crate) fn incoming(arguments: &Object) -> Result<Address, Failure> {
         },
         (None, Some(channels)) => match channels.as_slice() {
             [channel] if channel.get("channel-type").and_then(Value::as_str) == Some("main") => {
-                main_address(channel.get("addr").unwrap_or(&Value::Null))
+                let addr = channel.get("addr").unwrap_or(&Value::Null);
+                if is_file(addr) {
+                    return file_address(addr).map(Place::File);
+                }
+                main_address(addr).map(Place::Socket)
             }
             _ => Err(Failure::generic(
                 "Channel list must have only one entry, for type 'main'",

@@ -1,5 +1,6 @@
 //! What each command does. Arguments were checked against the table, return values will be.
 
+use baton_ipc::FileAddress;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
@@ -11,6 +12,7 @@ use serde_json::json;
 use crate::capability::CAPABILITIES;
 use crate::channels;
 use crate::channels::Both;
+use crate::channels::Place;
 use crate::failure::Class;
 use crate::failure::Failure;
 use crate::introspect;
@@ -141,13 +143,10 @@ pub(crate) fn quit(shared: &mut Shared, _: &Object) -> Answer {
     Answer::Tell(Request::Stop { force: true })
 }
 
-pub(crate) fn query_migrate(shared: &mut Shared, _: &Object) -> Answer {
-    if shared.migration.status().is_some() {
-        return Answer::value(shared.migration.info());
-    }
-    with_status(|shared, status| {
-        shared.migration.recall(status.last_upgrade);
-        Answer::value(shared.migration.info())
+pub(crate) fn query_migrate(_: &mut Shared, _: &Object) -> Answer {
+    with_status(|shared, mut status| {
+        shared.migration.recall(status.last_upgrade.take());
+        Answer::value(shared.migration.info_of(&status))
     })
 }
 
@@ -181,8 +180,9 @@ fn parse_mode(mode: &str) -> Result<Mode, Failure> {
     match mode {
         "normal" => Ok(Mode::Normal),
         "cpr-transfer" => Ok(Mode::CprTransfer),
+        "cpr-reboot" => Ok(Mode::CprReboot),
         other => Err(Failure::generic(format_args!(
-            "mode '{other}' is not supported by this VMM: use 'cpr-transfer', which replaces the worker under its guest"
+            "mode '{other}' is not supported by this VMM: use 'cpr-transfer', which replaces the worker under its guest, or 'cpr-reboot', which puts the guest into a file"
         ))),
     }
 }
@@ -204,16 +204,17 @@ pub(crate) fn migrate_set_capabilities(shared: &mut Shared, arguments: &Object) 
 
 pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
     match plan(shared, arguments) {
-        Ok(channels) => {
+        Ok(plan) => {
             let hold = shared.migration.is_enabled("pause-before-switchover");
-            let request = match channels {
-                None => Request::BeginUpgrade { hold },
-                Some(Both { main, cpr }) => Request::Transfer {
+            let request = match plan {
+                Plan::InPlace => Request::BeginUpgrade { hold },
+                Plan::Transfer(Both { main, cpr }) => Request::Transfer {
                     main,
                     cpr,
                     hold,
                     follow: false,
                 },
+                Plan::Save(file) => Request::Save { file, hold },
             };
             Answer::ask(request, |shared, reply| match reply {
                 Ok(_) => Answer::done(),
@@ -240,8 +241,15 @@ fn why_not(refusal: Refusal) -> Answer {
     })
 }
 
+/// What a `migrate` comes to.
+enum Plan {
+    InPlace,
+    Transfer(Both),
+    Save(FileAddress),
+}
+
 /// What is wrong with a `migrate`, in the order in which QEMU looks.
-fn plan(shared: &Shared, arguments: &Object) -> Result<Option<Both>, Failure> {
+fn plan(shared: &Shared, arguments: &Object) -> Result<Plan, Failure> {
     let migration = &shared.migration;
     let in_place = migration.mode == Mode::CprTransfer;
     let channels = arguments.get("channels").and_then(Value::as_array);
@@ -258,9 +266,11 @@ fn plan(shared: &Shared, arguments: &Object) -> Result<Option<Both>, Failure> {
     if in_place && (uri || channels.is_some()) && !has_cpr {
         return Err(Failure::generic("missing 'cpr' migration channel"));
     }
-    let both = match channels {
-        Some(channels) if in_place => Some(channels::both(channels)?),
-        _ => None,
+    let plan = match (migration.mode, channels) {
+        (Mode::CprTransfer, Some(channels)) => Some(Plan::Transfer(channels::both(channels)?)),
+        (Mode::CprTransfer, None) => Some(Plan::InPlace),
+        (Mode::CprReboot, _) => Some(Plan::Save(channels::file(arguments)?)),
+        (Mode::Normal, _) => None,
     };
     if resume == Some(true) {
         return Err(Failure::generic(
@@ -268,12 +278,11 @@ fn plan(shared: &Shared, arguments: &Object) -> Result<Option<Both>, Failure> {
         ));
     }
     migration.check()?;
-    match migration.mode {
-        Mode::Normal => Err(Failure::generic(
-            "mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer'",
-        )),
-        Mode::CprTransfer => Ok(both),
-    }
+    plan.ok_or_else(|| {
+        Failure::generic(
+            "mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer' or 'cpr-reboot'",
+        )
+    })
 }
 
 pub(crate) fn migrate_cancel(shared: &mut Shared, _: &Object) -> Answer {
@@ -302,9 +311,17 @@ pub(crate) fn query_block(_: &mut Shared, _: &Object) -> Answer {
     view(machine::block)
 }
 
-pub(crate) fn migrate_incoming(_: &mut Shared, arguments: &Object) -> Answer {
+pub(crate) fn migrate_incoming(shared: &mut Shared, arguments: &Object) -> Answer {
     match channels::incoming(arguments) {
-        Ok(main) => Answer::order(Request::Incoming { main }),
+        Ok(Place::Socket(main)) => Answer::order(Request::Incoming { main }),
+        Ok(Place::File(file)) if shared.migration.mode == Mode::CprTransfer => {
+            let text = format!(
+                "Migration requires streamable transport (eg unix), and {} is a file",
+                file.path
+            );
+            Answer::failed(Failure::generic(text))
+        }
+        Ok(Place::File(file)) => Answer::order(Request::Restore { file }),
         // As in QEMU, where nothing is awaited that is what is wrong.
         Err(failure) => with_status(|_, status| match status.state {
             VmState::Incoming => Answer::failed(failure),

@@ -14,6 +14,8 @@ use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
+use baton_ipc::control::VmStatus;
+use baton_ipc::worker::RamBacking;
 use serde_json::Value;
 use serde_json::json;
 
@@ -23,6 +25,13 @@ use crate::shared::Shared;
 
 /// Why a second operation is refused (QEMU, `migration/migration.c`).
 pub(crate) const IN_PROGRESS: &str = "There's a migration process in progress";
+
+/// Private RAM in mode `cpr-transfer` (QEMU, `migration/cpr.c`).
+const NOT_SHARED: &str = "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required.";
+/// A socket device in mode `cpr-reboot` (QEMU, `migration/migration.c`, of devices that it cannot save).
+const VSOCK: &str = "State blocked by non-migratable device 'vsock'";
+/// RAM in huge pages in mode `cpr-reboot`.
+const HUGE_PAGES: &str = "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist";
 
 /// Where an upgrade is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +73,8 @@ pub(crate) enum Mode {
     Normal,
     /// The worker is replaced under its guest.
     CprTransfer,
+    /// The guest goes into a file, and every process ends.
+    CprReboot,
 }
 
 impl Mode {
@@ -71,6 +82,7 @@ impl Mode {
         match self {
             Self::Normal => "normal",
             Self::CprTransfer => "cpr-transfer",
+            Self::CprReboot => "cpr-reboot",
         }
     }
 }
@@ -124,7 +136,7 @@ impl Migration {
         }
         if let Some(outcome) = outcome {
             self.status = match outcome.outcome {
-                Outcome::Committed => Some(Status::Completed),
+                Outcome::Committed | Outcome::Saved => Some(Status::Completed),
                 Outcome::Aborted | Outcome::Lost => Some(Status::Failed),
                 Outcome::Rehearsed => None,
             };
@@ -132,7 +144,32 @@ impl Migration {
         }
     }
 
-    /// `MigrationInfo`.
+    /// `MigrationInfo`, with what is in the way of the mode that is set.
+    pub(crate) fn info_of(&self, vm: &VmStatus) -> Value {
+        let mut info = self.info();
+        let blockers = self.blockers(vm);
+        if let (false, Some(members)) = (blockers.is_empty(), info.as_object_mut()) {
+            members.insert("blocked-reasons".to_owned(), json!(blockers));
+        }
+        info
+    }
+
+    fn blockers(&self, vm: &VmStatus) -> Vec<&'static str> {
+        let private = vm.ram_backing == RamBacking::Private;
+        let mut blockers = Vec::new();
+        match self.mode {
+            Mode::Normal => {}
+            Mode::CprTransfer if private => blockers.push(NOT_SHARED),
+            Mode::CprTransfer => {}
+            Mode::CprReboot => {
+                blockers.extend(vm.vsock.then_some(VSOCK));
+                blockers.extend(vm.huge_pages.then_some(HUGE_PAGES));
+            }
+        }
+        blockers
+    }
+
+    /// `MigrationInfo` without that.
     pub(crate) fn info(&self) -> Value {
         let Some(status) = self.status else {
             return json!({});
@@ -187,17 +224,18 @@ pub(crate) fn happened(shared: &mut Shared, at_us: u64, what: &Happening) {
         }
         Happening::UpgradeEnded(outcome) if outcome.outcome != Outcome::Rehearsed => {
             let status = match (outcome.outcome, migration.status) {
-                (Outcome::Committed, _) => Status::Completed,
+                (Outcome::Committed | Outcome::Saved, _) => Status::Completed,
                 (Outcome::Aborted, Some(Status::Cancelling)) => Status::Cancelled,
                 _ => Status::Failed,
             };
             migration.outcome = Some(outcome.clone());
-            if status == Status::Completed {
+            let replaced = outcome.outcome == Outcome::Committed;
+            if replaced {
                 // As in QEMU, whose new process knows nothing of what the old one was told.
                 migration.mode = Mode::Normal;
             }
             enter(shared, at_us, status);
-            if status == Status::Completed {
+            if replaced {
                 let data = json!({
                     "generation": outcome.generation, "worker-digest": outcome.worker_digest, "downtime-us": outcome.blackout_us,
                 });

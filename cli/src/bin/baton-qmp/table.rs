@@ -62,7 +62,7 @@ pub(crate) static COMMANDS: &[Command] = &[
         "Press the power button. What follows is the guest's decision: SHUTDOWN says that it did."),
     command!("quit", &types::EMPTY, Of(&types::EMPTY), commands::quit, "End the VM at once; the broker ends too."),
     command!("migrate", &types::MIGRATE, Of(&types::EMPTY), commands::migrate,
-        "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays. With channels the guest goes to the broker that waits there (`baton run --incoming`): this one is then in `postmigrate`, and ends when its clients have gone."),
+        "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays. With channels the guest goes to the broker that waits there (`baton run --incoming`): this one is then in `postmigrate`, and ends when its clients have gone. In mode `cpr-reboot` it goes into the file of `uri` or of the `main` channel."),
     command!("migrate_cancel", &types::EMPTY, Of(&types::EMPTY), commands::migrate_cancel,
         "Cancel the upgrade that is under way. Of no effect when there is none, or when it is too late."),
     command!("migrate-continue", &types::CONTINUE, Of(&types::EMPTY), commands::migrate_continue,

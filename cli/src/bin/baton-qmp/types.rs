@@ -309,6 +309,11 @@ object!(
             "What went over, when it is completed."
         ),
         optional(
+            "blocked-reasons",
+            List(&Str),
+            "What is in the way of the mode that is set, if something is."
+        ),
+        optional(
             "total-time",
             Int,
             "Milliseconds from the request to the end, when it has ended."
@@ -344,13 +349,16 @@ object!(
 choice!(
     MIG_MODE,
     "MigMode",
-    "How to migrate. `cpr-reboot` and `cpr-exec` are known, and refused when they are set.",
+    "How to migrate. `cpr-exec` is known, and refused when it is set.",
     [
         (
             "normal",
             "QEMU's default, which copies RAM. It can be set, and `migrate` refuses it."
         ),
-        ("cpr-reboot", "Refused: not supported."),
+        (
+            "cpr-reboot",
+            "The guest is stopped and goes into a file, out of which another broker makes it run again, later."
+        ),
         (
             "cpr-transfer",
             "The worker is replaced under its guest, RAM stays where it is."
@@ -487,7 +495,8 @@ object!(
     "FileMigrationArgs",
     "A file.",
     [
-        member("filename", Str, "Its path."),
+        member("filename", Str, "Its absolute path."),
+        optional("offset", Int, "Where in it, in bytes; 0 if left out."),
         member("offset", Int, "Where to begin, in bytes."),
     ]
 );
@@ -513,7 +522,7 @@ object!(
         optional(
             "uri",
             Str,
-            "Where to; refused in mode `cpr-transfer`, as in QEMU."
+            "Where to: `file:PATH[,offset=BYTES]` in mode `cpr-reboot`; refused in mode `cpr-transfer`, as in QEMU."
         ),
         optional(
             "channels",
@@ -547,11 +556,15 @@ object!(
     "q_obj_migrate-incoming-arg",
     "Arguments of `migrate-incoming`.",
     [
-        optional("uri", Str, "Where to listen: `unix:PATH`."),
+        optional(
+            "uri",
+            Str,
+            "Where to listen: `unix:PATH`; or the file that the guest is in: `file:PATH[,offset=BYTES]`."
+        ),
         optional(
             "channels",
             List(&Of(&CHANNEL)),
-            "Where to listen: one entry, of type `main`, a unix socket."
+            "The same: one entry, of type `main`, a unix socket or a file."
         ),
         optional(
             "exit-on-error",

@@ -99,6 +99,9 @@ fn status() -> VmStatus {
         uptime_s: 1,
         ram_bytes: 64 << 20,
         cpus: 1,
+        ram_backing: baton_ipc::worker::RamBacking::Shared,
+        huge_pages: false,
+        vsock: false,
         paused: false,
         disks: vec![DiskStatus {
             id: "root".into(),
