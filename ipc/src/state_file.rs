@@ -190,10 +190,24 @@ impl Prelude {
 pub struct Header {
     /// The host's boot in which it was saved, by `/proc/sys/kernel/random/boot_id`.
     pub boot: [u8; 16],
+    /// When it was saved, for a guest that goes on in another boot; `None` if this host's KVM does not tell.
+    pub moment: Option<Moment>,
     /// The machine of the guest.
     pub machine: Machine,
     /// As in [`Answer::Accept`](crate::state_stream::Answer::Accept).
     pub preview: Vec<u8>,
+}
+
+/// One moment on three clocks: KVM_GET_CLOCK with KVM_CLOCK_REALTIME and KVM_CLOCK_HOST_TSC (Documentation/virt/kvm/api.rst,
+/// 4.29).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// The VM's paravirtual clock, in nanoseconds.
+    pub clock_ns: u64,
+    /// The host's CLOCK_REALTIME, in nanoseconds.
+    pub real_ns: u64,
+    /// The host's TSC.
+    pub host_tsc: u64,
 }
 
 /// A stretch of RAM that is not a hole.
@@ -564,6 +578,11 @@ mod tests {
 
     fn header() -> Header {
         Header {
+            moment: Some(Moment {
+                clock_ns: 1,
+                real_ns: 2,
+                host_tsc: 3,
+            }),
             boot: [3; 16],
             machine: Machine {
                 cpus: 1,

@@ -6,15 +6,11 @@
 #
 # KERNEL is a file of /guest (vmlinux is entered by PVH, bzImage by the Linux boot protocol). SLOWNESS multiplies every
 # deadline: the host is emulated.
-# shellcheck disable=SC3043 # busybox has local
 kernel=$1 cpus=$2 upgrades=$3 slowness=$4
-vm=linux console=/tmp/console.log failed=0
+vm=linux console=/tmp/console.log
 
-pass() { echo "PASS $*"; }
-fail() {
-    echo "FAIL $*"
-    failed=1
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. /common.sh
 
 # What the worker's threads do: twice, so that those which run and those which wait can be told apart.
 threads() {
@@ -24,9 +20,8 @@ threads() {
     sleep 1
 }
 
-# Ends the scenario: what follows could not hold.
-give_up() {
-    fail "$*"
+# What a scenario that cannot go on says of the worker.
+aftermath() {
     running=$(sed -n 's/.*"worker_pid": *\([0-9]*\).*/\1/p' /run/baton/$vm/state.json 2>/dev/null)
     if [ "$running" ]; then
         echo "--- the worker's threads: state, user and system time, system call"
@@ -34,45 +29,6 @@ give_up() {
         echo "--- KVM's counts of the VM"
         grep -s . /sys/kernel/debug/kvm/*/exits /sys/kernel/debug/kvm/*/io_exits /sys/kernel/debug/kvm/*/halt_exits
     fi
-    echo "--- the console's end" && tail -n 60 "$console"
-    echo "--- the audit log's end" && tail -n 30 /run/baton/.audit/$vm.jsonl
-    exit 1
-}
-
-# patiently SECONDS WHAT TEST...: repeats the test until it holds.
-patiently() {
-    local seconds="$1" what="$2" started
-    shift 2
-    started=$(date +%s)
-    until "$@"; do
-        [ $(($(date +%s) - started)) -lt "$seconds" ] || give_up "$what: not within $seconds s"
-        sleep 0.2
-    done
-}
-
-# The ticks of boot N, as a number; 0 before it. Only whole lines count.
-ticks() {
-    awk -v boot="$1" '/^guest: up, / { n++ } n == boot && /^tick [0-9]+ .*\r$/ { tick = $2 } END { print tick + 0 }' $console
-}
-has_ticks() { [ "$(ticks "$1")" -ge "$2" ]; }
-is_gone() { ! [ -e /run/baton/$vm ]; }
-
-# order COMMAND: types a line for the ticker. A console stays until it is left: on a busy emulator 3 s were seen to end it
-# before it had typed.
-order() { echo "$1" | timeout 15 baton console $vm >/dev/null; }
-
-# upgrade BOOT NUMBER: replaces the worker, and sees the guest go on.
-upgrade() {
-    local before after
-    before=$(ticks "$1")
-    baton upgrade $vm --json >/tmp/upgrade.json 2>/tmp/upgrade.err || {
-        cat /tmp/upgrade.json /tmp/upgrade.err
-        give_up "upgrade $2: exit status not 0"
-    }
-    grep -q '"outcome": *"committed"' /tmp/upgrade.json || give_up "upgrade $2: $(cat /tmp/upgrade.json)"
-    after=$(ticks "$1")
-    patiently 120 "upgrade $2: the guest counts on" has_ticks "$1" $((after + 3))
-    echo "  upgrade $2: $(grep -o '"\(blackout_us\|total_ms\)": *[0-9]*' /tmp/upgrade.json | tr -d '"' | xargs) ticks $before..$(ticks "$1")"
 }
 
 cat >/tmp/vm.toml <<VM
@@ -123,19 +79,8 @@ while [ $number -le "$upgrades" ]; do
     number=$((number + 1))
 done
 pass "$upgrades upgrades are committed, and the guest counts on after each"
-if baton audit $vm >/tmp/audit 2>&1; then
-    pass "the last worker is proven confined"
-else
-    fail "the last worker is proven confined: $(cat /tmp/audit)"
-fi
-# The console's own delay and the hardware clock's whole seconds are in this, too.
-here=$(date +%s)
-there=$(awk '/^tick .*\r$/ { clock = $6 } END { print int(clock) }' $console)
-if [ $((here - there)) -ge -3 ] && [ $((here - there)) -le 5 ]; then
-    pass "the guest's clock is the host's"
-else
-    fail "the guest's clock is the host's: here $here, there $there"
-fi
+is_confined
+clock_is_the_hosts
 
 order reboot
 patiently 240 "boot 2 reaches user space" has_ticks 2 3
@@ -147,11 +92,7 @@ patiently 240 "boot 3 reaches user space" has_ticks 3 3
 pass "reboots after another upgrade"
 upgrade 3 $number
 
-if baton stop $vm >/tmp/stop 2>&1; then
-    pass "ends by its power button"
-else
-    fail "ends by its power button: $(cat /tmp/stop)"
-fi
+if baton stop $vm >/tmp/stop 2>&1; then obeyed_its_button; else fail "ends by its power button: $(cat /tmp/stop)"; fi
 patiently 60 "the VM's directory goes" is_gone
 if [ -e "$cgroup" ]; then
     fail "the cgroup goes: $(cat "$cgroup/cgroup.procs")"
@@ -163,9 +104,6 @@ case $last in
     *'"event_code":"vm-end"'*) ;;
     *) fail "the audit log ends with the VM: $last" ;;
 esac
-if grep -q '"event_code":"power-off-timeout"' /run/baton/.audit/$vm.jsonl; then
-    fail "the guest obeys its power button: the broker had to end it"
-fi
 if verdict=$(/disk check /tmp/data.img $((50 + upgrades * 10)) 2>&1); then
     pass "the disk: ${verdict#ok: }"
 else

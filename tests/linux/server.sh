@@ -7,46 +7,23 @@
 #
 # /dev/vda is the guest's root file system. /dev/vdb, the same image, is the other end: a Debian that has ssh and fsck.
 # /server has the guest's kernel and initramfs.
-# shellcheck disable=SC3043 # busybox has local
 cpus=$1 upgrades=$2 slowness=$3
-vm=server console=/tmp/console.log failed=0 guest=10.99.0.2
+vm=server console=/tmp/console.log guest=10.99.0.2
 
-pass() { echo "PASS $*"; }
-fail() {
-    echo "FAIL $*"
-    failed=1
-}
-give_up() {
-    fail "$*"
-    echo "--- the console's end" && tail -n 60 "$console"
-    echo "--- the audit log's end" && tail -n 10 /run/baton/.audit/$vm.jsonl
-    exit 1
-}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. /common.sh
 
-# patiently SECONDS WHAT TEST...: repeats the test until it holds.
-patiently() {
-    local seconds="$1" what="$2" started
-    shift 2
-    started=$(date +%s)
-    until "$@"; do
-        [ $(($(date +%s) - started)) -lt "$seconds" ] || give_up "$what: not within $seconds s"
-        sleep 0.5
-    done
-}
-
-is_gone() { ! [ -e /run/baton/$vm ]; }
 shows() { grep -q "$1" "$console"; }
 debian() { chroot /debian "$@"; }
 in_guest() { debian ssh -o StrictHostKeyChecking=no -o LogLevel=ERROR -o ConnectTimeout=120 root@$guest "$@"; }
-# order COMMAND: types a line on the console, which stays until it is left.
-order() { echo "$1" | timeout 15 baton console $vm >/dev/null; }
 # The highest number of the lines `WORD N` of a file.
 highest() { awk -v word="$1" '$1 == word { n = $2 } END { print n + 0 }' "$2"; }
 beyond() { [ "$(highest "$1" "$2")" -gt "$3" ]; }
 # in_order WORD FILE: the lines `WORD N` have every number from 1 on once.
 in_order() { tr -d '\r' <"$2" | awk -v word="$1" '$1 == word && $2 != ++n { print "line " NR ": " $2 " instead of " n; exit 1 } END { if (!n) exit 1 }'; }
 
-mkdir -p /debian && mount -o ro,noload /dev/vdb /debian || give_up "the other end's file system is not to be had"
+mkdir -p /debian
+mount -o ro,noload /dev/vdb /debian || give_up "the other end's file system is not to be had"
 for directory in proc dev tmp; do mount -o bind /$directory /debian/$directory; done
 mount -t tmpfs tmpfs /debian/run
 
@@ -114,14 +91,10 @@ patiently 120 "the session over ssh" beyond far /tmp/ssh.log 3
 
 number=1
 while [ $number -le "$upgrades" ]; do
-    baton upgrade $vm --json >/tmp/upgrade.json 2>/tmp/upgrade.err || {
-        cat /tmp/upgrade.json /tmp/upgrade.err
-        give_up "upgrade $number: exit status not 0"
-    }
-    grep -q '"outcome": *"committed"' /tmp/upgrade.json || give_up "upgrade $number: $(cat /tmp/upgrade.json)"
+    replace $number
     lines=$(highest line $console) far=$(highest far /tmp/ssh.log)
     [ $((number % 10)) -ne 0 ] ||
-        echo "  upgrade $number: $(grep -o '"\(blackout_us\|total_ms\)": *[0-9]*' /tmp/upgrade.json | tr -d '"' | xargs) console line $lines ssh line $far"
+        echo "  upgrade $number: $(took) console line $lines ssh line $far"
     patiently 120 "upgrade $number: the console goes on" beyond line $console "$lines"
     patiently 120 "upgrade $number: ssh goes on" beyond far /tmp/ssh.log "$far"
     number=$((number + 1))
@@ -156,20 +129,12 @@ else
 fi
 if grep 'traffic: WRONG' $console; then fail "memory is what was written"; else pass "memory is what was written"; fi
 if states=$(in_guest systemctl is-system-running); then pass "systemd: $states"; else fail "systemd: $states: $(in_guest systemctl --failed)"; fi
-if baton audit $vm >/tmp/audit 2>&1; then
-    pass "the last worker is proven confined"
-else
-    fail "the last worker is proven confined: $(cat /tmp/audit)"
-fi
+is_confined
 
 # All of systemd's services end first; `baton stop` does not wait for as long as that takes here.
 baton stop $vm >/tmp/stop.log 2>&1
 patiently 600 "its end by its power button: $(cat /tmp/stop.log)" is_gone
-if grep -q '"event_code":"power-off-timeout"' /run/baton/.audit/$vm.jsonl; then
-    fail "the guest obeys its power button: the broker had to end it"
-else
-    pass "ends by its power button"
-fi
+obeyed_its_button
 if checked=$(debian fsck.ext4 -f -n /dev/vda 2>&1); then
     pass "its file system is clean: $(echo "$checked" | tail -n 1)"
 else

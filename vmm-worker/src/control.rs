@@ -26,7 +26,6 @@ use baton_ipc::SocketError;
 use baton_ipc::StartMode;
 use baton_ipc::VmId;
 use baton_ipc::state_stream::Machine;
-use baton_ipc::state_stream::StateStream;
 use baton_ipc::worker::MAX_VSOCK_CONNECTIONS;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::RamBacking;
@@ -41,6 +40,7 @@ use rustix::io::Errno;
 use crate::assembly::Machinery;
 use crate::diagnostics::log;
 use crate::platform::Wake;
+use crate::reboot::Restored;
 use crate::rehearsal::ResetState;
 use crate::transfer::incoming::Incoming;
 use crate::transfer::main_channel::MainChannel;
@@ -64,7 +64,7 @@ pub(crate) enum Phase {
     /// Built; the guest runs in another worker, and its state will come.
     Receiving(Incoming),
     /// Built, with the guest's RAM, out of a file that had this state, too.
-    Restored(StateStream),
+    Restored(Restored),
     /// The guest's state is here, and may not run.
     Loaded,
     /// The guest runs here.

@@ -13,6 +13,8 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::Deserialize;
 use serde::Serialize;
 
+use crate::gap::Gap;
+
 // Leaves and bits: Intel SDM volume 2A (CPUID); AMD APM volume 3, appendix E; for 0x4000_0000 and up,
 // Documentation/virt/kvm/x86/cpuid.rst.
 const FEATURES: u32 = 0x1;
@@ -179,15 +181,23 @@ impl Told {
         )
     }
 
-    /// The first thing in which the guest of `other` sees another processor than the guest of `self`.
-    pub(crate) fn first_difference(&self, other: &Self) -> Option<Difference> {
+    /// The first thing in which the guest of `other` sees another processor, beyond that gap, than the guest of `self`. After
+    /// a boot the TSC was measured anew: the guest, which has read its frequency long ago, sees another one if it asks again.
+    pub(crate) fn first_difference(&self, other: &Self, gap: Gap) -> Option<Difference> {
         if self.0.len() != other.0.len() {
             return Some(Difference::Count(self.0.len(), other.0.len()));
         }
         for (vcpu, (ours, theirs)) in self.0.iter().zip(&other.0).enumerate() {
             for position in 0..ours.len().max(theirs.len()) {
                 let (ours, theirs) = (ours.get(position).copied(), theirs.get(position).copied());
-                if ours != theirs {
+                let same = match (ours, theirs) {
+                    (
+                        Some([HYPERVISOR_TIMING, index, here, ours @ ..]),
+                        Some([HYPERVISOR_TIMING, other, saved, theirs @ ..]),
+                    ) => (index, ours) == (other, theirs) && gap.allows(saved, here),
+                    _ => ours == theirs,
+                };
+                if !same {
                     return Some(Difference::Entry { vcpu, ours, theirs });
                 }
             }
@@ -331,17 +341,33 @@ mod tests {
     #[test]
     fn the_first_difference_is_named() {
         let (one, two) = (make(2, &[]), make(2, &["sha_ni".parse().unwrap()]));
-        assert_eq!(Told::of(&one).first_difference(&Told::of(&one)), None);
+        assert_eq!(
+            Told::of(&one).first_difference(&Told::of(&one), Gap::Pause),
+            None
+        );
         let difference = Told::of(&one)
-            .first_difference(&Told::of(&two))
+            .first_difference(&Told::of(&two), Gap::Pause)
             .unwrap()
             .to_string();
         assert!(
             difference.contains("vCPU 0") && difference.contains("leaf 0x7.0x0"),
             "{difference}"
         );
+        let moment = baton_ipc::state_file::Moment {
+            clock_ns: 1,
+            real_ns: 2,
+            host_tsc: 3,
+        };
+        let mut measured_anew = one.clone();
+        for entry in measured_anew.iter_mut().flatten() {
+            if entry.function == HYPERVISOR_TIMING {
+                entry.eax += 1;
+            }
+        }
+        let of = |gap| Told::of(&one).first_difference(&Told::of(&measured_anew), gap);
+        assert!(of(Gap::Pause).is_some() && of(Gap::Boot(moment)).is_none());
         assert_eq!(
-            Told::of(&one).first_difference(&Told::of(&make(1, &[]))),
+            Told::of(&one).first_difference(&Told::of(&make(1, &[])), Gap::Pause),
             Some(Difference::Count(2, 1))
         );
     }

@@ -20,10 +20,10 @@ use crate::devices::power::PowerEvent;
 use crate::devices::pvpanic::PanicEvent;
 use crate::diagnostics::log;
 use crate::fail_point::fail_point;
+use crate::gap::Gap;
 use crate::transfer::incoming;
 use crate::vcpu::Command;
 use crate::vcpu::Purpose;
-use crate::vm_state::PAUSE_MAX;
 
 /// How long vCPUs may take to stop: only a host that runs a thread not at all for so long is given up on. In a pause the
 /// broker's deadline, which is far shorter, is the one that counts: its order to roll back is obeyed as soon as the vCPUs
@@ -64,7 +64,7 @@ impl Worker {
 
     /// Takes over a guest whose state is here whole.
     pub(crate) fn load(&mut self, stream: StateStream) -> Result<(), Exit> {
-        match incoming::load(&mut self.machinery, stream, PAUSE_MAX) {
+        match incoming::load(&mut self.machinery, stream, Gap::Pause) {
             Ok(digest) => {
                 self.phase = Phase::Loaded;
                 // What differs from the preview works as it is, and is arranged once the guest runs.

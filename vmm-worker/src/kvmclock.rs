@@ -6,6 +6,9 @@
 
 use std::time::Duration;
 
+use baton_ipc::state_file::Moment;
+use kvm_bindings::KVM_CLOCK_HOST_TSC;
+use kvm_bindings::KVM_CLOCK_REALTIME;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
@@ -76,6 +79,23 @@ pub(crate) fn read(vm: &VmFd) -> Result<Reading, errno::Error> {
         ns: timed.done.clock,
         at_raw_ns: timed.middle_ns(),
     })
+}
+
+/// One moment on all clocks, and CLOCK_MONOTONIC_RAW then, in nanoseconds; `None` if KVM does not tell it, as on a host whose
+/// own clocksource is not its TSC.
+///
+/// # Errors
+///
+/// The ioctl's.
+pub(crate) fn moment(vm: &VmFd) -> Result<Option<(Moment, u64)>, errno::Error> {
+    let timed = undisturbed(|| vm.get_clock())?;
+    let told = KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
+    let moment = Moment {
+        clock_ns: timed.done.clock,
+        real_ns: timed.done.realtime,
+        host_tsc: timed.done.host_tsc,
+    };
+    Ok((timed.done.flags & told == told).then(|| (moment, timed.middle_ns())))
 }
 
 /// Sets the VM's clock to what it would be if it had gone on since that reading (KVM_SET_CLOCK).

@@ -25,6 +25,7 @@ mod cpuid;
 pub mod devices;
 mod diagnostics;
 mod fail_point;
+mod gap;
 mod guest;
 mod handover;
 mod io_pool;

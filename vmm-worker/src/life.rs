@@ -36,6 +36,7 @@ use crate::control::Phase;
 use crate::control::Worker;
 use crate::devices::Trigger;
 use crate::diagnostics::log;
+use crate::gap::Gap;
 use crate::platform;
 use crate::platform::PlatformError;
 use crate::platform::Wake;
@@ -202,12 +203,17 @@ fn grow_up(
     let registry = descriptors(&cpr, control, &config)?;
     let wake = Arc::new(Wake::new()?);
     let trigger: Arc<dyn Trigger> = Arc::clone(&wake) as Arc<dyn Trigger>;
+    let gap = match &source {
+        Source::File(file) => file.gap,
+        Source::Main(_) | Source::Kernel => Gap::Pause,
+    };
     let (cpuid, pci) = match preview {
         Some(Preview { cpuid, pci }) => (Some(cpuid), pci),
         None => (None, Vec::new()),
     };
     let (mut machinery, mut times) = assembly::build(&config, registry, &trigger, origin_ns, &pci)?;
-    if let Some(difference) = cpuid.and_then(|cpuid| machinery.cpuid.first_difference(&cpuid)) {
+    if let Some(difference) = cpuid.and_then(|cpuid| machinery.cpuid.first_difference(&cpuid, gap))
+    {
         return Err(LifeError::Processor(difference.to_string()));
     }
     let phase = match source {

@@ -65,8 +65,9 @@ impl Worker {
             (Order::CommitPaused, Phase::Loaded) => return self.commit(true),
             (Order::Commit | Order::CommitPaused, Phase::Restored(_)) => {
                 let paused = order == Order::CommitPaused;
-                if let Phase::Restored(stream) = std::mem::replace(&mut self.phase, Phase::Loaded) {
-                    return self.restore(stream, paused);
+                if let Phase::Restored(restored) = std::mem::replace(&mut self.phase, Phase::Loaded)
+                {
+                    return self.restore(restored, paused);
                 }
             }
             (Order::Save, Phase::Running | Phase::Paused) => match main {

@@ -36,13 +36,14 @@ use vm_memory::mmap::GuestRegionMmap;
 use crate::control::Exit;
 use crate::control::Phase;
 use crate::control::Worker;
+use crate::gap::Gap;
 use crate::handover::Failure;
 use crate::handover::failure;
+use crate::kvmclock;
 use crate::life::BUILD;
 use crate::sections;
 use crate::transfer::incoming;
 use crate::transfer::outgoing::Preview;
-use crate::vm_state::STORED_MAX;
 
 /// Why a guest cannot come out of a file.
 #[derive(Debug, Error)]
@@ -53,9 +54,9 @@ pub(crate) enum RestoreError {
     /// Another machine.
     #[error("the guest was saved on another machine: {0}")]
     Machine(String),
-    /// The host's clocks began anew.
+    /// The host's clocks began anew, and nobody knows when.
     #[error(
-        "the host has booted since the guest was saved, and its clocks began anew: the guest's would go back"
+        "the host has booted since the guest was saved, and its KVM did not tell the moment of all clocks then: the guest's would go back"
     )]
     Booted,
     /// RAM is not where it would have to be.
@@ -73,7 +74,17 @@ pub(crate) enum RestoreError {
 }
 
 /// A file whose guest is to run here.
-pub(crate) type Opened = Reader<File>;
+pub(crate) struct Opened {
+    reader: Reader<File>,
+    /// How long it has lain there.
+    pub(crate) gap: Gap,
+}
+
+/// A guest whose RAM is here, and what is still to be loaded of it.
+pub(crate) struct Restored {
+    stream: StateStream,
+    gap: Gap,
+}
 
 /// Reads everything but RAM, and compares the machine.
 ///
@@ -86,14 +97,16 @@ pub(crate) fn open(
     machine: &Machine,
 ) -> Result<Opened, RestoreError> {
     let reader = Reader::open(file)?;
+    let gap = match reader.header.moment {
+        _ if reader.header.boot == config.boot => Gap::Stored,
+        Some(moment) => Gap::Boot(moment),
+        None => return Err(RestoreError::Booted),
+    };
     sections::judge(
         &reader.header.machine,
         &sections::offer(machine.clone(), BUILD),
     )
     .map_err(RestoreError::Machine)?;
-    if reader.header.boot != config.boot {
-        return Err(RestoreError::Booted);
-    }
     let in_file = config.backing == RamBacking::File;
     if reader.prelude.in_place != in_file {
         let words = [
@@ -104,7 +117,7 @@ pub(crate) fn open(
         let (found, expected) = if in_file { with } else { without };
         return Err(RestoreError::Backing { found, expected });
     }
-    Ok(reader)
+    Ok(Opened { reader, gap })
 }
 
 /// What is needed before there is a VM.
@@ -113,7 +126,8 @@ pub(crate) fn open(
 ///
 /// [`RestoreError::Preview`].
 pub(crate) fn preview(opened: &Opened) -> Result<Preview, RestoreError> {
-    baton_ipc::decode(&opened.header.preview).map_err(|e| RestoreError::Preview(e.to_string()))
+    baton_ipc::decode(&opened.reader.header.preview)
+        .map_err(|e| RestoreError::Preview(e.to_string()))
 }
 
 /// Reads RAM, or compares it where it is in place; the state, when all of the file is known to be as it was written.
@@ -125,11 +139,12 @@ pub(crate) fn load(
     opened: Opened,
     memory: &GuestMemoryMmap,
     config: &WorkerConfig,
-) -> Result<StateStream, RestoreError> {
-    let (_, state) = opened.load(&mut GuestRam(memory))?;
+) -> Result<Restored, RestoreError> {
+    let Opened { reader, gap } = opened;
+    let (_, state) = reader.load(&mut GuestRam(memory))?;
     let mut decoder = Decoder::new(config.vm, config.generation);
     match decoder.push(&state)? {
-        Some(stream) => Ok(stream),
+        Some(stream) => Ok(Restored { stream, gap }),
         None => Err(decoder.hang_up().into()),
     }
 }
@@ -152,8 +167,10 @@ impl Worker {
             cpuid: self.machinery.cpuid.clone(),
             pci: self.machinery.platform.pci.preview(),
         };
+        let moment = kvmclock::moment(&self.machinery.vm).map_err(failure("save"))?;
         let header = Header {
             boot: self.boot,
+            moment: moment.map(|(moment, _)| moment),
             machine: self.machine.clone(),
             preview: baton_ipc::encode(&preview).map_err(failure("save"))?,
         };
@@ -177,8 +194,9 @@ impl Worker {
     }
 
     /// Runs a guest that came out of a file, or holds it `paused`.
-    pub(crate) fn restore(&mut self, stream: StateStream, paused: bool) -> Result<(), Exit> {
-        match incoming::load(&mut self.machinery, stream, STORED_MAX) {
+    pub(crate) fn restore(&mut self, restored: Restored, paused: bool) -> Result<(), Exit> {
+        let Restored { stream, gap } = restored;
+        match incoming::load(&mut self.machinery, stream, gap) {
             Ok(_) => {
                 self.phase = Phase::Loaded;
                 self.commit(paused)

@@ -17,6 +17,7 @@ use crate::assembly::LastFilters;
 use crate::assembly::Machinery;
 use crate::devices::lifecycle::LifecycleError;
 use crate::fail_point::fail_point;
+use crate::gap::Gap;
 use crate::io_pool::PoolError;
 use crate::sections;
 use crate::sections::SectionError;
@@ -26,7 +27,6 @@ use crate::vcpu::Command;
 use crate::vcpu::Purpose;
 use crate::vcpu::VcpuError;
 use crate::vcpu::VcpuState;
-use crate::vm_state::PAUSE_MAX;
 use crate::vm_state::VmState;
 use crate::vm_state::VmStateError;
 
@@ -117,7 +117,7 @@ pub(crate) fn rehearse(
         stream,
         machinery.vcpus.count(),
         &machinery.inventory,
-        PAUSE_MAX,
+        Gap::Pause,
     )?;
     machinery.vcpus.load(parsed.vcpus, Purpose::Transfer)?;
     parsed.vm.load(&machinery.vm, Purpose::Transfer)?;

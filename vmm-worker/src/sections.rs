@@ -7,8 +7,6 @@
 //! 1 …       as the device    a device (`devices::id`), in the devices' order
 //! ```
 
-use std::time::Duration;
-
 use baton_ipc::StateDigest;
 use baton_ipc::VmId;
 use baton_ipc::state_stream::CONTAINER_VERSION;
@@ -21,12 +19,15 @@ use baton_ipc::state_stream::SectionSupport;
 use baton_ipc::state_stream::StateStream;
 use baton_ipc::state_stream::StreamError;
 use baton_ipc::worker::WorkerConfig;
+use kvm_ioctls::VmFd;
 use thiserror::Error;
 
 use crate::devices::DeviceId;
 use crate::devices::DeviceKind;
 use crate::devices::state::SavedSection;
 use crate::devices::state::StateError;
+use crate::gap::Gap;
+use crate::gap::GapError;
 use crate::vcpu;
 use crate::vcpu::Inventory;
 use crate::vcpu::VcpuState;
@@ -221,7 +222,25 @@ pub(crate) struct Parsed {
     pub(crate) devices: Vec<SavedSection>,
 }
 
-/// Takes a stream apart for a VM with `cpus` vCPUs, whose guest has stood still for the `longest` time at most.
+impl Parsed {
+    /// Gets the guest's clocks over the gap, in the VM that it will be loaded into.
+    ///
+    /// # Errors
+    ///
+    /// [`GapError`].
+    pub(crate) fn cross(&mut self, gap: Gap, vm: &VmFd) -> Result<(), GapError> {
+        let tsc_khz = self.vcpus.first().map_or(0, |vcpu| vcpu.tsc_khz);
+        if let Some(forward) = gap.forward(vm, tsc_khz)? {
+            self.vm.forward(forward);
+            for vcpu in &mut self.vcpus {
+                vcpu.forward(forward);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes a stream from beyond a gap apart, for a VM with `cpus` vCPUs.
 ///
 /// # Errors
 ///
@@ -230,7 +249,7 @@ pub(crate) fn parse(
     stream: StateStream,
     cpus: usize,
     inventory: &Inventory,
-    longest: Duration,
+    gap: Gap,
 ) -> Result<Parsed, SectionError> {
     let mut vcpus: Vec<Option<VcpuState>> = (0..cpus).map(|_| None).collect();
     let (mut vm, mut devices) = (None, Vec::new());
@@ -247,10 +266,10 @@ pub(crate) fn parse(
                 let slot = vcpus
                     .get_mut(usize::from(id.instance))
                     .ok_or(SectionError::Unknown(id))?;
-                *slot = Some(VcpuState::parse(version, &payload, inventory).map_err(wrong)?);
+                *slot = Some(VcpuState::parse(version, &payload, inventory, gap).map_err(wrong)?);
             }
             VM if id.instance == 0 => {
-                vm = Some(VmState::parse(version, &payload, longest).map_err(wrong)?);
+                vm = Some(VmState::parse(version, &payload, gap).map_err(wrong)?);
             }
             kind if kind < FIRST_OWN => {
                 let id = DeviceId::new(DeviceKind(kind), id.instance);

@@ -3,8 +3,6 @@
 //! The clock runs through the pause: what goes over is its value and the moment at which it had it, on a clock of this
 //! host that both workers read. The routing of interrupts is KVM's default and never changes, so it is no state.
 
-use std::time::Duration;
-
 use kvm_bindings::KVM_IRQCHIP_IOAPIC;
 use kvm_bindings::KVM_IRQCHIP_PIC_MASTER;
 use kvm_bindings::KVM_IRQCHIP_PIC_SLAVE;
@@ -20,6 +18,8 @@ use crate::blob::Blob;
 use crate::boot::layout;
 use crate::clock;
 use crate::devices::state::StateError;
+use crate::gap::Forward;
+use crate::gap::Gap;
 use crate::kvmclock;
 use crate::kvmclock::Reading;
 use crate::vcpu::Purpose;
@@ -41,10 +41,6 @@ const PIT_COUNT_MAX: u32 = 0x1_0000;
 const PIT_MODE_MAX: u8 = 7;
 /// What a channel's mode is until the guest programs it (`kvm_pit_reset`, arch/x86/kvm/i8254.c).
 const PIT_MODE_UNSET: u8 = 0xff;
-/// No upgrade's pause is nearly as long; a longer one is a forged state.
-pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(60);
-/// The longest that a state may lie in a file: ten years.
-pub(crate) const STORED_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// Why the VM's own state cannot be saved or loaded.
 #[derive(Debug, Error)]
@@ -128,22 +124,22 @@ impl VmState {
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
-    /// Parses a section's payload of `version`, which may be of a guest that has stood still for the `longest` time.
+    /// Puts the clock forward, over a boot of the host.
+    pub(crate) fn forward(&mut self, forward: Forward) {
+        self.clock = forward.clock;
+    }
+
+    /// Parses a section's payload of `version`, from beyond that gap.
     ///
     /// # Errors
     ///
     /// [`StateError`] with the field that no VM of this kind can have.
-    pub(crate) fn parse(version: u16, bytes: &[u8], longest: Duration) -> Result<Self, StateError> {
-        Self::parse_at(version, bytes, longest, clock::raw_ns())
+    pub(crate) fn parse(version: u16, bytes: &[u8], gap: Gap) -> Result<Self, StateError> {
+        Self::parse_at(version, bytes, gap, clock::raw_ns())
     }
 
     /// [`VmState::parse`], when CLOCK_MONOTONIC_RAW is `now`.
-    fn parse_at(
-        version: u16,
-        bytes: &[u8],
-        longest: Duration,
-        now: u64,
-    ) -> Result<Self, StateError> {
+    fn parse_at(version: u16, bytes: &[u8], gap: Gap, now: u64) -> Result<Self, StateError> {
         if version != VERSION {
             return Err(StateError::Version {
                 found: version,
@@ -199,8 +195,10 @@ impl VmState {
                 ));
             }
         }
-        let pause_max = u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX);
-        if clock_at_ns > now || now - clock_at_ns > pause_max {
+        let longest = u64::try_from(gap.longest().as_nanos()).unwrap_or(u64::MAX);
+        // Another boot's clock says nothing here.
+        let of_this_boot = !matches!(gap, Gap::Boot(_));
+        if of_this_boot && (clock_at_ns > now || now - clock_at_ns > longest) {
             return Err(StateError::field(
                 "clock_at_ns",
                 clock_at_ns,
@@ -208,7 +206,7 @@ impl VmState {
             ));
         }
         // KVM takes the clock as a signed offset of its own (`kvm_vm_ioctl_set_clock`).
-        if i64::try_from(clock_ns.saturating_add(pause_max)).is_err() {
+        if i64::try_from(clock_ns.saturating_add(longest)).is_err() {
             return Err(StateError::field("clock_ns", clock_ns, "out of range"));
         }
         Ok(Self {
@@ -246,7 +244,7 @@ mod tests {
     }
 
     fn parse(saved: &SavedVm) -> Result<VmState, StateError> {
-        VmState::parse(VERSION, &postcard::to_stdvec(saved).unwrap(), PAUSE_MAX)
+        VmState::parse(VERSION, &postcard::to_stdvec(saved).unwrap(), Gap::Pause)
     }
 
     #[track_caller]
@@ -260,8 +258,8 @@ mod tests {
     #[test]
     fn a_state_survives_its_encoding() {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
-        let state = VmState::parse(VERSION, &bytes, PAUSE_MAX).unwrap();
-        let again = VmState::parse(VERSION, &state.encode().unwrap(), PAUSE_MAX).unwrap();
+        let state = VmState::parse(VERSION, &bytes, Gap::Pause).unwrap();
+        let again = VmState::parse(VERSION, &state.encode().unwrap(), Gap::Pause).unwrap();
         assert_eq!(again.clock, state.clock);
     }
 
@@ -286,7 +284,7 @@ mod tests {
                 ..saved()
             };
             let bytes = postcard::to_stdvec(&wrong).unwrap();
-            match VmState::parse_at(VERSION, &bytes, PAUSE_MAX, now).err() {
+            match VmState::parse_at(VERSION, &bytes, Gap::Pause, now).err() {
                 Some(StateError::Field { name, .. }) => assert_eq!(name, "clock_at_ns"),
                 other => panic!("{other:?}"),
             }
@@ -304,16 +302,16 @@ mod tests {
     fn wrong_versions_lengths_and_rests_are_refused() {
         let bytes = postcard::to_stdvec(&saved()).unwrap();
         assert!(matches!(
-            VmState::parse(2, &bytes, PAUSE_MAX),
+            VmState::parse(2, &bytes, Gap::Pause),
             Err(StateError::Version { found: 2, .. })
         ));
         assert!(matches!(
-            VmState::parse(VERSION, &bytes[..bytes.len() - 1], PAUSE_MAX),
+            VmState::parse(VERSION, &bytes[..bytes.len() - 1], Gap::Pause),
             Err(StateError::Malformed(_))
         ));
         let long = [bytes, vec![0]].concat();
         assert!(matches!(
-            VmState::parse(VERSION, &long, PAUSE_MAX),
+            VmState::parse(VERSION, &long, Gap::Pause),
             Err(StateError::Trailing(1))
         ));
     }

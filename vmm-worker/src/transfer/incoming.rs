@@ -25,6 +25,8 @@ use super::outgoing::SEND_TIMEOUT;
 use crate::assembly::Machinery;
 use crate::devices::lifecycle::LifecycleError;
 use crate::fail_point::fail_point;
+use crate::gap::Gap;
+use crate::gap::GapError;
 use crate::sections;
 use crate::sections::SectionError;
 use crate::vcpu::Purpose;
@@ -70,6 +72,9 @@ pub(crate) enum IncomingError {
     /// The VM refuses its state.
     #[error(transparent)]
     Vm(#[from] VmStateError),
+    /// The guest's clocks.
+    #[error(transparent)]
+    Gap(#[from] GapError),
     /// A device refuses its state.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
@@ -162,7 +167,7 @@ impl Incoming {
     }
 }
 
-/// Validates and loads a state; the digest that the stream had. The guest has stood still for the `longest` time at most.
+/// Validates and loads a state from beyond a gap; the digest that the stream had.
 ///
 /// # Errors
 ///
@@ -170,15 +175,11 @@ impl Incoming {
 pub(crate) fn load(
     machinery: &mut Machinery,
     stream: StateStream,
-    longest: Duration,
+    gap: Gap,
 ) -> Result<StateDigest, IncomingError> {
     let digest = stream.digest;
-    let parsed = sections::parse(
-        stream,
-        machinery.vcpus.count(),
-        &machinery.inventory,
-        longest,
-    )?;
+    let mut parsed = sections::parse(stream, machinery.vcpus.count(), &machinery.inventory, gap)?;
+    parsed.cross(gap, &machinery.vm)?;
     fail_point!(Validate).map_err(IncomingError::FailPoint)?;
     // The vCPUs first, then what they deliver interrupts to, then the devices that raise them.
     machinery.vcpus.load(parsed.vcpus, Purpose::Transfer)?;

@@ -24,6 +24,7 @@ use super::state::VcpuState;
 use crate::blob::Blob;
 use crate::blob::Bytes;
 use crate::devices::state::StateError;
+use crate::gap::Gap;
 
 /// The version of [`SavedVcpu`].
 pub(crate) const VERSION: u16 = 1;
@@ -170,7 +171,7 @@ impl VcpuState {
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
-    /// Parses a section's payload of `version` into a state for a vCPU of this VM.
+    /// Parses a section's payload of `version`, from beyond that gap, into a state for a vCPU of this VM.
     ///
     /// # Errors
     ///
@@ -179,6 +180,7 @@ impl VcpuState {
         version: u16,
         bytes: &[u8],
         inventory: &Inventory,
+        gap: Gap,
     ) -> Result<Self, StateError> {
         if version != VERSION {
             return Err(StateError::Version {
@@ -222,7 +224,7 @@ impl VcpuState {
                 "not the size of this VM's XSAVE area",
             ));
         }
-        if tsc_khz != inventory.tsc_khz() {
+        if !gap.allows(tsc_khz, inventory.tsc_khz()) {
             return Err(StateError::field(
                 "tsc_khz",
                 tsc_khz,

@@ -23,6 +23,7 @@ use thiserror::Error;
 use vmm_sys_util::errno;
 
 use super::ioctls;
+use crate::gap::Forward;
 
 /// IA32_TIME_STAMP_COUNTER (Intel SDM volume 4): goes over as an offset instead.
 const MSR_TSC: u32 = 0x10;
@@ -55,7 +56,7 @@ pub(crate) enum VcpuStateError {
         value: u64,
     },
     /// The TSC offset did not take effect.
-    #[error("TSC offset {wanted:#x} was set, and is {found:#x}")]
+    #[error("TSC offset {wanted:#x} was set, and is {found:#x}: this host's KVM does not take it")]
     TscOffset {
         /// The offset to set.
         wanted: u64,
@@ -155,7 +156,8 @@ pub(crate) struct VcpuState {
     pub(super) xcrs: kvm_xcrs,
     pub(super) debugregs: kvm_debugregs,
     pub(super) lapic: kvm_lapic_state,
-    pub(super) tsc_khz: u32,
+    /// The TSC's frequency in kHz.
+    pub(crate) tsc_khz: u32,
     pub(super) tsc_offset: u64,
     /// The guest's TSC when this was saved.
     pub(super) tsc: u64,
@@ -201,6 +203,11 @@ impl VcpuState {
             msrs,
             events,
         })
+    }
+
+    /// Puts the TSC forward, over a boot of the host.
+    pub(crate) fn forward(&mut self, forward: Forward) {
+        self.tsc_offset = self.tsc_offset.wrapping_add(forward.tsc);
     }
 
     /// Loads this state into a vCPU that is stopped, as all others of its VM are.

@@ -30,7 +30,7 @@ fn a_state_survives_its_encoding() {
     let (state, inventory) = fresh();
     let bytes = state.encode().unwrap();
     assert!(bytes.len() < 16 << 10, "{}", bytes.len());
-    let again = VcpuState::parse(VERSION, &bytes, &inventory).unwrap();
+    let again = VcpuState::parse(VERSION, &bytes, &inventory, Gap::Pause).unwrap();
     assert_eq!(again.encode().unwrap(), bytes);
     assert_eq!(
         (again.regs, again.sregs, again.events),
@@ -51,7 +51,12 @@ fn every_wrong_field_is_named() {
     let refused = |change: &dyn Fn(&mut SavedVcpu)| {
         let mut wrong = saved(&state);
         change(&mut wrong);
-        match VcpuState::parse(VERSION, &postcard::to_stdvec(&wrong).unwrap(), &inventory) {
+        match VcpuState::parse(
+            VERSION,
+            &postcard::to_stdvec(&wrong).unwrap(),
+            &inventory,
+            Gap::Pause,
+        ) {
             Err(StateError::Field { name, .. }) => name,
             other => panic!("{other:?}"),
         }
@@ -71,7 +76,8 @@ fn every_wrong_field_is_named() {
 fn wrong_versions_lengths_and_rests_are_refused() {
     let (state, inventory) = fresh();
     let bytes = state.encode().unwrap();
-    let parse = |version, bytes: &[u8]| VcpuState::parse(version, bytes, &inventory).map(drop);
+    let parse =
+        |version, bytes: &[u8]| VcpuState::parse(version, bytes, &inventory, Gap::Pause).map(drop);
     assert!(matches!(
         parse(0, &bytes),
         Err(StateError::Version {

@@ -1,0 +1,92 @@
+# What the scenarios have in common; each sets `vm`, the VM's name, and `console`, the file of its console, and may have an
+# `aftermath` that says more of a scenario that cannot go on.
+# shellcheck shell=sh disable=SC3043 # busybox has local
+# shellcheck disable=SC2154,SC2034 # the scenario sets these, and reads `failed`
+failed=0
+
+pass() { echo "PASS $*"; }
+fail() {
+    echo "FAIL $*"
+    failed=1
+}
+
+# Ends the scenario: what follows could not hold.
+give_up() {
+    fail "$*"
+    ! type aftermath >/dev/null 2>&1 || aftermath
+    echo "--- the console's end" && tail -n 60 "$console"
+    echo "--- the audit log's end" && tail -n 10 "/run/baton/.audit/$vm.jsonl"
+    exit 1
+}
+
+# patiently SECONDS WHAT TEST...: repeats the test until it holds.
+patiently() {
+    local seconds="$1" what="$2" started
+    shift 2
+    started=$(date +%s)
+    until "$@"; do
+        [ $(($(date +%s) - started)) -lt "$seconds" ] || give_up "$what: not within $seconds s"
+        sleep 0.2
+    done
+}
+
+is_gone() { ! [ -e "/run/baton/$vm" ]; }
+
+# order COMMAND: types a line on the console. A console stays until it is left: on a busy emulator 3 s were seen to end it
+# before it had typed.
+order() { echo "$1" | timeout 15 baton console "$vm" >/dev/null; }
+
+# replace NUMBER: replaces the worker; /tmp/upgrade.json says how it went.
+replace() {
+    baton upgrade "$vm" --json >/tmp/upgrade.json 2>/tmp/upgrade.err || {
+        cat /tmp/upgrade.json /tmp/upgrade.err
+        give_up "upgrade $1: exit status not 0"
+    }
+    grep -q '"outcome": *"committed"' /tmp/upgrade.json || give_up "upgrade $1: $(cat /tmp/upgrade.json)"
+}
+took() { grep -o '"\(blackout_us\|total_ms\)": *[0-9]*' /tmp/upgrade.json | tr -d '"' | xargs; }
+
+# The ticks of boot N of a guest with the ticker, as a number; 0 before it. Only whole lines count.
+ticks() {
+    awk -v boot="$1" '/^guest: up, / { n++ } n == boot && /^tick [0-9]+ .*\r$/ { tick = $2 } END { print tick + 0 }' "$console"
+}
+has_ticks() { [ "$(ticks "$1")" -ge "$2" ]; }
+
+# upgrade BOOT NUMBER: replaces the worker, and sees the ticker go on.
+upgrade() {
+    local before after
+    before=$(ticks "$1")
+    replace "$2"
+    after=$(ticks "$1")
+    patiently 120 "upgrade $2: the guest counts on" has_ticks "$1" $((after + 3))
+    echo "  upgrade $2: $(took) ticks $before..$(ticks "$1")"
+}
+
+# The console's own delay and the hardware clock's whole seconds are in this, too.
+clock_is_the_hosts() {
+    local here there
+    here=$(date +%s)
+    there=$(awk '/^tick .*\r$/ { clock = $6 } END { print int(clock) }' "$console")
+    if [ $((here - there)) -ge -3 ] && [ $((here - there)) -le 5 ]; then
+        pass "the guest's clock is the host's"
+    else
+        fail "the guest's clock is the host's: here $here, there $there"
+    fi
+}
+
+is_confined() {
+    if baton audit "$vm" >/tmp/audit 2>&1; then
+        pass "the last worker is proven confined"
+    else
+        fail "the last worker is proven confined: $(cat /tmp/audit)"
+    fi
+}
+
+# obeyed_its_button: once it has ended.
+obeyed_its_button() {
+    if grep -q '"event_code":"power-off-timeout"' "/run/baton/.audit/$vm.jsonl"; then
+        fail "the guest obeys its power button: the broker had to end it"
+    else
+        pass "ends by its power button"
+    fi
+}
