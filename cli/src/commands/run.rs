@@ -60,6 +60,9 @@ pub(crate) struct Broker {
     channel: Channel<(), StartReport>,
 }
 
+/// How long a broker that has given up may take to be gone.
+const LAST_STEPS: Duration = Duration::from_secs(10);
+
 /// How a broker has begun.
 #[derive(Debug)]
 enum Begun {
@@ -252,7 +255,11 @@ impl Broker {
                 Ok(Received::Message(StartReport::Waiting(waiting), _)) => {
                     return Ok(Begun::Waiting(waiting));
                 }
-                Ok(Received::Message(StartReport::Failed(refusal), _)) => return Err(refusal),
+                Ok(Received::Message(StartReport::Failed(refusal), _)) => {
+                    // With it goes the VM's name, which the next try needs.
+                    let _ = ends_within(&self.pidfd, LAST_STEPS);
+                    return Err(refusal);
+                }
                 Ok(Received::Empty) => {}
                 Ok(Received::HungUp) => {
                     let status = self.wait()?;
