@@ -24,6 +24,8 @@ use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
 use crate::state_file;
+use crate::state_file::Mark;
+use crate::state_file::Stored;
 
 /// What `baton run --incoming` asks for when there is no cpr channel.
 #[derive(Clone, Debug)]
@@ -40,6 +42,7 @@ pub(crate) struct Restoring {
     generation: u32,
     /// Until the worker has it.
     file: Option<OwnedFd>,
+    mark: Mark,
     /// The guest is to stand still.
     stands: bool,
     clock: PhaseClock,
@@ -72,7 +75,11 @@ impl Broker {
             return Err(unfit("The incoming migration has already been started", ""));
         }
         let mut clock = PhaseClock::start(Instant::now());
-        let (file, prelude) = state_file::open(place, &self.rules.policy)?;
+        let Stored {
+            file,
+            prelude,
+            mark,
+        } = state_file::open(place, &self.rules.policy)?;
         if prelude.generation == 0 {
             return Err(unfit("the state file is for generation 0", ""));
         }
@@ -106,6 +113,7 @@ impl Broker {
         self.restoring = Some(Restoring {
             generation: prelude.generation,
             file: Some(file),
+            mark,
             stands: prelude.stands || paused,
             clock,
         });
@@ -132,6 +140,24 @@ impl Broker {
         let restoring = self.restoring.as_mut()?;
         restoring.clock.enter(Step::Build);
         restoring.file.take()
+    }
+
+    /// Just before the order by which the guest runs.
+    pub(crate) fn let_out(&self) -> Result<()> {
+        self.restoring
+            .as_ref()
+            .map_or(Ok(()), |restoring| restoring.mark.take())
+    }
+
+    /// The worker has said that it could not: the guest can still come out of the file.
+    pub(crate) fn not_let_out(&self) {
+        let given_back = self
+            .restoring
+            .as_ref()
+            .map_or(Ok(()), |restoring| restoring.mark.give_back());
+        if let Err(refusal) = given_back {
+            complain(&refusal);
+        }
     }
 
     /// The guest is here: runs, or stands still as it stood.

@@ -16,6 +16,7 @@ use baton_ipc::FileAddress;
 use baton_ipc::state_file::MAGIC;
 use baton_ipc::state_file::PRELUDE;
 use baton_ipc::state_file::Prelude;
+use baton_ipc::state_file::TAKEN;
 use baton_policy::Policy;
 use rustix::fs::AtFlags;
 use rustix::fs::CWD;
@@ -73,7 +74,7 @@ impl StateFile {
         lock(&file, FlockOperation::NonBlockingLockExclusive, &path)?;
         let mut magic = [0; MAGIC.len()];
         let count = rustix::io::pread(&file, &mut magic, place.offset).map_err(unable)?;
-        if count != 0 && magic != MAGIC {
+        if count != 0 && ![MAGIC, TAKEN].contains(&magic) {
             return Err(unfit(
                 format_args!("{} holds something else", path.display()),
                 "name another file, or remove that one",
@@ -114,13 +115,57 @@ impl Drop for StateFile {
     }
 }
 
-/// Opens a file that a guest is in, at the position where its state begins.
-pub(crate) fn open(place: &FileAddress, policy: &Policy) -> Result<(OwnedFd, Prelude)> {
+/// A file that a guest is in.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    /// To be read, at the position where its state begins.
+    pub(crate) file: OwnedFd,
+    pub(crate) prelude: Prelude,
+    pub(crate) mark: Mark,
+}
+
+/// Where a file says whether its guest was let out.
+#[derive(Debug)]
+pub(crate) struct Mark {
+    file: OwnedFd,
+    offset: u64,
+}
+
+impl Mark {
+    /// Says so, durably: from now on the guest may run.
+    pub(crate) fn take(&self) -> Result<()> {
+        self.write(TAKEN).doing(
+            "cannot mark the state file, so that its guest does not run twice: it has to be writable",
+        )
+    }
+
+    /// The guest never ran.
+    pub(crate) fn give_back(&self) -> Result<()> {
+        self.write(MAGIC).doing("cannot give the state file back")
+    }
+
+    fn write(&self, magic: [u8; 4]) -> std::result::Result<(), Errno> {
+        rustix::fs::seek(&self.file, SeekFrom::Start(self.offset))?;
+        rustix::io::write(&self.file, &magic)?;
+        rustix::fs::fdatasync(&self.file)
+    }
+}
+
+/// Opens a file that a guest is in.
+pub(crate) fn open(place: &FileAddress, policy: &Policy) -> Result<Stored> {
     let path = permitted(&place.path, policy)?;
     let unable = |e: Errno| unable(&path, e);
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = open_plainly(CWD, &path, flags).map_err(unable)?;
+    let open = |access| open_plainly(CWD, &path, access | OFlags::NONBLOCK | OFlags::NOCTTY);
+    let file = open(OFlags::RDONLY).map_err(unable)?;
+    let mark = open(OFlags::WRONLY).map_err(unable)?;
     let stat = rustix::fs::fstat(&file).map_err(unable)?;
+    let other = rustix::fs::fstat(&mark).map_err(unable)?;
+    if (stat.st_dev, stat.st_ino) != (other.st_dev, other.st_ino) {
+        return Err(unfit(
+            format_args!("{} was exchanged while it was opened", path.display()),
+            "",
+        ));
+    }
     let me = rustix::process::geteuid().as_raw();
     let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
     if !regular || ![0, me].contains(&stat.st_uid) || stat.st_mode & 0o022 != 0 {
@@ -144,7 +189,15 @@ pub(crate) fn open(place: &FileAddress, policy: &Policy) -> Result<(OwnedFd, Pre
     }
     let prelude = Prelude::parse(&prelude).map_err(|e| wrong(&e))?;
     rustix::fs::seek(&file, SeekFrom::Start(place.offset)).map_err(unable)?;
-    Ok((file, prelude))
+    let mark = Mark {
+        file: mark,
+        offset: place.offset,
+    };
+    Ok(Stored {
+        file,
+        prelude,
+        mark,
+    })
 }
 
 /// The path, if it is plain and policy has a pattern for it.

@@ -2,7 +2,7 @@
 //! reads.
 //!
 //! ```text
-//! prelude  magic "BTNR" | version u16 | flags u16 | VM 16 | generation u32 | header's length u32 | state's length u32    36 bytes
+//! prelude  magic "BTNR", or "BTNT" once its guest was let out | version u16 | flags u16 | VM 16 | generation u32 | header's length u32 | state's length u32    36 bytes
 //! header   postcard of [`Header`]
 //! state    a state stream, as on the main channel
 //! extent   region u32 | reserved u32 | offset u64 | length u64 | the RAM's bytes, unless they stay in place        24 + n
@@ -33,6 +33,8 @@ use crate::state_stream::Machine;
 
 /// The first bytes of the file.
 pub const MAGIC: [u8; 4] = *b"BTNR";
+/// What they become just before the guest runs: from then on its disks are no longer those that this RAM knows.
+pub const TAKEN: [u8; 4] = *b"BTNT";
 /// The version of the file's layout.
 pub const VERSION: u16 = 1;
 /// The length of the prelude, in bytes.
@@ -59,6 +61,11 @@ pub enum StateFileError {
     /// Another file.
     #[error("it is no state file: it begins with {0:02x?}")]
     Magic([u8; 4]),
+    /// Its guest has run since.
+    #[error(
+        "its guest was let out of it, and may have changed its disks since: to run it twice would corrupt them"
+    )]
+    Taken,
     /// Another version.
     #[error("it is a state file of version {0} (this reads {VERSION})")]
     Version(u16),
@@ -138,6 +145,9 @@ impl Prelude {
     pub fn parse(bytes: &[u8; PRELUDE]) -> Result<Self, StateFileError> {
         let mut rest = bytes.as_slice();
         let magic = take::<4>(&mut rest);
+        if magic == TAKEN {
+            return Err(StateFileError::Taken);
+        }
         if magic != MAGIC {
             return Err(StateFileError::Magic(magic));
         }

@@ -320,6 +320,19 @@ fn a_forged_or_foreign_file_is_refused_by_name_and_the_good_one_still_loads() {
     vm.assert_goes_on(&before);
 }
 
+#[test]
+fn a_guest_comes_out_of_its_file_once() {
+    let mut vm = Builder::release().state_files().start();
+    let state = vm.save_and_quit();
+    let started = vm.run_again(&["--incoming", &file(&state)]).expect(0);
+    vm.is_now(&started.json());
+    vm.site.baton(["stop", "--force", &vm.site.name]).expect(0);
+    vm.assert_over();
+    let answer = vm.run_again(&["--incoming", &file(&state)]).expect(3);
+    assert!(answer.stderr.contains("was let out of it"), "{answer:?}");
+    vm.site.assert_nothing_left();
+}
+
 /// The same steps over a real boot of a host whose KVM takes offsets are `tests/linux/reboot.sh`.
 #[test]
 fn a_guest_of_before_the_hosts_boot_needs_a_tsc_offset() {
@@ -341,6 +354,8 @@ fn a_guest_of_before_the_hosts_boot_needs_a_tsc_offset() {
         // kvm-pvm's answer.
         let answer = answer.expect(3);
         assert!(answer.stderr.contains("TSC offset"), "{answer:?}");
+        // It never ran, and can still come out of it elsewhere.
+        assert_eq!(std::fs::read(&state).unwrap().get(..4), Some(&b"BTNR"[..]));
     }
 }
 

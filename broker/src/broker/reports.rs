@@ -113,6 +113,7 @@ impl Broker {
                     let _ = worker.order(&Order::Rollback);
                 }
                 if matches!(self.state, VmState::Starting | VmState::Incoming) {
+                    self.not_let_out();
                     return Err(unfit(
                         format_args!("the worker cannot {step}: {reason}"),
                         "",

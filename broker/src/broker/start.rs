@@ -270,6 +270,7 @@ impl Broker {
                 // Should this process die right after the order, this is how the guest's worker is found.
                 self.worker = Some(worker);
                 self.publish()?;
+                self.let_out()?;
                 let worker = self.worker.as_ref().ok_or_else(|| failed(&"it is gone"))?;
                 let told = worker.order(&order).map_err(|fault| failed(&fault));
                 self.start_by = Some(Instant::now() + self.deadlines.of(Step::Build));
