@@ -85,6 +85,7 @@ const EVENTS: &[Row] = &[
     ("request-refused",   Api,        OTHER, MEDIUM,        FAILURE),
     ("upgrade-refused",   Api,        OTHER, MEDIUM,        FAILURE),
     ("open",              File,       14,    INFORMATIONAL, SUCCESS), // Open
+    ("resize",            File,       3,     INFORMATIONAL, SUCCESS), // Update
     ("grant",             Access,     1,     INFORMATIONAL, SUCCESS), // Assign Privileges
     ("confirmed-fresh",   Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`
     ("confirmed-settled", Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`

@@ -54,6 +54,7 @@ use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
+use crate::resizing::Resizing;
 use crate::restoring::Restore;
 use crate::restoring::Restoring;
 use crate::run_dir::VmDirectory;
@@ -157,6 +158,8 @@ pub(crate) struct Broker {
     pub(crate) resets_asked: u32,
     /// The guest stands still because it has panicked, and nobody has let it go on since.
     pub(crate) panicked: bool,
+    /// A disk's other size, which its worker has been told.
+    pub(crate) resizing: Option<Resizing>,
     /// Of its balloon.
     pub(crate) news: BalloonNews,
     end: Option<Exit>,

@@ -46,6 +46,7 @@ const QMP_CONNECTIONS: usize = 2;
 /// How long nobody is let in after accept(2) has failed for want of descriptors or memory.
 const REST: Duration = Duration::from_millis(100);
 
+use Right::Devices;
 use Right::Power;
 use Right::Upgrade;
 use Right::View;
@@ -97,6 +98,7 @@ const REQUESTS: &[Row] = &[
     ("balloon",       |r| matches!(r, Request::Balloon { .. }), &[Running],     Power),
     ("save",          |r| matches!(r, Request::Save { .. }),    &[Running, Paused],      Upgrade),
     ("restore",       |r| matches!(r, Request::Restore { .. }), &[Incoming, Running, Paused], Upgrade),
+    ("resize",        |r| matches!(r, Request::Resize { .. }),  &[Running, Paused],      Devices),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];
 
@@ -111,6 +113,8 @@ pub(crate) enum Awaiting {
     Paused,
     /// The worker's word that the guest runs.
     Resumed,
+    /// The worker's word that a device is another.
+    Devices,
     /// The end of the VM.
     End,
     /// The end of the upgrade.
@@ -225,7 +229,7 @@ impl Clients {
                 continue;
             };
             let (user, groups) = (peer.uid.as_raw(), groups(&socket, &peer));
-            let rights = [View, Power, Upgrade];
+            let rights = [View, Power, Upgrade, Devices];
             let known = rights
                 .into_iter()
                 .any(|right| may(policy, right, user, &groups));
@@ -390,7 +394,7 @@ impl Clients {
         let waits_for_worker = |client: &&Client| {
             matches!(
                 client.awaiting,
-                Awaiting::Status | Awaiting::Paused | Awaiting::Resumed
+                Awaiting::Status | Awaiting::Paused | Awaiting::Resumed | Awaiting::Devices
             )
         };
         self.clients

@@ -25,7 +25,7 @@ use crate::refusal::unfit;
 use crate::vm_file::disk::Disk;
 
 /// Sizes of disks are multiples of this many bytes (virtio 1.2, 5.2.4).
-const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// A disk that is open.
 #[derive(Debug)]

@@ -31,6 +31,7 @@ mod process;
 mod proof;
 mod ram_file;
 mod refusal;
+mod resizing;
 mod resources;
 mod restoring;
 mod rules;

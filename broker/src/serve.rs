@@ -157,6 +157,12 @@ impl Broker {
                 };
                 self.clients.reply(client, &reply);
             }
+            Request::Resize { disk, bytes } => {
+                self.await_for(client, Awaiting::Devices);
+                if let Err(refusal) = self.begin_resize(&disk, bytes, &who) {
+                    self.clients.reply(client, &Reply::Refused(refusal));
+                }
+            }
             Request::Continue => {
                 let reply = match self.continue_upgrade() {
                     Ok(()) => Reply::Done,

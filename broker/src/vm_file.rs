@@ -6,7 +6,6 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use baton_ipc::CpuFeature;
-use baton_ipc::control::DiskStatus;
 use baton_ipc::worker::MAX_CMDLINE;
 use baton_ipc::worker::MAX_CPUS;
 use baton_ipc::worker::Pages;
@@ -399,19 +398,6 @@ impl VmFile {
         if let Console::File { path } = &mut self.console {
             below(path);
         }
-    }
-
-    /// Its disks, for those who ask how it is.
-    pub(crate) fn disks(&self) -> Vec<DiskStatus> {
-        let disks = self.disk.0.iter();
-        disks
-            .map(|disk| DiskStatus {
-                id: disk.id.0.clone(),
-                path: disk.path.display().to_string(),
-                readonly: disk.readonly,
-                direct: disk.direct,
-            })
-            .collect()
     }
 
     /// What a policy limits its cgroup to, in which two workers are during an upgrade.

@@ -89,6 +89,7 @@ const PERMITTED: &[Row] = &[
     ("guest",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Guest(_))),
     ("vsock",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Vsock(_))),
     ("balloon",   &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Balloon { .. })),
+    ("resized",   &[Running],                                         |r| matches!(r, Report::Resized { .. })),
     ("violation", &[Spawned, Confined, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
                                                                       |r| matches!(r, Report::Violation { .. })),
 ];

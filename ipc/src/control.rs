@@ -153,6 +153,13 @@ pub enum Request {
         /// There.
         file: FileAddress,
     },
+    /// Give a disk another size, and tell the guest.
+    Resize {
+        /// Which, by its id.
+        disk: String,
+        /// Bytes, a multiple of 512.
+        bytes: u64,
+    },
 }
 
 /// A reply.
@@ -402,6 +409,8 @@ pub struct DiskStatus {
     pub readonly: bool,
     /// It is opened with O_DIRECT.
     pub direct: bool,
+    /// What the guest sees of it, in bytes; 0 before it is open.
+    pub bytes: u64,
 }
 
 /// The steps of an upgrade.

@@ -165,6 +165,26 @@ impl Registry {
             .collect()
     }
 
+    /// Describes a descriptor anew, whose object its owner has changed.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError::Missing`], or [`RegistryError::Descriptor`] when it cannot be examined; its description stays then.
+    pub fn refresh(&mut self, key: &DescriptorKey) -> Result<(), RegistryError> {
+        let entry = self
+            .entries
+            .get_mut(key)
+            .ok_or_else(|| RegistryError::Missing(key.clone()))?;
+        entry.description =
+            Description::of(entry.description.kind, entry.fd.as_fd()).map_err(|source| {
+                RegistryError::Descriptor {
+                    key: key.clone(),
+                    source,
+                }
+            })?;
+        Ok(())
+    }
+
     /// Closes a descriptor.
     ///
     /// # Errors
@@ -262,6 +282,24 @@ mod tests {
             registry.find(&key("initrd"), DescriptorKind::Image),
             Err(RegistryError::Missing(_))
         ));
+    }
+
+    #[test]
+    fn a_file_that_has_grown_is_described_anew() {
+        let mut registry = Registry::default();
+        let path = std::env::temp_dir().join(format!("baton-registry-{}", std::process::id()));
+        let file = File::create(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let copy = file.try_clone().unwrap();
+        registry
+            .save(key("disk"), DescriptorKind::Disk, file.into())
+            .unwrap();
+        copy.set_len(4096).unwrap();
+        let size = |registry: &Registry| registry.iter().next().unwrap().1.size;
+        assert_eq!(size(&registry), 0);
+        registry.refresh(&key("disk")).unwrap();
+        assert_eq!(size(&registry), 4096);
+        assert!(registry.refresh(&key("other")).is_err());
     }
 
     #[test]

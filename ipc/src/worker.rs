@@ -374,6 +374,14 @@ pub enum Order {
     /// Stop all vCPUs, park the devices, and write everything into the file that comes with this, from its position on. Only
     /// [`Order::Rollback`] lets the guest run again.
     Save,
+    /// The disk in this slot has this many bytes from now on, a multiple of 512. No request reaches beyond them any more once
+    /// [`Report::Resized`] is said.
+    Resize {
+        /// Which.
+        slot: u8,
+        /// Its size.
+        bytes: u64,
+    },
     /// A deterministic fault, for tests; a release build does not contain it.
     #[cfg(feature = "fail-points")]
     Fail(crate::FailPoint),
@@ -452,6 +460,13 @@ pub enum Report {
     Balloon {
         /// How many, of 4 KiB each.
         pages: u32,
+    },
+    /// The answer to [`Order::Resize`].
+    Resized {
+        /// Which disk.
+        slot: u8,
+        /// Its size.
+        bytes: u64,
     },
 }
 

@@ -15,6 +15,8 @@ pub enum Right {
     Power,
     /// To replace its worker.
     Upgrade,
+    /// To change its devices.
+    Devices,
 }
 
 /// One rule: these users, and the members of these groups, may ask for this.
@@ -77,6 +79,7 @@ impl fmt::Display for Right {
             Self::View => "view",
             Self::Power => "power",
             Self::Upgrade => "upgrade",
+            Self::Devices => "devices",
         })
     }
 }

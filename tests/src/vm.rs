@@ -31,6 +31,7 @@ pub struct Builder {
     slowness: u32,
     allowed: Vec<PathBuf>,
     disks: Vec<(String, u64, String)>,
+    devices: Vec<(String, PathBuf)>,
     nets: Vec<(String, String)>,
     vsock: bool,
     balloon: bool,
@@ -53,6 +54,7 @@ impl Builder {
             slowness: 10,
             allowed: Vec::new(),
             disks: Vec::new(),
+            devices: Vec::new(),
             nets: Vec::new(),
             vsock: false,
             balloon: false,
@@ -129,6 +131,13 @@ impl Builder {
     #[must_use]
     pub fn disk(mut self, id: &str, mib: u64, lines: &str) -> Self {
         self.disks.push((id.to_owned(), mib, lines.to_owned()));
+        self
+    }
+
+    /// With a disk that is there already.
+    #[must_use]
+    pub fn disk_at(mut self, id: &str, path: &Path) -> Self {
+        self.devices.push((id.to_owned(), path.to_owned()));
         self
     }
 
@@ -240,6 +249,9 @@ impl Builder {
             file.push_str(&format!(
                 "[[disk]]\nid = \"{id}\"\npath = \"{id}.img\"\n{lines}\n"
             ));
+        }
+        for (id, path) in &self.devices {
+            file.push_str(&format!("[[disk]]\nid = \"{id}\"\npath = {path:?}\n"));
         }
         for (index, (tap, lines)) in self.nets.iter().enumerate() {
             file.push_str(&format!(

@@ -14,6 +14,7 @@
 //! ```
 
 pub(crate) mod ballooning;
+mod resizing;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;

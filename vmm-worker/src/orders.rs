@@ -79,6 +79,9 @@ impl Worker {
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
             (Order::PowerButton, Phase::Running) => self.press_power_button(),
             (Order::Balloon { pages }, Phase::Running) => self.inflate(*pages),
+            (Order::Resize { slot, bytes }, Phase::Running | Phase::Paused) => {
+                self.resize(*slot, *bytes);
+            }
             (Order::Transfer, Phase::Running | Phase::Paused) => match main {
                 Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
                     self.fail("transfer", "an upgrade is under way already".to_owned());

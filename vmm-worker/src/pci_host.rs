@@ -31,6 +31,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::layout;
 use crate::devices::Trigger;
+use crate::devices::lifecycle::DeviceError;
 use crate::devices::pci::Function as _;
 use crate::devices::pci::msix::MAX_VECTORS;
 use crate::devices::pci::msix::Message;
@@ -195,6 +196,20 @@ impl PciHost {
             .iter()
             .filter(|function| function.slot == slot)
             .for_each(|function| function.transport().reconfigured());
+    }
+
+    /// The device in `slot` has this many bytes from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError`], also when there is none.
+    pub(crate) fn resize(&self, slot: u8, bytes: u64) -> Result<(), DeviceError> {
+        let mut functions = self.functions.iter();
+        functions
+            .find(|function| function.slot == slot)
+            .ok_or(DeviceError::Fixed)?
+            .transport()
+            .resize(bytes)
     }
 
     /// Arranges everything for the first time: as the preview says, or as it is at power-on.

@@ -82,6 +82,7 @@ impl Broker {
                 self.news.said = Some(pages);
                 Ok(())
             }
+            Report::Resized { slot, bytes } => self.resized(slot, bytes),
             Report::Vsock(report) => {
                 self.vsock_said(report);
                 Ok(())
@@ -104,6 +105,9 @@ impl Broker {
                 self.log
                     .note("worker-failed", &json!({"step": step, "reason": reason}));
                 self.pausing = false;
+                if step == "resize" {
+                    self.resize_failed(&reason);
+                }
                 if let Some(worker) = self
                     .worker
                     .as_ref()
@@ -214,7 +218,13 @@ impl Broker {
         // How it is, is known: lost.
         let status = Reply::Status(Box::new(self.vm_status()));
         self.clients.answer(Awaiting::Status, &status);
-        for awaiting in [Awaiting::Paused, Awaiting::Resumed, Awaiting::End] {
+        self.resizing = None;
+        for awaiting in [
+            Awaiting::Paused,
+            Awaiting::Resumed,
+            Awaiting::Devices,
+            Awaiting::End,
+        ] {
             let reply = Reply::Refused(refusal(
                 Exit::Lost,
                 format_args!("the VM is lost: {reason}"),

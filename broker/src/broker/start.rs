@@ -185,6 +185,7 @@ impl Broker {
             paused: false,
             resets_asked: 0,
             panicked: false,
+            resizing: None,
             news: BalloonNews::default(),
             has_log: incoming.is_none(),
             restoring: None,

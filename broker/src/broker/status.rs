@@ -1,6 +1,7 @@
 //! How the VM is, for those who ask, and for those who find no broker.
 
 use baton_ipc::StartMode;
+use baton_ipc::control::DiskStatus;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
 use baton_ipc::worker::Pages;
@@ -14,6 +15,7 @@ use crate::refusal::unfit;
 use crate::run_dir::BrokerProcess;
 use crate::run_dir::StateFile;
 use crate::run_dir::Successor;
+use crate::vm_file::slots::Plugged;
 use crate::worker::Worker;
 
 impl Broker {
@@ -89,7 +91,7 @@ impl Broker {
             ram_backing: self.vm.memory.backing(),
             huge_pages: self.vm.memory.pages == Pages::Huge,
             vsock: self.vm.vsock.is_some(),
-            disks: self.vm.disks(),
+            disks: self.disks(),
             vcpu_threads: worker.map_or_else(Vec::new, |worker| {
                 crate::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
             }),
@@ -100,6 +102,21 @@ impl Broker {
             balloon: (self.vm.memory.balloon)
                 .then(|| self.left_by_balloon(self.status.balloon_pages)),
         }
+    }
+
+    /// Its disks, for those who ask how it is.
+    fn disks(&self) -> Vec<DiskStatus> {
+        let status = |(slot, plugged)| match plugged {
+            Plugged::Disk(disk) => Some(DiskStatus {
+                id: disk.id.0.clone(),
+                path: disk.path.display().to_string(),
+                readonly: disk.readonly,
+                direct: disk.direct,
+                bytes: self.block_bytes(slot).unwrap_or_default(),
+            }),
+            _ => None,
+        };
+        self.vm.devices().filter_map(status).collect()
     }
 
     pub(crate) fn record_grants(&mut self, generation: u32, mode: StartMode) -> Result<()> {

@@ -9,6 +9,7 @@
 
 use core::sync::atomic::{Ordering, fence};
 
+use crate::interrupts;
 use crate::layout::*;
 use crate::options::Options;
 use crate::report;
@@ -64,6 +65,9 @@ struct Lane {
 }
 
 pub struct Disk {
+    function: Function,
+    /// Configuration interrupts that were looked at.
+    changes: u64,
     common: u64,
     notify: u64,
     nonce: u64,
@@ -98,17 +102,17 @@ impl Disk {
             return fail(DRIVER_REFUSED);
         }
         let Function {
-            bar,
-            common,
-            device,
-            msix,
-            ..
+            bar, common, msix, ..
         } = function;
         if options.disk_irq {
             let table = bar + u64::from(read::<u32>(msix + 4) & !7);
-            for (at, value) in (0..).zip([MESSAGE_ADDRESS, 0, crate::interrupts::DISK_VECTOR, 0]) {
-                write(table + 4 * at, value);
+            let vectors = [interrupts::DISK_VECTOR, interrupts::DISK_CHANGE_VECTOR];
+            for (entry, vector) in (0..).zip(vectors) {
+                for (at, value) in (0..).zip([MESSAGE_ADDRESS, 0, vector, 0]) {
+                    write(table + 16 * entry + 4 * at, value);
+                }
             }
+            write(common + CONFIG_VECTOR, 1_u16);
             write(msix, read::<u32>(msix) | MSIX_ENABLE);
         }
         write(common + QUEUE_SELECT, 0_u16);
@@ -121,14 +125,17 @@ impl Disk {
         }
         let notify = function.enable_queue([DESCRIPTORS, AVAILABLE, USED]);
         function.go();
-        let capacity = u64::from(read::<u32>(device)) | u64::from(read::<u32>(device + 4)) << 32;
+        let capacity = function.config_word(0);
         let blocks = (capacity / SECTORS / DISK_LANES as u64).min(DISK_LANE_BLOCKS);
         if blocks == 0 || read::<u16>(common + QUEUE_SIZE) != QUEUE {
             return fail(DRIVER_REFUSED);
         }
+        report::write(DISK_BYTES_OFFSET, capacity * 512);
         report::write(DISK_LANE_BLOCKS_OFFSET, blocks);
         report::write(DISK_STATE_OFFSET, DRIVER_WORKING);
         Some(Self {
+            function,
+            changes: 0,
             common,
             notify,
             nonce,
@@ -158,7 +165,13 @@ impl Disk {
 
     /// Takes what the device has done, and gives it more to do.
     pub fn step(&mut self) {
-        report::write(DISK_INTERRUPTS_OFFSET, crate::interrupts::disk_interrupts());
+        report::write(DISK_INTERRUPTS_OFFSET, interrupts::disk_interrupts());
+        let changes = interrupts::disk_changes();
+        if changes != self.changes {
+            self.changes = changes;
+            report::write(DISK_BYTES_OFFSET, self.function.config_word(0) * 512);
+            report::write(DISK_CHANGES_OFFSET, changes);
+        }
         let used: u16 = read(USED + 2);
         // What the device wrote before it counted is read after.
         fence(Ordering::SeqCst);

@@ -21,10 +21,12 @@ pub const AREA_SIZE: usize = 0x8000;
 const COUNTERS: usize = 0x3000;
 const COUNTERS_SIZE: usize = 0x1000;
 
-/// Vectors: the local timer, an interrupt from another vCPU, the disk, and the local APIC's excuse for having none.
+/// Vectors: the local timer, an interrupt from another vCPU, the disk's queue and its configuration, and the local APIC's
+/// excuse for having none.
 const TIMER_VECTOR: u32 = 0x40;
 const IPI_VECTOR: u32 = 0x41;
 pub const DISK_VECTOR: u32 = 0x42;
+pub const DISK_CHANGE_VECTOR: u32 = 0x43;
 const SPURIOUS_VECTOR: u32 = 0x4f;
 const VECTORS: usize = 0x50;
 /// Offset of the descriptor table's last byte.
@@ -72,6 +74,7 @@ global_asm!(
     counting_handler timer_interrupt, 0
     counting_handler ipi_interrupt, 8
     counting_handler disk_interrupt, 16
+    counting_handler disk_change_interrupt, 24
     .globl spurious_interrupt
     spurious_interrupt:
     iretq
@@ -83,6 +86,7 @@ unsafe extern "C" {
     fn timer_interrupt();
     fn ipi_interrupt();
     fn disk_interrupt();
+    fn disk_change_interrupt();
     fn spurious_interrupt();
 }
 
@@ -91,11 +95,17 @@ enum Counter {
     Timer = 0,
     Ipi = 1,
     Disk = 2,
+    DiskChange = 3,
 }
 
 /// Interrupts of the disk, all of them on the first vCPU.
 pub fn disk_interrupts() -> u64 {
     count(0, Counter::Disk)
+}
+
+/// The disk's configuration interrupts, on the first vCPU too.
+pub fn disk_changes() -> u64 {
+    count(0, Counter::DiskChange)
 }
 
 pub fn write_register(register: u64, value: u32) {
@@ -115,6 +125,10 @@ pub fn fill_table() {
         (TIMER_VECTOR, timer_interrupt as *const () as u64),
         (IPI_VECTOR, ipi_interrupt as *const () as u64),
         (DISK_VECTOR, disk_interrupt as *const () as u64),
+        (
+            DISK_CHANGE_VECTOR,
+            disk_change_interrupt as *const () as u64,
+        ),
         (SPURIOUS_VECTOR, spurious_interrupt as *const () as u64),
     ] {
         let low = handler & 0xffff | KERNEL_CODE << 16 | INTERRUPT_GATE << 40 | handler >> 16 << 48;

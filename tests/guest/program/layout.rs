@@ -95,6 +95,10 @@ pub const DISK_FLYING_OFFSET: usize = 0x128;
 pub const DISK_INTERRUPTS_OFFSET: usize = 0x130;
 /// Header: blocks that each lane has.
 pub const DISK_LANE_BLOCKS_OFFSET: usize = 0x138;
+/// Header: the disk's size in bytes, read again at each of its configuration interrupts, with `disk_irq`.
+pub const DISK_BYTES_OFFSET: usize = 0x140;
+/// Header: the disk's configuration interrupts, with `disk_irq`.
+pub const DISK_CHANGES_OFFSET: usize = 0x148;
 /// Header: the number of the last block that a lane has written.
 #[must_use]
 pub const fn disk_lane_offset(lane: usize) -> usize {

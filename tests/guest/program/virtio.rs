@@ -24,7 +24,9 @@ const DEVICE: u8 = 4;
 /// Offsets in the common configuration.
 const DRIVER_FEATURE_SELECT: u64 = 0x08;
 const DRIVER_FEATURE: u64 = 0x0c;
+pub const CONFIG_VECTOR: u64 = 0x10;
 pub const STATUS: u64 = 0x14;
+const CONFIG_GENERATION: u64 = 0x15;
 pub const QUEUE_SELECT: u64 = 0x16;
 pub const QUEUE_SIZE: u64 = 0x18;
 pub const QUEUE_VECTOR: u64 = 0x1a;
@@ -123,6 +125,19 @@ impl Function {
         let notify_off = u64::from(read::<u16>(self.common + QUEUE_NOTIFY_OFF));
         write(self.common + QUEUE_ENABLE, 1_u16);
         self.notify + notify_off * self.notify_step
+    }
+
+    /// Eight bytes of the device's configuration, all of one generation (2.5.1).
+    pub fn config_word(&self, offset: u64) -> u64 {
+        let generation = || read::<u8>(self.common + CONFIG_GENERATION);
+        loop {
+            let before = generation();
+            let at = self.device + offset;
+            let word = u64::from(read::<u32>(at)) | u64::from(read::<u32>(at + 4)) << 32;
+            if generation() == before {
+                return word;
+            }
+        }
     }
 
     /// The driver is ready.

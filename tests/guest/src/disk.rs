@@ -21,6 +21,10 @@ pub struct DiskReport {
     pub flying: u64,
     /// Interrupts, with `disk_irq`.
     pub interrupts: u64,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// How often it said that this has changed, with `disk_irq`.
+    pub changes: u64,
     /// Blocks that each lane has.
     pub lane_blocks: u64,
     /// The number of the last block that each lane has written.
@@ -40,6 +44,8 @@ impl DiskReport {
             extra: word(DISK_EXTRA_OFFSET),
             flying: word(DISK_FLYING_OFFSET),
             interrupts: word(DISK_INTERRUPTS_OFFSET),
+            bytes: word(DISK_BYTES_OFFSET),
+            changes: word(DISK_CHANGES_OFFSET),
             lane_blocks: word(DISK_LANE_BLOCKS_OFFSET),
             written: (0..DISK_LANES)
                 .map(|lane| word(disk_lane_offset(lane)))

@@ -92,6 +92,9 @@ pub enum DeviceError {
     /// Requests did not finish within the time for parking.
     #[error("{0} requests still in flight")]
     Busy(usize),
+    /// A device without a size was to have another.
+    #[error("this device has no size")]
+    Fixed,
 }
 
 /// One call of the lifecycle.

@@ -58,6 +58,8 @@ pub(crate) fn block(status: &VmStatus) -> Value {
                 "backing_file_depth": 0,
                 "detect_zeroes": "off",
                 "cache": {"writeback": true, "direct": disk.direct, "no-flush": false},
+                "node-name": disk.id,
+                "image": {"filename": disk.path, "format": "raw", "virtual-size": disk.bytes},
             },
         })
     });

@@ -51,6 +51,8 @@ pub(crate) static COMMANDS: &[Command] = &[
     command!("query-cpus-fast", &types::EMPTY, List(&Of(&types::CPU_INFO)), commands::query_cpus_fast, "The vCPUs. The guest is not disturbed."),
     command!("query-memory-size-summary", &types::EMPTY, Of(&types::MEMORY), commands::query_memory_size_summary, "The guest's memory."),
     command!("query-block", &types::EMPTY, List(&Of(&types::BLOCK_INFO)), commands::query_block, "The disks, in the order in which the guest finds them."),
+    command!("block_resize", &types::BLOCK_RESIZE, Of(&types::EMPTY), commands::block_resize,
+        "Give a disk another size: the file behind it is made longer, or cut off once no request reaches beyond the new end. A block device has the size that it has, which the guest is told: resize it first, and give its size, or a smaller one. The guest's driver is told at once. Refused for a disk that is read-only, and while the worker is being replaced."),
     command!("balloon", &types::BALLOON, Of(&types::EMPTY), commands::balloon,
         "Ask the guest's balloon driver to leave it so much memory; what it gives up goes back to the host. How far it comes is the guest's decision: BALLOON_CHANGE and `query-balloon` say. For a guest that runs, with `memory.balloon` in its VM file; the wish stays over upgrades and resets."),
     command!("query-balloon", &types::EMPTY, Of(&types::BALLOON_INFO), commands::query_balloon, "What the balloon leaves to the guest."),

@@ -207,6 +207,32 @@ object!(
             "What becomes of zeroes."
         ),
         member("cache", Of(&CACHE_INFO), "How it is cached."),
+        member("node-name", Str, "Its name for `block_resize`."),
+        member("image", Of(&IMAGE_INFO), "The image."),
+    ]
+);
+object!(
+    IMAGE_INFO,
+    "ImageInfo",
+    "A disk's image.",
+    [
+        member("filename", Str, "The file or block device."),
+        member("format", Str, "`raw`."),
+        member("virtual-size", Int, "Bytes that the guest sees."),
+    ]
+);
+object!(
+    BLOCK_RESIZE,
+    "q_obj_block_resize-arg",
+    "Arguments of `block_resize`.",
+    [
+        optional("device", Str, "The disk, by its `id` in the VM file."),
+        optional("node-name", Str, "The disk, by its node's name."),
+        member(
+            "size",
+            Int,
+            "Bytes, a multiple of 512. What is beyond them is lost."
+        ),
     ]
 );
 object!(

@@ -12,6 +12,7 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
 use baton_ipc::worker::BlockConfig;
@@ -61,7 +62,8 @@ const CONFIG_LENGTH: usize = 60;
 /// What the queues of a disk share.
 pub(super) struct Disk {
     pub(super) file: OwnedFd,
-    pub(super) sectors: u64,
+    /// Changed only while no request is under way.
+    sectors: AtomicU64,
     pub(super) readonly: bool,
     /// The file wants aligned buffers.
     pub(super) direct: bool,
@@ -73,6 +75,11 @@ pub(super) struct Disk {
 }
 
 impl Disk {
+    /// How many there are.
+    pub(super) fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::SeqCst)
+    }
+
     pub(super) fn limits(&self) -> MutexGuard<'_, Limits> {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -102,7 +109,7 @@ impl Block {
         }
         let disk = Disk {
             file,
-            sectors: config.bytes / SECTOR,
+            sectors: AtomicU64::new(config.bytes / SECTOR),
             readonly: config.readonly,
             direct: config.direct,
             serial,
@@ -124,7 +131,7 @@ impl Block {
             }
         };
         let alignment = u32::try_from(u64::from(self.block_size) / SECTOR).unwrap_or(1);
-        put(0, &self.disk.sectors.to_le_bytes());
+        put(0, &self.disk.sectors().to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &self.block_size.to_le_bytes());
         put(34, &self.queues.to_le_bytes());
@@ -171,6 +178,11 @@ impl VirtioDevice for Block {
         self.layout().to_vec()
     }
 
+    fn resize(&mut self, bytes: u64) -> bool {
+        self.disk.sectors.store(bytes / SECTOR, Ordering::SeqCst);
+        true
+    }
+
     fn activate(&mut self, features: u64) {
         let write_back = features & F_FLUSH != 0;
         self.disk.write_back.store(write_back, Ordering::SeqCst);
@@ -182,7 +194,7 @@ impl VirtioDevice for Block {
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
         let saved = SavedBlock {
-            sectors: self.disk.sectors,
+            sectors: self.disk.sectors(),
             limits: self.disk.limits().save(),
         };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
@@ -190,7 +202,7 @@ impl VirtioDevice for Block {
 
     fn load(&mut self, state: &[u8], features: Option<u64>) -> Result<(), StateError> {
         let SavedBlock { sectors, limits } = state::parse(state)?;
-        if sectors != self.disk.sectors {
+        if sectors != self.disk.sectors() {
             return Err(StateError::field(
                 "sectors",
                 sectors,

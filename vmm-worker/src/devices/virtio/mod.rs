@@ -72,6 +72,10 @@ pub trait VirtioDevice: Send {
     }
     /// The driver writes configuration space.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// What it stands for has this many bytes from now on; its backends stand still. Whether it is one that has a size.
+    fn resize(&mut self, _bytes: u64) -> bool {
+        false
+    }
     /// The driver is ready, with these features.
     fn activate(&mut self, features: u64);
     /// The driver, or the guest, has reset the device; its backends stand still.

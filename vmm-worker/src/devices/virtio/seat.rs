@@ -121,10 +121,10 @@ impl Seat {
         }
     }
 
-    /// Asks it to be served no further.
-    pub fn stop(&self) {
+    /// Asks it to be served no further. Whether it was to be.
+    pub fn stop(&self) -> bool {
         self.stop.0.store(true, Ordering::SeqCst);
-        self.state().running = false;
+        std::mem::take(&mut self.state().running)
     }
 
     /// Waits until nobody serves it. Whether that came in time.

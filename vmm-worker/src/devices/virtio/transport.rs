@@ -268,11 +268,53 @@ impl Transport {
         }
     }
 
+    /// Asks all backends to stop. Whether one worked.
+    fn stop(&self) -> bool {
+        let stopped: Vec<bool> = self.seats().map(|seat| seat.stop()).collect();
+        stopped.contains(&true)
+    }
+
+    /// Waits until all backends stand still, which were asked to.
+    fn drain(&self) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + self.drain;
+        let busy = self
+            .seats()
+            .filter(|seat| !seat.wait_until(deadline))
+            .count();
+        match busy {
+            0 => Ok(()),
+            busy => Err(DeviceError::Busy(busy)),
+        }
+    }
+
+    /// What the device stands for has this many bytes from now on. No request that was checked against the old size is under
+    /// way afterwards, and the driver is told.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::Busy`] when requests do not finish in time, [`DeviceError::Fixed`] for a device without a size; it is as
+    /// before then.
+    pub fn resize(&mut self, bytes: u64) -> Result<(), DeviceError> {
+        // One that is parked stays so.
+        let running = self.stop();
+        let resized = self.drain().and_then(|()| {
+            if self.device.resize(bytes) {
+                Ok(())
+            } else {
+                Err(DeviceError::Fixed)
+            }
+        });
+        if running {
+            self.run();
+        }
+        resized.map(|()| self.reconfigured())
+    }
+
     /// The driver has written a status of 0. It is over when no backend works any more, which the driver finds out by
     /// reading the status.
     fn begin_reset(&mut self) {
         self.driver.resetting = true;
-        self.seats().for_each(|seat| seat.stop());
+        self.stop();
         self.finish_reset();
     }
 
@@ -485,15 +527,8 @@ impl Device for Transport {
 
     /// Requests in flight are finished, or put back whole. The others stay in their rings.
     fn park(&mut self, _mode: StartMode) -> Result<(), DeviceError> {
-        self.seats().for_each(|seat| seat.stop());
-        let deadline = Instant::now() + self.drain;
-        let busy = self
-            .seats()
-            .filter(|seat| !seat.wait_until(deadline))
-            .count();
-        if busy > 0 {
-            return Err(DeviceError::Busy(busy));
-        }
+        self.stop();
+        self.drain()?;
         self.finish_reset();
         self.note_positions();
         Ok(())

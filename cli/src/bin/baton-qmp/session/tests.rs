@@ -108,6 +108,7 @@ fn status() -> VmStatus {
             path: "/root.img".into(),
             readonly: true,
             direct: false,
+            bytes: 4096,
         }],
         vcpu_threads: vec![3],
         tsc_khz: 1,

@@ -125,7 +125,7 @@ impl BlockQueue {
     fn place(&self, sector: u64, bytes: usize) -> io::Result<u64> {
         let bytes = bytes as u64;
         let end = sector.checked_add(bytes / SECTOR);
-        if bytes % SECTOR == 0 && end.is_some_and(|end| end <= self.disk.sectors) {
+        if bytes % SECTOR == 0 && end.is_some_and(|end| end <= self.disk.sectors()) {
             Ok(sector * SECTOR)
         } else {
             Err(io::ErrorKind::InvalidInput.into())
@@ -229,7 +229,7 @@ impl BlockQueue {
                 return Ok(Some(UNSUPP));
             }
             let end = sector.checked_add(sectors.into());
-            if sectors > MAX_DISCARD_SECTORS || end.is_none_or(|end| end > self.disk.sectors) {
+            if sectors > MAX_DISCARD_SECTORS || end.is_none_or(|end| end > self.disk.sectors()) {
                 return Ok(Some(IOERR));
             }
             let unmap = kind == DISCARD || flags & UNMAP != 0;

@@ -384,6 +384,54 @@ fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
     }
 }
 
+#[test]
+fn another_size_holds_from_the_next_request_on_and_the_driver_is_told() {
+    let (mut rig, file) = rig(&config());
+    let generation = |rig: &mut Rig| rig.read(0x15, 1);
+    let capacity = |rig: &mut Rig| rig.read(0x2000, 8);
+    rig.write(0x10, 0, 2);
+    let before = generation(&mut rig);
+    // Offered, and not yet served: it is judged by the size that there is then.
+    rig.put(HEADER, &1_u32.to_le_bytes());
+    rig.put(HEADER + 8, &(SECTORS - 1).to_le_bytes());
+    rig.offer(0, &[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)]);
+    rig.transport.resize((SECTORS - 1) * SECTOR).unwrap();
+    file.set_len((SECTORS - 1) * SECTOR).unwrap();
+    rig.serve();
+    assert_eq!(rig.get(STATUS, 1), [1]);
+    assert_eq!(file.metadata().unwrap().len(), (SECTORS - 1) * SECTOR);
+    assert_eq!(capacity(&mut rig), SECTORS - 1);
+    assert_ne!(generation(&mut rig), before);
+    assert_eq!(rig.fired.0.lock().unwrap().len(), 2);
+
+    rig.transport.resize(2 * SECTORS * SECTOR).unwrap();
+    file.set_len(2 * SECTORS * SECTOR).unwrap();
+    let beyond = [(DATA, 512, 0)];
+    assert_eq!(request(&mut rig, 1, 2 * SECTORS - 1, &beyond), (0, 1));
+    assert_eq!(request(&mut rig, 1, 2 * SECTORS, &beyond).0, 1);
+}
+
+#[test]
+fn a_parked_disk_stays_parked_when_it_gets_another_size() {
+    let (mut rig, file) = rig(&config());
+    rig.transport.park(StartMode::None).unwrap();
+    rig.put(HEADER, &[0; 16]);
+    rig.offer(
+        0,
+        &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)],
+    );
+    rig.transport.resize(2 * SECTORS * SECTOR).unwrap();
+    file.set_len(2 * SECTORS * SECTOR).unwrap();
+    rig.serve();
+    assert_eq!(rig.used(0), 0);
+    rig.transport.resume(StartMode::None).unwrap();
+    rig.serve();
+    assert_eq!(rig.used(0), 1);
+    let mut grown = config();
+    grown.bytes *= 2;
+    rig.hand_over(successor(&grown, &file));
+}
+
 /// What a hostile guest and a hostile predecessor do.
 #[derive(Clone, Debug)]
 enum Action {
