@@ -85,6 +85,12 @@ const EVENTS: &[Row] = &[
     ("request-refused",   Api,        OTHER, MEDIUM,        FAILURE),
     ("upgrade-refused",   Api,        OTHER, MEDIUM,        FAILURE),
     ("open",              File,       14,    INFORMATIONAL, SUCCESS), // Open
+    ("node-add",          File,       14,    INFORMATIONAL, SUCCESS), // Open
+    ("node-delete",       File,       OTHER, INFORMATIONAL, SUCCESS),
+    ("device-add",        File,       OTHER, INFORMATIONAL, SUCCESS),
+    ("device-delete",     Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
+    ("device-deleted",    Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
+    ("device-kept",       Lifecycle,  OTHER, MEDIUM,        FAILURE),
     ("resize",            File,       3,     INFORMATIONAL, SUCCESS), // Update
     ("grant",             Access,     1,     INFORMATIONAL, SUCCESS), // Assign Privileges
     ("confirmed-fresh",   Compliance, 1,     INFORMATIONAL, SUCCESS), // Create; see `judged`

@@ -43,11 +43,13 @@ use crate::clients::Clients;
 use crate::console::Console;
 use crate::deadlines::Deadlines;
 use crate::front::Front;
+use crate::hotplug::Device;
 use crate::ids::VmIds;
 use crate::incoming::Channels;
 use crate::incoming::Incoming;
 use crate::launcher::Launcher;
 use crate::nascent::Nascent;
+use crate::nodes::Node;
 use crate::own::Own;
 use crate::proof::Prover;
 use crate::refusal::Doing;
@@ -158,6 +160,10 @@ pub(crate) struct Broker {
     pub(crate) resets_asked: u32,
     /// The guest stands still because it has panicked, and nobody has let it go on since.
     pub(crate) panicked: bool,
+    /// Disks that were opened while the guest ran.
+    pub(crate) nodes: Vec<Node>,
+    /// Devices that were made of them.
+    pub(crate) devices: Vec<Device>,
     /// A disk's other size, which its worker has been told.
     pub(crate) resizing: Option<Resizing>,
     /// Of its balloon.
@@ -262,6 +268,7 @@ impl Broker {
             self.incoming.as_ref().and_then(Incoming::deadline),
             self.front.deadline(),
             self.news.due(),
+            self.devices.iter().filter_map(Device::due).min(),
             self.clients
                 .any_waiting()
                 .then(|| Instant::now() + Duration::from_millis(100)),
@@ -295,6 +302,7 @@ impl Broker {
         self.advance_upgrade()?;
         self.advance_vsock();
         self.advance_balloon();
+        self.advance_devices();
         self.clients.accept(&self.rules.policy);
         self.advance_front();
         while let Some(asked) = self.clients.hear(self.state, &self.rules.policy) {

@@ -98,6 +98,10 @@ const REQUESTS: &[Row] = &[
     ("balloon",       |r| matches!(r, Request::Balloon { .. }), &[Running],     Power),
     ("save",          |r| matches!(r, Request::Save { .. }),    &[Running, Paused],      Upgrade),
     ("restore",       |r| matches!(r, Request::Restore { .. }), &[Incoming, Running, Paused], Upgrade),
+    ("blockdev-add",  |r| matches!(r, Request::AddNode(_)),         &[Running, Paused],  Devices),
+    ("blockdev-del",  |r| matches!(r, Request::DeleteNode { .. }),  &[Running, Paused],  Devices),
+    ("device-add",    |r| matches!(r, Request::AddDevice(_)),       &[Running, Paused],  Devices),
+    ("device-del",    |r| matches!(r, Request::DeleteDevice { .. }), &[Running, Paused], Devices),
     ("resize",        |r| matches!(r, Request::Resize { .. }),  &[Running, Paused],      Devices),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
 ];

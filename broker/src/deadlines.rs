@@ -20,6 +20,11 @@ impl Deadlines {
         }
     }
 
+    /// How much slower than hardware the host is.
+    pub(crate) fn slowness(self) -> u32 {
+        self.slowness
+    }
+
     /// The bound of one step.
     pub(crate) fn of(self, step: Step) -> Duration {
         let ms = match step {

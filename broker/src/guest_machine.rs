@@ -13,6 +13,7 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::transfer::GuestMachine;
+use baton_ipc::transfer::Hotplugged;
 use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -53,8 +54,20 @@ pub(crate) fn of(vm: &VmFile, virtio: &[VirtioConfig]) -> GuestMachine {
 }
 
 /// The devices that a VM file names, in the order of their slots. What only an open device tells (a disk's size, a tap's MTU)
-/// is taken from the running machine's device in that slot, whose descriptor is compared by itself.
-pub(crate) fn devices(vm: &VmFile, running: &[VirtioConfig]) -> Vec<VirtioConfig> {
+/// is taken from the running machine's device in that slot, whose descriptor is compared by itself. So are those that came
+/// while the guest ran, to slots that the VM file leaves free.
+pub(crate) fn devices(
+    vm: &VmFile,
+    running: &[VirtioConfig],
+    hotplugged: &[Hotplugged],
+) -> Vec<VirtioConfig> {
+    let removable = vm.removable();
+    let came = |config: &&VirtioConfig| {
+        removable.checked_shr(config.slot.into()).unwrap_or(0) & 1 == 1
+            && matches!(config.device, VirtioKind::Block(_))
+            && hotplugged.iter().any(|one| one.slot == config.slot)
+    };
+    let came: Vec<_> = running.iter().filter(came).cloned().collect();
     let running: BTreeMap<u8, &VirtioKind> = running
         .iter()
         .map(|config| (config.slot, &config.device))
@@ -70,12 +83,13 @@ pub(crate) fn devices(vm: &VmFile, running: &[VirtioConfig]) -> Vec<VirtioConfig
         (Plugged::Vsock(vsock), _) => VirtioKind::Vsock(vsock.config()),
         (Plugged::Entropy, _) => VirtioKind::Entropy,
     };
-    vm.devices()
-        .map(|(slot, plugged)| VirtioConfig {
-            slot,
-            device: device(slot, plugged),
-        })
-        .collect()
+    let fixed = vm.devices().map(|(slot, plugged)| VirtioConfig {
+        slot,
+        device: device(slot, plugged),
+    });
+    let mut all: Vec<_> = fixed.chain(came).collect();
+    all.sort_by_key(|config| config.slot);
+    all
 }
 
 /// Whether the descriptors are those that this machine has, no more and no fewer, each granted by policy and the very file

@@ -149,6 +149,7 @@ impl Broker {
         let clock = PhaseClock::start(Instant::now());
         self.check_old()?;
         refuse_vsock(&self.vm)?;
+        self.refuse_loose_nodes()?;
         if !matches!(main, Address::Unix(_)) {
             return Err(unfit(
                 format_args!("cannot connect to {main}"),
@@ -279,6 +280,7 @@ impl Broker {
             ));
         }
         let machine = crate::guest_machine::of(&self.vm, &self.virtio);
+        let hotplugged = self.hotplugged();
         let generation = self.generation() + 1;
         self.record_grants(generation, StartMode::CprTransfer)?;
         let bound = self.deadlines.of(Step::Spawn);
@@ -290,6 +292,7 @@ impl Broker {
             vm: self.id,
             generation,
             machine,
+            hotplugged,
         };
         let cannot = "cannot send the CPR state";
         for claim in &self.claims {
@@ -472,6 +475,8 @@ impl Broker {
             ));
         }
         self.registry = baton_ipc::Registry::default();
+        self.devices.clear();
+        self.nodes.clear();
         self.claims.clear();
         if let Err(refusal) = self.ids.record(&[]) {
             complain(&refusal);

@@ -2,6 +2,7 @@
 //! said that no request reaches beyond the new end any more. A block device has the size that it has; the guest is told.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use baton_audit::Actor;
 use baton_audit::quoted;
@@ -20,7 +21,6 @@ use crate::disks::SECTOR;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
-use crate::refusal::busy;
 use crate::refusal::complain;
 use crate::refusal::unfit;
 use crate::vm_file::slots::Plugged;
@@ -40,19 +40,13 @@ impl Broker {
     /// Begins: the worker's word is the answer. A refusal here means that nothing has happened.
     pub(crate) fn begin_resize(&mut self, id: &str, bytes: u64, asked_by: &Actor) -> Result<()> {
         self.check_worker()?;
-        if self.resizing.is_some() {
-            return Err(busy("another disk gets its size"));
-        }
-        let Some((slot, disk)) = self.vm.devices().find_map(|(slot, plugged)| match plugged {
-            Plugged::Disk(disk) if disk.id.0 == id => Some((slot, disk)),
-            _ => None,
-        }) else {
+        let Some((slot, path, readonly)) = self.find_disk(id) else {
             return Err(unfit(
                 format_args!("there is no disk {:?}", quoted(id)),
                 "`query-block` names them",
             ));
         };
-        if disk.readonly {
+        if readonly {
             return Err(unfit(format_args!("disk {id} is read-only"), ""));
         }
         let Some(found) = self.block_bytes(slot) else {
@@ -82,7 +76,7 @@ impl Broker {
             .write_by(
                 "resize",
                 Some(asked_by),
-                &json!({"disk": id, "path": disk.path, "from": found, "to": bytes}),
+                &json!({"disk": id, "path": path, "from": found, "to": bytes}),
             )
             .recorded()?;
         let mut resizing = Resizing {
@@ -114,6 +108,13 @@ impl Broker {
         for config in &mut self.virtio {
             if let (true, VirtioKind::Block(block)) = (config.slot == slot, &mut config.device) {
                 block.bytes = bytes;
+            }
+        }
+        let device = self.devices.iter().find(|device| device.slot == slot);
+        let name = device.map(|device| device.node.clone());
+        for node in &mut self.nodes {
+            if name.as_ref() == Some(&node.name.0) {
+                node.config.bytes = bytes;
             }
         }
         let reply = match self.settle_size(&resizing) {
@@ -149,6 +150,21 @@ impl Broker {
         let refusal = unfit(format_args!("the worker cannot resize: {reason}"), "");
         self.clients
             .answer(Awaiting::Devices, &Reply::Refused(refusal));
+    }
+
+    /// A disk by its id, or by its node's name: its slot, where it is, and whether it is read-only.
+    fn find_disk(&self, id: &str) -> Option<(u8, PathBuf, bool)> {
+        let fixed = self.vm.devices().find_map(|(slot, plugged)| match plugged {
+            Plugged::Disk(disk) if disk.id.0 == id => {
+                Some((slot, disk.path.clone(), disk.readonly))
+            }
+            _ => None,
+        });
+        fixed.or_else(|| {
+            let device = self.devices.iter().find(|device| device.node == id)?;
+            let node = self.node(id)?;
+            Some((device.slot, node.path.clone(), node.config.readonly))
+        })
     }
 
     /// The size that the guest sees of the disk in this slot.

@@ -71,12 +71,7 @@ pub(crate) fn open(
     log: &mut AuditLog,
     restoring: bool,
 ) -> Result<Resources> {
-    let mut opening = Opening {
-        registry: Registry::default(),
-        claims: Vec::new(),
-        policy,
-        log,
-    };
+    let mut opening = Opening::new(policy, log);
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|e| {
         unfit(
             format_args!("cannot open /dev/kvm: {e}"),
@@ -138,14 +133,29 @@ pub(crate) fn open(
     })
 }
 
-struct Opening<'a> {
+/// Descriptors that are opened, asked policy for, and written down.
+pub(crate) struct Opening<'a> {
     registry: Registry,
     claims: Vec<OwnedFd>,
     policy: &'a Policy,
     log: &'a mut AuditLog,
 }
 
-impl Opening<'_> {
+impl<'a> Opening<'a> {
+    pub(crate) fn new(policy: &'a Policy, log: &'a mut AuditLog) -> Self {
+        Self {
+            registry: Registry::default(),
+            claims: Vec::new(),
+            policy,
+            log,
+        }
+    }
+
+    /// What was opened.
+    pub(crate) fn into_registry(self) -> Registry {
+        self.registry
+    }
+
     fn image(&mut self, name: &str, path: &Path, field: &str) -> Result<()> {
         let file = open_image(path).map_err(|e| {
             unfit(
@@ -187,29 +197,7 @@ impl Opening<'_> {
     }
 
     fn disk(&mut self, slot: u8, disk: &Disk) -> Result<VirtioConfig> {
-        // By the path as it is now, before anything is done to what lies there; what was opened is asked again.
-        let grant = self.policy.grant(descriptor::DISK);
-        let resolved = disk.path.canonicalize().map_err(|e| {
-            unfit(
-                format_args!(
-                    "disk {}: cannot open {}: {e}",
-                    disk.id.0,
-                    disk.path.display()
-                ),
-                "mend the path in the VM file",
-            )
-        })?;
-        if !grant.is_some_and(|grant| grant.permits_path(&resolved)) {
-            return Err(refused(
-                format_args!(
-                    "policy {} does not grant the disk {} at {}",
-                    self.policy.name,
-                    disk.id.0,
-                    resolved.display()
-                ),
-                "",
-            ));
-        }
+        check_disk_path(self.policy, disk)?;
         let OpenDisk { file, kind, config } = disks::open(disk)?;
         self.save(descriptor::DISK, slot.into(), kind, file, &disk.path)?;
         self.plug(slot, VirtioKind::Block(config))
@@ -245,7 +233,7 @@ impl Opening<'_> {
     }
 
     /// Makes what the guest notifies a device by.
-    fn plug(&mut self, slot: u8, device: VirtioKind) -> Result<VirtioConfig> {
+    pub(crate) fn plug(&mut self, slot: u8, device: VirtioKind) -> Result<VirtioConfig> {
         let config = VirtioConfig { slot, device };
         for queue in 0..config.device.queues() {
             self.save(
@@ -259,7 +247,7 @@ impl Opening<'_> {
         Ok(config)
     }
 
-    fn save(
+    pub(crate) fn save(
         &mut self,
         name: &str,
         id: u32,
@@ -299,6 +287,30 @@ impl Opening<'_> {
             .save(key, kind, fd)
             .doing("cannot hold a descriptor")
     }
+}
+
+/// Asks policy for a disk by its path as it is now, before anything is done to what lies there; what was opened is asked for
+/// again.
+pub(crate) fn check_disk_path(policy: &Policy, disk: &Disk) -> Result<()> {
+    let (id, path) = (&disk.id.0, &disk.path);
+    let resolved = path.canonicalize().map_err(|e| {
+        unfit(
+            format_args!("disk {id}: cannot open {}: {e}", path.display()),
+            "mend its path",
+        )
+    })?;
+    let grant = policy.grant(descriptor::DISK);
+    if grant.is_some_and(|grant| grant.permits_path(&resolved)) {
+        return Ok(());
+    }
+    Err(refused(
+        format_args!(
+            "policy {} does not grant the disk {id} at {}",
+            policy.name,
+            resolved.display()
+        ),
+        "",
+    ))
 }
 
 /// Asks policy whether a worker may hold a descriptor.

@@ -57,6 +57,7 @@ impl Broker {
         let clock = PhaseClock::start(Instant::now());
         self.check_worker()?;
         check_savable(&self.vm)?;
+        self.refuse_hotplugged()?;
         self.log.reserve().recorded()?;
         let begun = self.admit_save(place, asked_by, clock);
         if self.upgrade.is_none() {

@@ -157,6 +157,24 @@ impl Broker {
                 };
                 self.clients.reply(client, &reply);
             }
+            Request::AddNode(node) => {
+                let done = self.add_node(&node, &who);
+                self.answer(client, done);
+            }
+            Request::DeleteNode { name } => {
+                let done = self.delete_node(&name, &who);
+                self.answer(client, done);
+            }
+            Request::AddDevice(device) => {
+                self.await_for(client, Awaiting::Devices);
+                if let Err(refusal) = self.begin_plug(&device, &who) {
+                    self.clients.reply(client, &Reply::Refused(refusal));
+                }
+            }
+            Request::DeleteDevice { id } => {
+                let done = self.begin_unplug(&id, &who);
+                self.answer(client, done);
+            }
             Request::Resize { disk, bytes } => {
                 self.await_for(client, Awaiting::Devices);
                 if let Err(refusal) = self.begin_resize(&disk, bytes, &who) {
@@ -214,6 +232,14 @@ impl Broker {
                 &Reply::Refused(unfit("there is no worker to tell", "")),
             ),
         }
+    }
+
+    fn answer(&mut self, client: u64, done: Result<()>) {
+        let reply = match done {
+            Ok(()) => Reply::Done,
+            Err(refusal) => Reply::Refused(refusal),
+        };
+        self.clients.reply(client, &reply);
     }
 
     fn await_for(&mut self, client: u64, awaiting: Awaiting) {

@@ -226,7 +226,7 @@ impl Broker {
                 format_args!("continue it: kill -CONT {}", old.process.pid),
             ));
         }
-        if old.phase != Phase::Running || self.pausing || self.resizing.is_some() {
+        if old.phase != Phase::Running || self.pausing || self.devices_change() {
             return Err(crate::refusal::busy(
                 "the worker is still busy with what it was told last",
             ));

@@ -90,6 +90,9 @@ const PERMITTED: &[Row] = &[
     ("vsock",     &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Vsock(_))),
     ("balloon",   &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Balloon { .. })),
     ("resized",   &[Running],                                         |r| matches!(r, Report::Resized { .. })),
+    ("plugged",   &[Running],                                         |r| matches!(r, Report::Plugged { .. })),
+    ("ejected",   &[Running, Transferring, Parking, RollingBack],     |r| matches!(r, Report::Ejected { .. })),
+    ("unplugged", &[Running],                                         |r| matches!(r, Report::Unplugged { .. })),
     ("violation", &[Spawned, Confined, Building, Ready, Released, Running, Transferring, Parking, Saved, RollingBack],
                                                                       |r| matches!(r, Report::Violation { .. })),
 ];

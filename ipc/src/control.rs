@@ -153,6 +153,20 @@ pub enum Request {
         /// There.
         file: FileAddress,
     },
+    /// Open a disk that a device can be made of.
+    AddNode(NewNode),
+    /// Close one.
+    DeleteNode {
+        /// Which.
+        name: String,
+    },
+    /// Give the guest a device.
+    AddDevice(NewDevice),
+    /// Ask the guest to let a device go that it was given; events tell what comes of it.
+    DeleteDevice {
+        /// Which.
+        id: String,
+    },
     /// Give a disk another size, and tell the guest.
     Resize {
         /// Which, by its id.
@@ -160,6 +174,36 @@ pub enum Request {
         /// Bytes, a multiple of 512.
         bytes: u64,
     },
+}
+
+/// A disk that is to be opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewNode {
+    /// Its name, of no other disk: 1 to [`crate::worker::MAX_SERIAL`] of `A-Z a-z 0-9 . _ -`.
+    pub name: String,
+    /// Where it is, an absolute path.
+    pub path: String,
+    /// It is a block device, and no regular file.
+    pub device: bool,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// It is opened with O_DIRECT.
+    pub direct: bool,
+}
+
+/// A virtio disk that the guest is to have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewDevice {
+    /// Its name, of no other device.
+    pub id: String,
+    /// What it is made of.
+    pub node: String,
+    /// Its serial number; none is none.
+    pub serial: Option<String>,
+    /// How many queues, 1 to [`crate::worker::MAX_DISK_QUEUES`].
+    pub queues: u8,
+    /// The PCI device number; the first that is free if left out.
+    pub slot: Option<u8>,
 }
 
 /// A reply.
@@ -256,6 +300,16 @@ pub enum Happening {
     GuestPvShutdown,
     /// The balloon leaves the guest this much memory, in bytes.
     BalloonChanged(u64),
+    /// A device that was added is gone, and nothing of it is left.
+    DeviceDeleted {
+        /// Which.
+        id: String,
+    },
+    /// The guest was asked to let a device go, and does not.
+    DeviceKept {
+        /// Which.
+        id: String,
+    },
 }
 
 /// Why a request was refused.
@@ -411,6 +465,8 @@ pub struct DiskStatus {
     pub direct: bool,
     /// What the guest sees of it, in bytes; 0 before it is open.
     pub bytes: u64,
+    /// The device that was made of it while the guest ran, by its name; none of a disk of the VM file.
+    pub added: Option<String>,
 }
 
 /// The steps of an upgrade.

@@ -165,6 +165,18 @@ impl Registry {
             .collect()
     }
 
+    /// Takes everything of another registry in.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError::Duplicate`] and [`RegistryError::Full`]; what was not taken is closed.
+    pub fn absorb(&mut self, other: Self) -> Result<(), RegistryError> {
+        other
+            .entries
+            .into_iter()
+            .try_for_each(|(key, entry)| self.insert(key, entry.description, entry.fd))
+    }
+
     /// Describes a descriptor anew, whose object its owner has changed.
     ///
     /// # Errors

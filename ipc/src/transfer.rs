@@ -235,6 +235,21 @@ pub struct Offer {
     pub generation: u32,
     /// The machine that the guest runs in.
     pub machine: GuestMachine,
+    /// Those of its devices that came while it ran: no VM file has them.
+    pub hotplugged: Vec<Hotplugged>,
+}
+
+/// A disk that came while the guest ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hotplugged {
+    /// The device's name.
+    pub id: String,
+    /// The name of the node that it is made of.
+    pub node: String,
+    /// Its PCI device number.
+    pub slot: u8,
+    /// The guest was asked to let it go.
+    pub asked: bool,
 }
 
 /// The guest has changed hands.

@@ -41,6 +41,8 @@ use serde::Deserialize;
 use serde::Serialize;
 
 use crate::CpuFeature;
+use crate::Description;
+use crate::DescriptorKey;
 use crate::StartMode;
 use crate::StateDigest;
 use crate::VmId;
@@ -148,6 +150,8 @@ pub struct WorkerConfig {
     pub drain_ms: u32,
     /// What follows when the guest says that it has panicked.
     pub on_panic: PanicAction,
+    /// PCI device numbers that devices come to and go from while the guest runs, one bit each.
+    pub removable: u32,
 }
 
 /// What follows when a guest says that it has panicked: QEMU's `-action panic`.
@@ -382,6 +386,20 @@ pub enum Order {
         /// Its size.
         bytes: u64,
     },
+    /// A descriptor of the device that the next [`Order::Plug`] is about. Comes with it.
+    Lend(DescriptorKey, Description),
+    /// The guest gets this device, whose descriptors were lent.
+    Plug(Box<VirtioConfig>),
+    /// Ask the guest to let the device of this slot go.
+    Unplug {
+        /// Which.
+        slot: u8,
+    },
+    /// End the device of this slot, which the guest has let go.
+    End {
+        /// Which.
+        slot: u8,
+    },
     /// A deterministic fault, for tests; a release build does not contain it.
     #[cfg(feature = "fail-points")]
     Fail(crate::FailPoint),
@@ -460,6 +478,21 @@ pub enum Report {
     Balloon {
         /// How many, of 4 KiB each.
         pages: u32,
+    },
+    /// The answer to [`Order::Plug`]: the guest has it.
+    Plugged {
+        /// Which.
+        slot: u8,
+    },
+    /// The guest has let the device of this slot go: it is off the bus. Said again by a worker that has taken the guest over.
+    Ejected {
+        /// Which.
+        slot: u8,
+    },
+    /// The answer to [`Order::End`]: every descriptor of the device is closed.
+    Unplugged {
+        /// Which.
+        slot: u8,
     },
     /// The answer to [`Order::Resize`].
     Resized {

@@ -21,6 +21,7 @@ use baton_ipc::StartMode;
 use baton_ipc::VmId;
 use baton_ipc::cpr::CprHeader;
 use baton_ipc::transfer::GuestMachine;
+use baton_ipc::transfer::Hotplugged;
 use baton_ipc::transfer::Offer;
 use baton_ipc::transfer::ToNew;
 use baton_ipc::transfer::ToOld;
@@ -266,6 +267,11 @@ impl Impostor {
 
     /// Offers a machine of 64 MiB with this memory.
     fn offers(&mut self, vm: &Vm, ram: OwnedFd) {
+        self.offers_with(vm, ram, Vec::new());
+    }
+
+    /// The same, with disks that are said to have come while it ran.
+    fn offers_with(&mut self, vm: &Vm, ram: OwnedFd, hotplugged: Vec<Hotplugged>) {
         let machine = GuestMachine {
             name: vm.site.name.clone(),
             cpus: 1,
@@ -289,6 +295,7 @@ impl Impostor {
             vm: VmId([1; 16]),
             generation: 2,
             machine,
+            hotplugged,
         };
         self.link.send(&ToNew::Offer(Box::new(offer))).unwrap();
         let mut registry = Registry::default();
@@ -365,6 +372,34 @@ fn a_descriptor_of_another_size_is_refused_and_a_right_one_is_not() {
     drop(impostor);
     vm.assert_nobody_waits(&waiting);
     vm.assert_transfers();
+}
+
+#[test]
+fn disks_that_are_said_to_have_come_and_are_none_are_refused() {
+    let vm = Builder::release().start();
+    for (id, slot, words) in [
+        ("d", 31, "device d is no disk"),
+        ("d", 4, "device d is no disk"),
+        ("d", 255, "device d is no disk"),
+        ("", 4, "expects an identifier"),
+        ("../d", 4, "expects an identifier"),
+    ] {
+        let waiting = vm.wait_for_guest();
+        let mut impostor = Impostor::connect(&waiting);
+        let disk = Hotplugged {
+            id: id.to_owned(),
+            node: "n".to_owned(),
+            slot,
+            asked: false,
+        };
+        impostor.offers_with(&vm, memory(64 << 20, SEALS), vec![disk]);
+        let said = impostor.hears();
+        let Some(ToOld::Failed(reason)) = &said else {
+            panic!("{said:?}");
+        };
+        assert!(reason.contains(words), "{reason}");
+        vm.assert_nobody_waits(&waiting);
+    }
 }
 
 #[test]

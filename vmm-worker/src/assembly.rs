@@ -149,6 +149,7 @@ pub(crate) struct Machinery {
     cmdline: String,
     cpus: u8,
     generation_id: [u8; 16],
+    removable: u32,
 }
 
 /// The last filters, parsed.
@@ -189,23 +190,38 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
     if !config.virtio.is_sorted_by(|a, b| a.slot < b.slot) {
         return wrong("virtio", "not in the order of its slots".to_owned());
     }
-    for VirtioConfig { slot, device } in &config.virtio {
-        let reserved = *slot == 0 || *slot >= MAX_SLOTS;
-        if reserved || device.queues() == 0 || device.queues() > MAX_QUEUES {
-            return wrong("virtio", format!("slot {slot}, {} queues", device.queues()));
-        }
-        match device {
-            VirtioKind::Block(block) => check_block(block)?,
-            VirtioKind::Entropy | VirtioKind::Balloon => {}
-            VirtioKind::Net(net) => check_net(net)?,
-            VirtioKind::Vsock(vsock) => check_vsock(vsock)?,
-        }
+    config.virtio.iter().try_for_each(check_virtio)?;
+    // The host bridge stays.
+    if config.removable & 1 != 0 {
+        return wrong("removable", format!("{:#x}", config.removable));
     }
     Ok(LastFilters {
         control: Program::from_bytes(&config.filters.control)?,
         vcpu: Program::from_bytes(&config.filters.vcpu)?,
         io: Program::from_bytes(&config.filters.io)?,
     })
+}
+
+/// The same for one device.
+///
+/// # Errors
+///
+/// [`BuildError::Config`].
+pub(crate) fn check_virtio(config: &VirtioConfig) -> Result<(), BuildError> {
+    let VirtioConfig { slot, device } = config;
+    let reserved = *slot == 0 || *slot >= MAX_SLOTS;
+    if reserved || device.queues() == 0 || device.queues() > MAX_QUEUES {
+        return Err(BuildError::Config {
+            field: "virtio",
+            value: format!("slot {slot}, {} queues", device.queues()),
+        });
+    }
+    match device {
+        VirtioKind::Block(block) => check_block(block),
+        VirtioKind::Entropy | VirtioKind::Balloon => Ok(()),
+        VirtioKind::Net(net) => check_net(net),
+        VirtioKind::Vsock(vsock) => check_vsock(vsock),
+    }
 }
 
 fn check_block(block: &BlockConfig) -> Result<(), BuildError> {
@@ -313,6 +329,72 @@ fn claim(
     Ok(registry.claim(&DescriptorKey::new(name, id)?, kind)?)
 }
 
+/// A device that needs nobody but its descriptors.
+fn make(
+    config: &VirtioConfig,
+    registry: &mut Registry,
+) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    match &config.device {
+        VirtioKind::Block(block) => {
+            let kind = if block.device {
+                DescriptorKind::BlockDevice
+            } else {
+                DescriptorKind::Disk
+            };
+            let file = claim(registry, descriptor::DISK, config.slot.into(), kind)?;
+            check_access(&file, block.readonly)?;
+            Ok(Box::new(Block::new(file, block)))
+        }
+        VirtioKind::Net(net) => {
+            let tap = |pair| {
+                claim(
+                    registry,
+                    descriptor::NET,
+                    config.tap(pair),
+                    DescriptorKind::Tap,
+                )
+            };
+            let taps = (0..net.queues).map(tap).collect::<Result<_, _>>()?;
+            Ok(Box::new(Net::new(taps, net)))
+        }
+        VirtioKind::Entropy => Ok(Box::new(Entropy)),
+        VirtioKind::Vsock(_) | VirtioKind::Balloon => Err(BuildError::Config {
+            field: "virtio",
+            value: format!(
+                "slot {}: neither a disk nor a network interface",
+                config.slot
+            ),
+        }),
+    }
+}
+
+/// What the guest notifies a device by.
+fn kicks(config: &VirtioConfig, registry: &mut Registry) -> Result<Vec<Arc<OwnedFd>>, BuildError> {
+    let kind = DescriptorKind::Eventfd;
+    (0..config.device.queues())
+        .map(|queue| claim(registry, descriptor::KICK, config.kick(queue), kind).map(Arc::new))
+        .collect()
+}
+
+/// A device that comes while the guest runs, of everything that was lent for it.
+///
+/// # Errors
+///
+/// [`BuildError`].
+pub(crate) fn newcomer(
+    config: &VirtioConfig,
+    mut registry: Registry,
+) -> Result<VirtioParts, BuildError> {
+    check_virtio(config)?;
+    let parts = VirtioParts {
+        slot: config.slot,
+        device: make(config, &mut registry)?,
+        kicks: kicks(config, &mut registry)?,
+    };
+    registry.finish()?;
+    Ok(parts)
+}
+
 /// Builds the VM. `wake` tells the control thread to look after devices and vCPUs; `origin_ns` is when this worker
 /// began, `preview` what the old worker of an upgrade says in advance.
 ///
@@ -348,31 +430,9 @@ pub(crate) fn build(
     let (mut vsock, mut balloon) = (None, None);
     for device in &config.virtio {
         let made: Box<dyn VirtioDevice> = match &device.device {
-            VirtioKind::Block(block) => {
-                let name = descriptor::DISK;
-                let kind = if block.device {
-                    DescriptorKind::BlockDevice
-                } else {
-                    DescriptorKind::Disk
-                };
-                let file = claim(registry, name, device.slot.into(), kind)?;
-                check_access(&file, block.readonly)?;
-                Box::new(Block::new(file, block))
+            VirtioKind::Block(_) | VirtioKind::Net(_) | VirtioKind::Entropy => {
+                make(device, registry)?
             }
-            VirtioKind::Net(net) => {
-                let taps = (0..net.queues)
-                    .map(|pair| {
-                        claim(
-                            registry,
-                            descriptor::NET,
-                            device.tap(pair),
-                            DescriptorKind::Tap,
-                        )
-                    })
-                    .collect::<Result<_, _>>()?;
-                Box::new(Net::new(taps, net))
-            }
-            VirtioKind::Entropy => Box::new(Entropy),
             VirtioKind::Balloon => {
                 let mut made = Balloon::new(memory::page(config.pages));
                 let link = made.link(Arc::clone(wake));
@@ -386,21 +446,10 @@ pub(crate) fn build(
                 Box::new(device)
             }
         };
-        let kicks = (0..device.device.queues())
-            .map(|queue| {
-                claim(
-                    registry,
-                    descriptor::KICK,
-                    device.kick(queue),
-                    DescriptorKind::Eventfd,
-                )
-            })
-            .map(|kick| kick.map(Arc::new))
-            .collect::<Result<_, _>>()?;
         virtio.push(VirtioParts {
             slot: device.slot,
             device: made,
-            kicks,
+            kicks: kicks(device, registry)?,
         });
     }
     registry.finish()?;
@@ -449,6 +498,7 @@ pub(crate) fn build(
         pool: &pool,
         drain: Duration::from_millis(config.drain_ms.into()),
         virtio,
+        removable: config.removable,
         preview,
     })?;
     platform.devices.setup(config.mode)?;
@@ -473,6 +523,7 @@ pub(crate) fn build(
         cmdline: config.cmdline.clone(),
         cpus: config.cpus,
         generation_id: config.vm.0,
+        removable: config.removable,
     };
     Ok((machinery, times))
 }
@@ -486,6 +537,7 @@ impl Machinery {
     pub(crate) fn load_kernel(&self, ram: RamContent) -> Result<boot::Loaded, BootError> {
         let bridge = boot::pci_host_bridge();
         let generation_id = boot::generation_id_device();
+        let hotplug = boot::pci_hotplug(self.removable);
         let mcfg = boot::mcfg();
         let params = BootParams {
             kernel: &self.kernel,
@@ -494,7 +546,7 @@ impl Machinery {
             cpus: self.cpus,
             ram,
             acpi: AcpiExtras {
-                dsdt: &[&*bridge, &*generation_id],
+                dsdt: &[&*bridge, &*hotplug, &*generation_id],
                 tables: &[&mcfg],
             },
         };

@@ -14,6 +14,7 @@
 //! ```
 
 pub(crate) mod ballooning;
+mod hotplug;
 mod resizing;
 
 use std::collections::VecDeque;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use baton_ipc::Channel;
 use baton_ipc::ChannelError;
 use baton_ipc::Received;
+use baton_ipc::Registry;
 use baton_ipc::SocketError;
 use baton_ipc::StartMode;
 use baton_ipc::VmId;
@@ -114,6 +116,8 @@ pub(crate) struct Worker {
     pub(crate) machinery: Machinery,
     pub(crate) reset: ResetState,
     wake: Arc<Wake>,
+    /// Descriptors of the device that is to come.
+    lent: Registry,
     pub(crate) phase: Phase,
     pub(crate) outgoing: Outgoing,
     /// The guest stood still at the operator's wish when it was parked, and does again should it not go.
@@ -153,6 +157,7 @@ impl Worker {
             machinery,
             reset,
             wake,
+            lent: Registry::default(),
             phase,
             outgoing: Outgoing::Idle,
             stood: false,
@@ -300,6 +305,7 @@ impl Worker {
         if matches!(self.phase, Phase::Running | Phase::Paused) {
             self.look_after_vsock(false);
         }
+        self.look_after_hotplug();
     }
 
     /// Does what the vsock leaves to this thread, and tells the broker of it.

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
+use std::time::Instant;
 
 use baton_policy::Program;
 use rustix::event::PollFd;
@@ -33,6 +34,9 @@ use crate::platform::Wake;
 const STACK: usize = 256 << 10;
 /// How long a thread may take to put its filter on.
 const CONFINE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a thread may take to let go of what is no longer its own.
+const FORGET_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// Why the pool does not work.
 #[derive(Debug, Error)]
@@ -70,6 +74,9 @@ struct Link {
     confinement: Mutex<Confinement>,
     changed: Condvar,
     wake: Wake,
+    /// How often it has looked for something to do.
+    turns: Mutex<u64>,
+    turned: Condvar,
 }
 
 enum Confinement {
@@ -104,6 +111,8 @@ impl IoPool {
                 confinement: Mutex::new(Confinement::Awaited),
                 changed: Condvar::new(),
                 wake: Wake::new()?,
+                turns: Mutex::new(0),
+                turned: Condvar::new(),
             });
             let own = Arc::clone(&link);
             std::thread::Builder::new()
@@ -131,7 +140,25 @@ impl IoPool {
         }
     }
 
-    /// Gives a seat to the thread of its number, for good.
+    /// Takes seats away from their threads, which have let go of all of them when this returns, unless one is busy for longer
+    /// than [`FORGET_TIMEOUT`]: it lets go when it is not.
+    pub(crate) fn forget<'a>(&self, seats: impl Iterator<Item = &'a Arc<Seat>>) {
+        let gone: Vec<&Arc<Seat>> = seats.collect();
+        let deadline = Instant::now() + FORGET_TIMEOUT;
+        for link in &self.links {
+            lock(&link.seats).retain(|seat| !gone.iter().any(|gone| Arc::ptr_eq(seat, gone)));
+            let turns = *lock(&link.turns);
+            link.wake.trigger();
+            let left = deadline.saturating_duration_since(Instant::now());
+            let same = |now: &mut u64| *now == turns;
+            // Bounded, and of no consequence if it is not long enough.
+            let _ = link
+                .turned
+                .wait_timeout_while(lock(&link.turns), left, same);
+        }
+    }
+
+    /// Gives a seat to the thread of its number, until it is forgotten.
     pub(crate) fn add(&self, number: usize, seat: Arc<Seat>) {
         if let Some(link) = self.link(number) {
             lock(&link.seats).push(seat);
@@ -186,6 +213,8 @@ impl Link {
         self.changed.notify_all();
         loop {
             self.turn();
+            *lock(&self.turns) += 1;
+            self.turned.notify_all();
         }
     }
 

@@ -26,7 +26,10 @@ use crate::transfer::outgoing::Outgoing;
 impl Worker {
     /// Carries an order out, or says why not.
     pub(crate) fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
-        let main = if matches!(order, Order::Transfer | Order::Vsock(_) | Order::Save) {
+        let main = if matches!(
+            order,
+            Order::Transfer | Order::Vsock(_) | Order::Save | Order::Lend(..)
+        ) {
             descriptors.pop()
         } else {
             None
@@ -79,6 +82,12 @@ impl Worker {
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
             (Order::PowerButton, Phase::Running) => self.press_power_button(),
             (Order::Balloon { pages }, Phase::Running) => self.inflate(*pages),
+            (Order::Lend(key, description), Phase::Running | Phase::Paused) => {
+                self.lend(key.clone(), description.clone(), main);
+            }
+            (Order::Plug(config), Phase::Running | Phase::Paused) => self.plug(config),
+            (Order::Unplug { slot }, Phase::Running | Phase::Paused) => self.ask_back(*slot),
+            (Order::End { slot }, Phase::Running | Phase::Paused) => self.end_device(*slot),
             (Order::Resize { slot, bytes }, Phase::Running | Phase::Paused) => {
                 self.resize(*slot, *bytes);
             }

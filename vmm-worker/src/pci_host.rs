@@ -190,6 +190,53 @@ impl PciHost {
         });
     }
 
+    /// Takes a function in that has come just now. What KVM does for it is arranged when the guest has set it up.
+    pub(crate) fn join(
+        &mut self,
+        slot: u8,
+        transport: Arc<Mutex<Transport>>,
+        irqs: Arc<Vec<OwnedFd>>,
+    ) {
+        self.add(slot, transport, irqs);
+        self.functions.sort_by_key(|function| function.slot);
+    }
+
+    /// The function of `slot`, if there is one.
+    pub(crate) fn transport(&self, slot: u8) -> Option<&Arc<Mutex<Transport>>> {
+        let mut functions = self.functions.iter();
+        let function = functions.find(|function| function.slot == slot)?;
+        Some(&function.transport)
+    }
+
+    /// Lets a function go that is ended: KVM has nothing of it any more.
+    ///
+    /// # Errors
+    ///
+    /// [`PlatformError`]: what KVM would not let go of.
+    pub(crate) fn leave(&mut self, slot: u8) -> Result<(), PlatformError> {
+        let at = self
+            .functions
+            .iter()
+            .position(|function| function.slot == slot);
+        let Some(mut function) = at.map(|at| self.functions.remove(at)) else {
+            return Ok(());
+        };
+        let mut outcome = match function.notified_at.take() {
+            Some(bar) => notifications(&self.vm, &function, bar, false),
+            None => Ok(()),
+        };
+        for (irq, vector) in function.irqs.iter().zip(0..) {
+            let unbound = copy(irq).and_then(|irq| {
+                self.vm
+                    .unregister_irqfd(&irq, interrupt(slot, vector))
+                    .map_err(vm::ioctl("KVM_IRQFD"))?;
+                Ok(())
+            });
+            outcome = outcome.and(unbound);
+        }
+        outcome
+    }
+
     /// The configuration of the device in `slot` has changed by no doing of its driver.
     pub(crate) fn reconfigured(&self, slot: u8) {
         self.functions

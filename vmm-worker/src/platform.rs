@@ -10,9 +10,11 @@ use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::WorkerConfig;
 use kvm_ioctls::VmFd;
@@ -21,15 +23,19 @@ use thiserror::Error;
 
 use crate::boot::layout;
 use crate::devices::Bus;
+use crate::devices::Device as _;
 use crate::devices::DeviceId;
 use crate::devices::DeviceKind;
 use crate::devices::Devices;
 use crate::devices::IrqLine;
+use crate::devices::SharedLine;
 use crate::devices::Trigger;
 use crate::devices::acpi_pm::AcpiPm;
 use crate::devices::bus::BusError;
 use crate::devices::i8042::I8042;
+use crate::devices::lifecycle::DeviceError;
 use crate::devices::lifecycle::LifecycleError;
+use crate::devices::pci::hotplug::Hotplug;
 use crate::devices::pci::segment::Segment;
 use crate::devices::pci::segment::SegmentDevice;
 use crate::devices::pci::segment::Window;
@@ -43,6 +49,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::buffers::Ram;
 use crate::devices::virtio::transport;
 use crate::devices::virtio::transport::Transport;
+use crate::diagnostics::log;
 use crate::io_pool::IoPool;
 use crate::pci_host;
 use crate::pci_host::PciHost;
@@ -71,6 +78,9 @@ pub(crate) enum PlatformError {
     /// Two devices want the same addresses.
     #[error("bus: {0}")]
     Bus(#[from] BusError),
+    /// A device cannot end.
+    #[error(transparent)]
+    Device(DeviceError),
     /// The device set refuses.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
@@ -135,7 +145,7 @@ impl IrqLine for Line {
 }
 
 /// The devices of every VM, in the order in which their states go over; virtio devices follow.
-const DEVICES: [DeviceId; 7] = [
+const DEVICES: [DeviceId; 8] = [
     DeviceId::new(DeviceKind::POWER, 0),
     DeviceId::new(DeviceKind::SERIAL, 0),
     DeviceId::new(DeviceKind::I8042, 0),
@@ -143,21 +153,26 @@ const DEVICES: [DeviceId; 7] = [
     DeviceId::new(DeviceKind::RTC, 0),
     DeviceId::new(DeviceKind::PCI, 0),
     DeviceId::new(DeviceKind::PVPANIC, 0),
+    DeviceId::new(DeviceKind::HOTPLUG, 0),
 ];
 
 /// The devices of a VM, in the order in which their states go over.
 pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
-    let virtio = config.virtio.iter().map(|device| {
-        let kind = match device.device {
-            VirtioKind::Block(_) => DeviceKind::BLOCK,
-            VirtioKind::Entropy => DeviceKind::ENTROPY,
-            VirtioKind::Net(_) => DeviceKind::NET,
-            VirtioKind::Vsock(_) => DeviceKind::VSOCK,
-            VirtioKind::Balloon => DeviceKind::BALLOON,
-        };
-        DeviceId::new(kind, device.slot.into())
-    });
-    DEVICES.into_iter().chain(virtio).collect()
+    DEVICES
+        .into_iter()
+        .chain(config.virtio.iter().map(device_id))
+        .collect()
+}
+
+fn device_id(device: &VirtioConfig) -> DeviceId {
+    let kind = match device.device {
+        VirtioKind::Block(_) => DeviceKind::BLOCK,
+        VirtioKind::Entropy => DeviceKind::ENTROPY,
+        VirtioKind::Net(_) => DeviceKind::NET,
+        VirtioKind::Vsock(_) => DeviceKind::VSOCK,
+        VirtioKind::Balloon => DeviceKind::BALLOON,
+    };
+    DeviceId::new(kind, device.slot.into())
 }
 
 /// A virtio device, not yet plugged in.
@@ -178,6 +193,8 @@ pub(crate) struct PlatformParts<'a> {
     /// How long requests in flight may take when devices park.
     pub(crate) drain: Duration,
     pub(crate) virtio: Vec<VirtioParts>,
+    /// Slots that devices come to and go from while the guest runs, one bit each.
+    pub(crate) removable: u32,
     /// What the old worker of an upgrade says in advance.
     pub(crate) preview: &'a Preview,
 }
@@ -191,6 +208,12 @@ pub(crate) struct Platform {
     pub(crate) power: Arc<PowerLatch>,
     pub(crate) pvpanic: Arc<Mutex<PvPanic>>,
     pub(crate) pci: PciHost,
+    hotplug: Arc<Mutex<Hotplug>>,
+    segment: Arc<Mutex<Segment>>,
+    ram: Ram,
+    drain: Duration,
+    /// Backends that the pool's threads have got, in turn.
+    seats: usize,
 }
 
 /// Makes all devices.
@@ -208,6 +231,8 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
         vm: Arc::clone(vm),
         gsi: layout::SCI_IRQ,
     });
+
+    let [sci, hotplug_sci] = SharedLine::two(sci).map(Arc::new);
 
     let power = PowerLatch::new(Arc::clone(wake));
     let serial = Arc::new(Mutex::new(SerialPort::new(0, com1, Arc::clone(wake))));
@@ -253,6 +278,18 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
     let segment = Arc::new(Mutex::new(Segment::new(layout::PCI_WINDOW_32)));
     devices.add(Arc::new(Mutex::new(SegmentDevice(Arc::clone(&segment)))))?;
     devices.add(pvpanic.clone())?;
+    let hotplug = Arc::new(Mutex::new(Hotplug::new(
+        Arc::clone(&segment),
+        parts.removable,
+        hotplug_sci,
+        Arc::clone(wake),
+    )));
+    devices.add(hotplug.clone())?;
+    ports.insert(
+        u64::from(layout::PCI_HOTPLUG_PORT),
+        u64::from(layout::PCI_HOTPLUG_PORTS),
+        hotplug.clone(),
+    )?;
     if !devices.ids().eq(DEVICES) {
         return Err(PlatformError::Order(devices.ids().collect()));
     }
@@ -276,43 +313,52 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
         layout::PCI_WINDOW_32_SIZE,
         window(Window::Memory),
     )?;
-    let pci = plug(parts, &segment, &mut devices)?;
-
     let exits = Exits {
         ports: Arc::new(ports),
         mmio: Arc::new(mmio),
         power: Arc::clone(&power),
     };
-    Ok(Platform {
+    let mut platform = Platform {
         devices,
         exits,
         serial,
         acpi_pm,
         power,
         pvpanic,
-        pci,
-    })
+        pci: PciHost::new(Arc::clone(vm), Arc::clone(wake)),
+        hotplug,
+        segment,
+        ram: parts.ram,
+        drain: parts.drain,
+        seats: 0,
+    };
+    for virtio in parts.virtio {
+        let slot = virtio.slot;
+        let (transport, irqs) = platform.attach(parts.pool, virtio)?;
+        platform.devices.add(transport.clone())?;
+        platform.put(slot, transport.clone())?;
+        platform.pci.add(slot, transport, irqs);
+    }
+    platform.pci.arrange(parts.preview)?;
+    Ok(platform)
 }
 
-/// Makes the virtio devices, plugs them in, and gives their backends to the pool's threads in turn.
-fn plug(
-    parts: PlatformParts<'_>,
-    segment: &Mutex<Segment>,
-    devices: &mut Devices,
-) -> Result<PciHost, PlatformError> {
-    let mut pci = PciHost::new(Arc::clone(parts.vm), Arc::clone(parts.wake));
-    let mut seats = 0;
-    for VirtioParts {
-        slot,
-        device,
-        kicks,
-    } in parts.virtio
-    {
+/// A virtio device behind its transport, and its vectors.
+type Attached = (Arc<Mutex<Transport>>, Arc<Vec<OwnedFd>>);
+
+impl Platform {
+    /// Makes a virtio device, and gives its backends to the pool's threads in turn.
+    fn attach(&mut self, pool: &IoPool, parts: VirtioParts) -> Result<Attached, PlatformError> {
+        let VirtioParts {
+            slot,
+            device,
+            kicks,
+        } = parts;
         let vectors = u16::try_from(kicks.len()).unwrap_or(0).saturating_add(1);
-        let (sink, irqs) = pci.vectors(slot, vectors)?;
-        let wakers: Vec<_> = (seats..)
+        let (sink, irqs) = self.pci.vectors(slot, vectors)?;
+        let wakers: Vec<_> = (self.seats..)
             .take(kicks.len())
-            .map(|number| parts.pool.waker(number))
+            .map(|number| pool.waker(number))
             .collect();
         let transport = Transport::new(
             device,
@@ -321,26 +367,79 @@ fn plug(
                 bar: pci_host::first_bar(slot),
                 sink: Box::new(sink),
                 kicks,
-                ram: parts.ram,
+                ram: self.ram,
                 wakers,
-                drain: parts.drain,
+                drain: self.drain,
             },
         );
         for seat in transport.seats() {
-            parts.pool.add(seats, Arc::clone(seat));
-            seats += 1;
+            pool.add(self.seats, Arc::clone(seat));
+            self.seats += 1;
         }
-        let transport = Arc::new(Mutex::new(transport));
-        let plugged = segment
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .plug(slot, transport.clone());
-        if !plugged {
+        Ok((Arc::new(Mutex::new(transport)), irqs))
+    }
+
+    /// Puts a function on the bus.
+    fn put(&self, slot: u8, transport: Arc<Mutex<Transport>>) -> Result<(), PlatformError> {
+        let mut segment = self.segment.lock().unwrap_or_else(PoisonError::into_inner);
+        if segment.plug(slot, transport) {
+            Ok(())
+        } else {
+            Err(PlatformError::Slot(slot))
+        }
+    }
+
+    /// Makes a virtio device of a VM that runs or stands still, and tells the guest of it.
+    ///
+    /// # Errors
+    ///
+    /// [`PlatformError`]; nothing of it is left then.
+    pub(crate) fn join(&mut self, pool: &IoPool, parts: VirtioParts) -> Result<(), PlatformError> {
+        let slot = parts.slot;
+        if !self.hotplug().is_removable(slot) || self.pci.transport(slot).is_some() {
             return Err(PlatformError::Slot(slot));
         }
-        devices.add(transport.clone())?;
-        pci.add(slot, transport, irqs);
+        let (transport, irqs) = self.attach(pool, parts)?;
+        let joined = self.devices.join(transport.clone());
+        let put = joined
+            .map_err(PlatformError::from)
+            .and_then(|()| self.put(slot, transport.clone()));
+        if let Err(error) = put {
+            let transport = transport.lock().unwrap_or_else(PoisonError::into_inner);
+            pool.forget(transport.seats());
+            let _ = self.devices.leave(transport.id());
+            return Err(error);
+        }
+        self.pci.join(slot, transport, irqs);
+        self.hotplug().announce(slot);
+        Ok(())
     }
-    pci.arrange(parts.preview)?;
-    Ok(pci)
+
+    /// Ends the device of this slot, which the guest has let go.
+    ///
+    /// # Errors
+    ///
+    /// [`PlatformError`]: it is as before then, and this can be tried again.
+    pub(crate) fn leave(&mut self, pool: &IoPool, slot: u8) -> Result<(), PlatformError> {
+        let found = self.pci.transport(slot).map(Arc::clone);
+        let Some(transport) = found.filter(|_| self.hotplug().is_gone(slot)) else {
+            return Err(PlatformError::Slot(slot));
+        };
+        let mut transport = transport.lock().unwrap_or_else(PoisonError::into_inner);
+        transport.end().map_err(PlatformError::Device)?;
+        pool.forget(transport.seats());
+        self.devices.leave(transport.id())?;
+        drop(transport);
+        if let Err(error) = self.pci.leave(slot) {
+            // What KVM keeps of it signals nobody.
+            log!("PCI device {slot}: {error}");
+        }
+        self.hotplug().ended(slot);
+        Ok(())
+    }
+
+    /// The hot-plug registers.
+    pub(crate) fn hotplug(&self) -> MutexGuard<'_, Hotplug> {
+        self.hotplug.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }

@@ -76,8 +76,13 @@ pub(crate) fn machine(config: &WorkerConfig, devices: &[DeviceId]) -> Machine {
             .map(|region| (region.address, region.size))
             .collect(),
         hidden,
-        devices: devices.iter().copied().map(id).collect(),
+        devices: ids(devices.iter().copied()),
     }
+}
+
+/// The names of devices, in the order in which their states go over.
+pub(crate) fn ids(devices: impl Iterator<Item = DeviceId>) -> Vec<SectionId> {
+    devices.map(id).collect()
 }
 
 /// The versions that this build writes, which are the newest that it reads.
@@ -327,6 +332,7 @@ mod tests {
             io_threads: 1,
             drain_ms: 40,
             on_panic: baton_ipc::worker::PanicAction::default(),
+            removable: 0,
         }
     }
 

@@ -83,6 +83,9 @@ impl Broker {
                 Ok(())
             }
             Report::Resized { slot, bytes } => self.resized(slot, bytes),
+            Report::Plugged { slot } => self.plugged(slot),
+            Report::Ejected { slot } => self.ejected(slot),
+            Report::Unplugged { slot } => self.unplugged(slot),
             Report::Vsock(report) => {
                 self.vsock_said(report);
                 Ok(())
@@ -105,8 +108,11 @@ impl Broker {
                 self.log
                     .note("worker-failed", &json!({"step": step, "reason": reason}));
                 self.pausing = false;
-                if step == "resize" {
-                    self.resize_failed(&reason);
+                match step.as_str() {
+                    "resize" => self.resize_failed(&reason),
+                    "plug" => self.plug_failed(&reason),
+                    "unplug" => self.unplug_failed(),
+                    _ => {}
                 }
                 if let Some(worker) = self
                     .worker

@@ -185,6 +185,8 @@ impl Broker {
             paused: false,
             resets_asked: 0,
             panicked: false,
+            nodes: Vec::new(),
+            devices: Vec::new(),
             resizing: None,
             news: BalloonNews::default(),
             has_log: incoming.is_none(),
@@ -381,12 +383,19 @@ impl Broker {
             io_threads: self.io_threads(),
             drain_ms: u32::try_from(self.deadlines.drain().as_millis()).unwrap_or(u32::MAX),
             on_panic: self.vm.on_panic,
+            removable: self.vm.removable(),
         })
     }
 
-    /// How many I/O threads a worker has: one a queue, within bounds, and one for devices that come later.
+    /// How many I/O threads a worker has: one a queue of the VM file's devices, within bounds. Devices that come later share them:
+    /// a worker has as many as its predecessor, whatever has come and gone.
     pub(crate) fn io_threads(&self) -> u8 {
-        let queues: u32 = self.virtio.iter().map(|one| one.device.queues()).sum();
+        let removable = self.vm.removable();
+        let fixed = self
+            .virtio
+            .iter()
+            .filter(|one| removable & 1 << one.slot == 0);
+        let queues: u32 = fixed.map(|one| one.device.queues()).sum();
         u8::try_from(queues)
             .unwrap_or(MAX_IO_THREADS)
             .clamp(1, MAX_IO_THREADS)

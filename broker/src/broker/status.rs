@@ -1,5 +1,6 @@
 //! How the VM is, for those who ask, and for those who find no broker.
 
+use baton_ipc::Registry;
 use baton_ipc::StartMode;
 use baton_ipc::control::DiskStatus;
 use baton_ipc::control::VmState;
@@ -113,10 +114,35 @@ impl Broker {
                 readonly: disk.readonly,
                 direct: disk.direct,
                 bytes: self.block_bytes(slot).unwrap_or_default(),
+                added: None,
             }),
             _ => None,
         };
-        self.vm.devices().filter_map(status).collect()
+        let mut disks: Vec<_> = self.vm.devices().filter_map(status).collect();
+        disks.extend(self.devices.iter().filter_map(|device| {
+            let node = self.node(&device.node)?;
+            Some(DiskStatus {
+                id: device.node.clone(),
+                path: node.path.display().to_string(),
+                readonly: node.config.readonly,
+                direct: node.config.direct,
+                bytes: self.block_bytes(device.slot).unwrap_or_default(),
+                added: Some(device.id.clone()),
+            })
+        }));
+        disks
+    }
+
+    /// Of descriptors that the running worker gets.
+    pub(crate) fn record_grants_of(&mut self, registry: &Registry) -> Result<()> {
+        let (generation, mode) = (self.generation(), StartMode::None);
+        for (key, description, _) in registry.iter() {
+            self.log.write("grant", &json!({
+                "generation": generation, "mode": mode, "descriptor": key.name(), "id": key.id(), "uid": self.ids.ids.uid, "what": description,
+            }))
+            .recorded()?;
+        }
+        Ok(())
     }
 
     pub(crate) fn record_grants(&mut self, generation: u32, mode: StartMode) -> Result<()> {

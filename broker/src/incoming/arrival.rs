@@ -81,10 +81,14 @@ impl Broker {
         offer: Box<Offer>,
         registry: Registry,
     ) -> Result<Stage> {
-        match self.check_state(&offer, &registry) {
+        let checked = self.check_state(&offer, &registry).and_then(|file| {
+            self.virtio.clone_from(&offer.machine.virtio);
+            self.adopt_devices(&offer.hotplugged, &registry)?;
+            Ok(file)
+        });
+        match checked {
             Ok(file) => {
                 self.id = offer.vm;
-                self.virtio.clone_from(&offer.machine.virtio);
                 self.registry = registry;
                 let bound = self.deadlines.of(Step::Build);
                 let Some(incoming) = &mut self.incoming else {
@@ -116,7 +120,7 @@ impl Broker {
         registry: &Registry,
     ) -> Result<Option<File>> {
         let machine = &offer.machine;
-        let devices = crate::guest_machine::devices(&self.vm, &machine.virtio);
+        let devices = crate::guest_machine::devices(&self.vm, &machine.virtio, &offer.hotplugged);
         let ours = crate::guest_machine::of(&self.vm, &devices);
         if let Some(difference) = machine.first_difference(&ours) {
             return Err(unfit(

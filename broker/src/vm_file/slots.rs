@@ -39,4 +39,11 @@ impl VmFile {
         let own = own.into_iter().filter_map(|(slot, one)| Some((slot, one?)));
         (1..).zip(disks.chain(nets)).chain(own)
     }
+
+    /// The PCI device numbers that are free for devices to come to while the guest runs, one bit each: all but the host
+    /// bridge's and those of this file.
+    pub(crate) fn removable(&self) -> u32 {
+        let taken = self.devices().map(|(slot, _)| 1_u32 << slot);
+        !taken.fold(1, |taken, slot| taken | slot)
+    }
 }

@@ -95,16 +95,28 @@ impl Disk {
         if !options.disk {
             return None;
         }
-        let Some(function) = Function::find(BLOCK_DEVICE) else {
-            return fail(DRIVER_ABSENT);
-        };
+        match Function::find(BLOCK_DEVICE) {
+            Some(function) => Self::on(function, options.disk_irq, nonce),
+            None => fail(DRIVER_ABSENT),
+        }
+    }
+
+    /// The disk of that PCI device number, set up, if there is one.
+    pub fn at(slot: u64, options: &Options, nonce: u64) -> Option<Self> {
+        Self::on(Function::at(slot, BLOCK_DEVICE)?, options.disk_irq, nonce)
+    }
+
+    fn on(function: Function, irq: bool, nonce: u64) -> Option<Self> {
+        for lane in 0..DISK_LANES {
+            report::write(disk_lane_offset(lane), 0);
+        }
         if !function.agree(FEATURES) {
             return fail(DRIVER_REFUSED);
         }
         let Function {
             bar, common, msix, ..
         } = function;
-        if options.disk_irq {
+        if irq {
             let table = bar + u64::from(read::<u32>(msix + 4) & !7);
             let vectors = [interrupts::DISK_VECTOR, interrupts::DISK_CHANGE_VECTOR];
             for (entry, vector) in (0..).zip(vectors) {
@@ -117,7 +129,7 @@ impl Disk {
         }
         write(common + QUEUE_SELECT, 0_u16);
         write(common + QUEUE_SIZE, QUEUE);
-        if options.disk_irq {
+        if irq {
             write(common + QUEUE_VECTOR, 0_u16);
         }
         for at in (DESCRIPTORS..LANES_AT).step_by(8) {
@@ -135,7 +147,7 @@ impl Disk {
         report::write(DISK_STATE_OFFSET, DRIVER_WORKING);
         Some(Self {
             function,
-            changes: 0,
+            changes: interrupts::disk_changes(),
             common,
             notify,
             nonce,
@@ -161,6 +173,24 @@ impl Disk {
             }
             _ => {}
         }
+    }
+
+    /// Its PCI device number.
+    pub fn slot(&self) -> u64 {
+        self.function.slot
+    }
+
+    /// Begins nothing any more; whether nothing is under way.
+    pub fn rest(&mut self) -> bool {
+        self.working = false;
+        self.lanes.iter().all(|lane| lane.doing == Doing::Nothing)
+    }
+
+    /// Lets it be.
+    pub fn leave(&self) {
+        self.function.reset();
+        report::write(DISK_STATE_OFFSET, DRIVER_ABSENT);
+        report::write(DISK_FLYING_OFFSET, 0);
     }
 
     /// Takes what the device has done, and gives it more to do.

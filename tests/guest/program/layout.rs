@@ -99,6 +99,10 @@ pub const DISK_LANE_BLOCKS_OFFSET: usize = 0x138;
 pub const DISK_BYTES_OFFSET: usize = 0x140;
 /// Header: the disk's configuration interrupts, with `disk_irq`.
 pub const DISK_CHANGES_OFFSET: usize = 0x148;
+/// Header: devices that have come, with `hotplug`.
+pub const HOTPLUG_CAME_OFFSET: usize = 0x150;
+/// Header: devices that it has let go, with `hotplug`.
+pub const HOTPLUG_WENT_OFFSET: usize = 0x158;
 /// Header: the number of the last block that a lane has written.
 #[must_use]
 pub const fn disk_lane_offset(lane: usize) -> usize {
@@ -321,6 +325,13 @@ pub const COMMAND_CRASH_LOADED: u64 = 14;
 pub const COMMAND_PV_SHUTDOWN: u64 = 15;
 /// Mailbox: say that it has panicked, and reset at once, as `panic=-1` does.
 pub const COMMAND_PANIC_RESET: u64 = 16;
+
+/// Mailbox: let no device go.
+pub const COMMAND_HOTPLUG_KEEP: u64 = 17;
+/// Mailbox: let devices go again.
+pub const COMMAND_HOTPLUG_YIELD: u64 = 18;
+/// Mailbox: let every device go, whatever is under way.
+pub const COMMAND_HOTPLUG_EJECT: u64 = 19;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

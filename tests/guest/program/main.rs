@@ -19,6 +19,7 @@ mod console;
 mod disk;
 mod entry;
 mod heartbeat;
+mod hotplug;
 mod interrupts;
 #[expect(dead_code, reason = "some of it only the host side reads")]
 mod layout;
@@ -127,6 +128,11 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut hotplug = if vcpu == 0 {
+        hotplug::Hotplug::new(&machine.options)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
         walker.step(&turn);
@@ -135,6 +141,10 @@ fn run(vcpu: usize) -> ! {
             console.step(&turn);
             let command = report::take_mailbox();
             power::obey(command);
+            if let Some(hotplug) = &mut hotplug {
+                hotplug.obey(command, &mut disk);
+                hotplug.step(&mut disk, &machine.options, machine.nonce);
+            }
             if let Some(disk) = &mut disk {
                 disk.obey(command);
                 disk.step();

@@ -17,6 +17,7 @@ pub struct Options {
     pub off_after_lines: Option<u64>,
     pub disk: bool,
     pub disk_irq: bool,
+    pub hotplug: bool,
     pub net: bool,
     pub net_rest: bool,
     pub vsock: Option<u64>,
@@ -38,6 +39,7 @@ impl Options {
             off_after_lines: None,
             disk: false,
             disk_irq: false,
+            hotplug: false,
             net: false,
             net_rest: false,
             vsock: None,
@@ -57,6 +59,7 @@ impl Options {
                 (b"balloon", None) => options.balloon = true,
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
+                (b"hotplug", None) => options.hotplug = true,
                 (b"cpus", Some(Some(count))) => {
                     options.vcpus = (count as usize).clamp(1, MAX_VCPUS)
                 }

@@ -35,6 +35,22 @@ pub fn out16(port: u16, value: u16) {
     };
 }
 
+pub fn out32(port: u16, value: u32) {
+    // SAFETY: as in `out8`.
+    unsafe {
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags))
+    }
+}
+
+pub fn in32(port: u16) -> u32 {
+    let value: u32;
+    // SAFETY: as in `in8`.
+    unsafe {
+        asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags))
+    }
+    value
+}
+
 pub fn in8(port: u16) -> u8 {
     let value: u8;
     // SAFETY: as in `out8`.

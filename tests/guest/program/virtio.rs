@@ -47,6 +47,8 @@ pub const NO_NOTIFY: u16 = 1;
 
 /// Addresses of a device's parts.
 pub struct Function {
+    /// Its PCI device number.
+    pub slot: u64,
     pub bar: u64,
     pub common: u64,
     pub device: u64,
@@ -69,12 +71,19 @@ pub fn write<T>(address: u64, value: T) {
 impl Function {
     /// The first device with this vendor and device id, enabled, if it has what a modern one has.
     pub fn find(id: u32) -> Option<Self> {
-        let function = (0..SLOTS)
-            .map(|slot| ECAM + (slot << 15))
-            .find(|function| read::<u32>(*function) == id)?;
+        (0..SLOTS).find_map(|slot| Self::at(slot, id))
+    }
+
+    /// The same of that PCI device number.
+    pub fn at(slot: u64, id: u32) -> Option<Self> {
+        let function = ECAM + (slot << 15);
+        if read::<u32>(function) != id {
+            return None;
+        }
         write(function + COMMAND, ENABLE_DEVICE);
         let bar = u64::from(read::<u32>(function + BAR0) & !BAR_FLAGS);
         let mut found = Self {
+            slot,
             bar,
             common: 0,
             device: 0,
@@ -105,8 +114,7 @@ impl Function {
     /// Resets it and agrees on features. Whether it takes them.
     pub fn agree(&self, features: [u32; 2]) -> bool {
         let common = self.common;
-        write(common + STATUS, 0_u8);
-        while read::<u8>(common + STATUS) != 0 {}
+        self.reset();
         write(common + STATUS, ACKNOWLEDGE | DRIVER);
         for (select, features) in (0..).zip(features) {
             write::<u32>(common + DRIVER_FEATURE_SELECT, select);
@@ -138,6 +146,12 @@ impl Function {
                 return word;
             }
         }
+    }
+
+    /// Ends what the driver has begun.
+    pub fn reset(&self) {
+        write(self.common + STATUS, 0_u8);
+        while read::<u8>(self.common + STATUS) != 0 {}
     }
 
     /// The driver is ready.

@@ -89,6 +89,12 @@ impl CommandLine {
         self.word("disk_irq".into())
     }
 
+    /// Drives a virtio disk that comes while it runs, and lets it go when it is asked to.
+    #[must_use]
+    pub fn hotplug(self) -> Self {
+        self.word("hotplug".into())
+    }
+
     /// Drives the first virtio network interface: sends frames, and checks those that come.
     #[must_use]
     pub fn net(self) -> Self {

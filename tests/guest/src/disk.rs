@@ -25,6 +25,10 @@ pub struct DiskReport {
     pub bytes: u64,
     /// How often it said that this has changed, with `disk_irq`.
     pub changes: u64,
+    /// Devices that have come, with `hotplug`.
+    pub came: u64,
+    /// Devices that it has let go, with `hotplug`.
+    pub went: u64,
     /// Blocks that each lane has.
     pub lane_blocks: u64,
     /// The number of the last block that each lane has written.
@@ -46,6 +50,8 @@ impl DiskReport {
             interrupts: word(DISK_INTERRUPTS_OFFSET),
             bytes: word(DISK_BYTES_OFFSET),
             changes: word(DISK_CHANGES_OFFSET),
+            came: word(HOTPLUG_CAME_OFFSET),
+            went: word(HOTPLUG_WENT_OFFSET),
             lane_blocks: word(DISK_LANE_BLOCKS_OFFSET),
             written: (0..DISK_LANES)
                 .map(|lane| word(disk_lane_offset(lane)))

@@ -29,6 +29,7 @@ use vm_memory::GuestMemoryMmap;
 use super::BootError;
 use super::layout;
 use crate::devices::acpi_pm;
+use crate::devices::pci::hotplug;
 use crate::devices::rtc;
 
 pub(super) const OEM: [u8; 6] = *b"BATON ";
@@ -134,7 +135,8 @@ fn io_register(port: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, port.into())
 }
 
-/// FADT (5.2.9). No SMI command: the hardware is always in ACPI mode. No PM timer and no general-purpose events.
+/// FADT (5.2.9). No SMI command: the hardware is always in ACPI mode. No PM timer, and one block of
+/// general-purpose events.
 fn fadt(facs: u32, dsdt: u32) -> FADTBuilder {
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .firmware_ctrl_32(facs)
@@ -158,6 +160,10 @@ fn fadt(facs: u32, dsdt: u32) -> FADTBuilder {
     fadt.pm1a_cnt_blk = u32::from(control).into();
     fadt.pm1_cnt_len = 2;
     fadt.x_pm1a_cnt_blk = io_register(control, 16, AccessSize::WordAccess);
+    let events = layout::PCI_HOTPLUG_PORT + hotplug::GPE0;
+    fadt.gpe0_blk = u32::from(events).into();
+    fadt.gpe0_blk_len = 2;
+    fadt.x_gpe0_blk = io_register(events, 16, AccessSize::ByteAccess);
     fadt.reset_reg = io_register(
         layout::ACPI_PM_PORT + acpi_pm::RESET,
         8,

@@ -109,6 +109,10 @@ pub const PVPANIC_PORTS: u16 = 1;
 pub const PCI_CONFIG_PORT: u16 = 0xCF8;
 /// Address and data.
 pub const PCI_CONFIG_PORTS: u16 = 8;
+/// First port of the PCI hot-plug registers (QEMU's `docs/specs/acpi_pci_hotplug.rst`; the DSDT and the FADT tell the guest).
+pub const PCI_HOTPLUG_PORT: u16 = 0xAE00;
+/// Number of the hot-plug registers' ports, the general-purpose event block included.
+pub const PCI_HOTPLUG_PORTS: u16 = 0x12;
 /// First port of the ACPI power-management registers (ours; the FADT tells the guest).
 pub const ACPI_PM_PORT: u16 = 0x600;
 /// Number of ports of the ACPI registers.

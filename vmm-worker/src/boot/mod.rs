@@ -12,6 +12,7 @@
 //! it, so a file that changes underneath can harm only the guest that it is.
 
 mod acpi;
+mod acpi_hotplug;
 mod acpi_pci;
 mod bzimage;
 mod elf;
@@ -34,6 +35,7 @@ use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryMmap;
 
 pub use acpi::AcpiExtras;
+pub use acpi_hotplug::pci_hotplug;
 pub use acpi_pci::mcfg;
 pub use acpi_pci::pci_host_bridge;
 pub use error::BootError;

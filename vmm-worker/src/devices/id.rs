@@ -32,6 +32,8 @@ impl DeviceKind {
     pub const BALLOON: DeviceKind = DeviceKind(11);
     /// [`super::pvpanic::PvPanic`].
     pub const PVPANIC: DeviceKind = DeviceKind(12);
+    /// [`super::pci::hotplug::Hotplug`].
+    pub const HOTPLUG: DeviceKind = DeviceKind(13);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -49,6 +51,7 @@ impl DeviceKind {
             DeviceKind::VSOCK => "virtio-vsock",
             DeviceKind::BALLOON => "virtio-balloon",
             DeviceKind::PVPANIC => "pvpanic",
+            DeviceKind::HOTPLUG => "pci-hotplug",
             _ => "device",
         }
     }

@@ -222,6 +222,52 @@ impl Devices {
         Ok(())
     }
 
+    /// Adds a device to a VM that runs or is parked, which joins it in that. Its place is before the first that has a higher
+    /// instance: devices that come and go have their PCI slots for that, as in a VM that was made with them.
+    ///
+    /// # Errors
+    ///
+    /// [`LifecycleError`]; the set is as before then.
+    pub fn join(&mut self, device: Arc<Mutex<dyn Device>>) -> Result<(), LifecycleError> {
+        let parked = self.phase == Phase::Parked;
+        let possible = parked || self.phase == Phase::Running;
+        self.expect(Call::Setup, StartMode::None, possible)?;
+        let id = device.lock().unwrap_or_else(PoisonError::into_inner).id();
+        let mut slot = Slot { id, device, parked };
+        if self.slots.iter().any(|slot| slot.id == id) {
+            return Err(LifecycleError::Added(id));
+        }
+        let failed = |call| move |source| LifecycleError::Device { id, call, source };
+        slot.lock()
+            .setup(StartMode::None)
+            .map_err(failed(Call::Setup))?;
+        if !parked {
+            slot.lock()
+                .resume(StartMode::None)
+                .map_err(failed(Call::Resume))?;
+            slot.parked = false;
+        }
+        let at = self
+            .slots
+            .iter()
+            .position(|other| other.id.instance > id.instance)
+            .unwrap_or(self.slots.len());
+        self.slots.insert(at, slot);
+        Ok(())
+    }
+
+    /// Takes a device out of a VM that runs or is parked.
+    ///
+    /// # Errors
+    ///
+    /// [`LifecycleError::OutOfOrder`] in any other phase.
+    pub fn leave(&mut self, id: DeviceId) -> Result<(), LifecycleError> {
+        let possible = matches!(self.phase, Phase::Running | Phase::Parked);
+        self.expect(Call::Setup, StartMode::None, possible)?;
+        self.slots.retain(|slot| slot.id != id);
+        Ok(())
+    }
+
     /// How far the set is.
     #[must_use]
     pub fn phase(&self) -> Phase {

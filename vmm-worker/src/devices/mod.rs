@@ -28,6 +28,7 @@ pub use id::DeviceKind;
 pub use lifecycle::Device;
 pub use lifecycle::Devices;
 pub use signal::IrqLine;
+pub use signal::SharedLine;
 pub use signal::Trigger;
 
 #[cfg(test)]

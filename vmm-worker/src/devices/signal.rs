@@ -1,6 +1,8 @@
 //! What a device may signal: an edge, or the level of a line.
 
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 
 /// Something to be told that an event happened: an edge-triggered interrupt, or the wake-up of a thread.
 ///
@@ -26,5 +28,67 @@ impl<F: Fn() + Send + Sync> Trigger for F {
 impl<T: Trigger + ?Sized> Trigger for Arc<T> {
     fn trigger(&self) {
         (**self).trigger();
+    }
+}
+
+/// One of several drivers of one line, which is high while any of them holds it up.
+pub struct SharedLine {
+    line: Arc<dyn IrqLine>,
+    /// One bit a driver.
+    held: Arc<Mutex<u8>>,
+    own: u8,
+}
+
+impl SharedLine {
+    /// Two drivers of a line that is low.
+    #[must_use]
+    pub fn two(line: Arc<dyn IrqLine>) -> [Self; 2] {
+        let held = Arc::new(Mutex::new(0));
+        [1, 2].map(|own| Self {
+            line: Arc::clone(&line),
+            held: Arc::clone(&held),
+            own,
+        })
+    }
+}
+
+impl IrqLine for SharedLine {
+    fn set(&self, high: bool) {
+        // Kept while the line is driven: of two drivers, the last one's level stands.
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = if high {
+            *held | self.own
+        } else {
+            *held & !self.own
+        };
+        self.line.set(*held != 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Level(Mutex<bool>);
+
+    impl IrqLine for Level {
+        fn set(&self, high: bool) {
+            *self.0.lock().unwrap() = high;
+        }
+    }
+
+    #[test]
+    fn a_shared_line_is_high_while_one_driver_holds_it() {
+        let level = Arc::new(Level(Mutex::new(false)));
+        let [one, other] = SharedLine::two(level.clone());
+        for (line, high, expected) in [
+            (&one, true, true),
+            (&other, true, true),
+            (&one, false, true),
+            (&other, false, false),
+        ] {
+            line.set(high);
+            assert_eq!(*level.0.lock().unwrap(), expected);
+        }
     }
 }

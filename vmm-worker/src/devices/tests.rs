@@ -14,6 +14,8 @@ use super::bus::SharedDevice;
 use super::i8042::I8042;
 use super::lifecycle::Device;
 use super::lifecycle::Devices;
+use super::pci::hotplug::Hotplug;
+use super::pci::segment::Segment;
 use super::power::Power;
 use super::power::PowerLatch;
 use super::rtc::Rtc;
@@ -71,21 +73,29 @@ fn platform(mode: StartMode) -> Platform {
     let power_device = Arc::new(Mutex::new(Power::new(Arc::clone(&power))));
 
     let mut devices = Devices::new();
-    let set: [Arc<Mutex<dyn Device>>; 5] = [
+    let hotplug = Arc::new(Mutex::new(Hotplug::new(
+        Arc::new(Mutex::new(Segment::new(layout::PCI_WINDOW_32))),
+        0xFFFE,
+        Arc::new(Sci(Arc::clone(&signals))),
+        signal("hot-plug"),
+    )));
+    let set: [Arc<Mutex<dyn Device>>; 6] = [
         power_device,
         serial.clone(),
         i8042.clone(),
         pm.clone(),
         rtc.clone(),
+        hotplug.clone(),
     ];
     set.into_iter()
         .for_each(|device| devices.add(device).unwrap());
     let mut ports = Bus::new();
-    let ranges: [(u16, u16, SharedDevice); 4] = [
+    let ranges: [(u16, u16, SharedDevice); 5] = [
         (layout::COM1_PORT, layout::COM1_PORTS, serial.clone()),
         (layout::I8042_PORT, layout::I8042_PORTS, i8042),
         (layout::ACPI_PM_PORT, layout::ACPI_PM_PORTS, pm.clone()),
         (layout::RTC_PORT, layout::RTC_PORTS, rtc),
+        (layout::PCI_HOTPLUG_PORT, layout::PCI_HOTPLUG_PORTS, hotplug),
     ];
     for (start, size, device) in ranges {
         ports.insert(start.into(), size.into(), device).unwrap();

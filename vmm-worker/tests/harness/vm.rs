@@ -100,6 +100,7 @@ impl Vm {
             io_threads: 1,
             drain_ms: 40,
             on_panic: PanicAction::default(),
+            removable: 0,
         };
         let kvm = File::options()
             .read(true)

@@ -311,29 +311,6 @@ pub(crate) fn query_block(_: &mut Shared, _: &Object) -> Answer {
     view(machine::block)
 }
 
-pub(crate) fn block_resize(_: &mut Shared, arguments: &Object) -> Answer {
-    let text = |name| arguments.get(name).and_then(Value::as_str);
-    let name = |name| text(name).unwrap_or_default().to_owned();
-    let (device, node) = (name("device"), name("node-name"));
-    let size = arguments.get("size").and_then(Value::as_i64);
-    with_status(move |_, status| {
-        let known = |name: &String| status.disks.iter().any(|disk| disk.id == *name);
-        // As QEMU looks (`bdrv_lookup_bs`, block.c).
-        let Some(disk) = [&device, &node].into_iter().find(|name| known(name)) else {
-            return Answer::failed(Failure::generic(format_args!(
-                "Cannot find device='{device}' nor node-name='{node}'"
-            )));
-        };
-        match size.and_then(|size| u64::try_from(size).ok()) {
-            None => Answer::failed(Failure::generic("Parameter 'size' expects a >0 size")),
-            Some(bytes) => Answer::order(Request::Resize {
-                disk: disk.clone(),
-                bytes,
-            }),
-        }
-    })
-}
-
 pub(crate) fn migrate_incoming(shared: &mut Shared, arguments: &Object) -> Answer {
     match channels::incoming(arguments) {
         Ok(Place::Socket(main)) => Answer::order(Request::Incoming { main }),

@@ -45,8 +45,8 @@ pub(crate) fn cpus(status: &VmStatus) -> Value {
 /// `query-block`.
 pub(crate) fn block(status: &VmStatus) -> Value {
     let disks = status.disks.iter().map(|disk| {
-        json!({
-            "device": disk.id,
+        let mut block = json!({
+            "device": if disk.added.is_some() { "" } else { &*disk.id },
             "type": "unknown",
             "removable": false,
             "locked": false,
@@ -61,7 +61,11 @@ pub(crate) fn block(status: &VmStatus) -> Value {
                 "node-name": disk.id,
                 "image": {"filename": disk.path, "format": "raw", "virtual-size": disk.bytes},
             },
-        })
+        });
+        if let (Some(members), Some(id)) = (block.as_object_mut(), &disk.added) {
+            members.insert("qdev".to_owned(), json!(id));
+        }
+        block
     });
     disks.collect()
 }

@@ -12,6 +12,7 @@
 mod capability;
 mod channels;
 mod commands;
+mod devices;
 mod document;
 mod failure;
 mod front;

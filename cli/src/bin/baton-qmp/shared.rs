@@ -143,6 +143,12 @@ impl Shared {
             Happening::BalloonChanged(bytes) => {
                 self.emit(at_us, "BALLOON_CHANGE", &json!({"actual": bytes}));
             }
+            Happening::DeviceDeleted { id } => {
+                self.emit(at_us, "DEVICE_DELETED", &device(id));
+            }
+            Happening::DeviceKept { id } => {
+                self.emit(at_us, "DEVICE_UNPLUG_GUEST_ERROR", &device(id));
+            }
             Happening::GuestPvShutdown => self.emit(at_us, "GUEST_PVSHUTDOWN", &json!({})),
             Happening::Lost { reason } => {
                 self.emit(at_us, "__org.baton_VM_LOST", &json!({"reason": reason}));
@@ -154,6 +160,11 @@ impl Shared {
             | Happening::UpgradeEnded(_) => crate::migration::happened(self, at_us, what),
         }
     }
+}
+
+/// A device, as events name it.
+fn device(id: &str) -> Value {
+    json!({"device": id, "path": format!("/machine/peripheral/{id}")})
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! `docs/qmp.md` are made from it, so that they cannot differ. The names are QEMU's (`qapi/*.json` of 10.0).
 
 use crate::commands;
+use crate::devices;
 use crate::hmp;
 use crate::schema::Command;
 use crate::schema::Event;
@@ -51,8 +52,16 @@ pub(crate) static COMMANDS: &[Command] = &[
     command!("query-cpus-fast", &types::EMPTY, List(&Of(&types::CPU_INFO)), commands::query_cpus_fast, "The vCPUs. The guest is not disturbed."),
     command!("query-memory-size-summary", &types::EMPTY, Of(&types::MEMORY), commands::query_memory_size_summary, "The guest's memory."),
     command!("query-block", &types::EMPTY, List(&Of(&types::BLOCK_INFO)), commands::query_block, "The disks, in the order in which the guest finds them."),
-    command!("block_resize", &types::BLOCK_RESIZE, Of(&types::EMPTY), commands::block_resize,
+    command!("block_resize", &types::BLOCK_RESIZE, Of(&types::EMPTY), devices::block_resize,
         "Give a disk another size: the file behind it is made longer, or cut off once no request reaches beyond the new end. A block device has the size that it has, which the guest is told: resize it first, and give its size, or a smaller one. The guest's driver is told at once. Refused for a disk that is read-only, and while the worker is being replaced."),
+    command!("blockdev-add", &types::BLOCKDEV_ADD, Of(&types::EMPTY), devices::blockdev_add,
+        "Open a disk that `device_add` can give the guest. It is locked like a disk of the VM file, until `blockdev-del` or the VM's end."),
+    command!("blockdev-del", &types::BLOCKDEV_DEL, Of(&types::EMPTY), devices::blockdev_del,
+        "Close a node that no device is made of."),
+    command!("device_add", &types::DEVICE_ADD, Of(&types::EMPTY), devices::device_add,
+        "Give the guest a disk while it runs, by PCI hot-plug as ACPI has it. It is the guest's over upgrades, resets and transfers, until `device_del`; a VM that is started again has what its VM file says. Refused while the worker is being replaced."),
+    command!("device_del", &types::DEVICE_DEL, Of(&types::EMPTY), devices::device_del,
+        "Ask the guest to let a device go that `device_add` has added. DEVICE_DELETED says that nothing of it is left but its node; a reset of the guest takes it, too. DEVICE_UNPLUG_GUEST_ERROR says that the guest has not let it go within 5 s: it may still do so, and can be asked again."),
     command!("balloon", &types::BALLOON, Of(&types::EMPTY), commands::balloon,
         "Ask the guest's balloon driver to leave it so much memory; what it gives up goes back to the host. How far it comes is the guest's decision: BALLOON_CHANGE and `query-balloon` say. For a guest that runs, with `memory.balloon` in its VM file; the wish stays over upgrades and resets."),
     command!("query-balloon", &types::EMPTY, Of(&types::BALLOON_INFO), commands::query_balloon, "What the balloon leaves to the guest."),
@@ -96,6 +105,8 @@ pub(crate) static EVENTS: &[Event] = &[
     Event { name: "POWERDOWN", doc: "The guest's power button was pressed.", data: &types::EMPTY },
     Event { name: "SHUTDOWN", doc: "The guest has ended. The connection ends after it.", data: &types::SHUTDOWN_DATA },
     Event { name: "BALLOON_CHANGE", doc: "The guest has given memory up, or taken it back. At most once a second, the last number always.", data: &types::BALLOON_DATA },
+    Event { name: "DEVICE_DELETED", doc: "A device that was added is gone, with every descriptor that its worker had of it.", data: &types::DEVICE_DELETED_DATA },
+    Event { name: "DEVICE_UNPLUG_GUEST_ERROR", doc: "The guest has not let a device go.", data: &types::DEVICE_KEPT_DATA },
     Event { name: "GUEST_PANICKED", doc: "The guest's kernel has panicked, by its own word. STOP follows unless it runs on.", data: &types::PANICKED_DATA },
     Event { name: "GUEST_CRASHLOADED", doc: "The guest's kernel has panicked, and its crash kernel takes over.", data: &types::CRASH_LOADED_DATA },
     Event { name: "GUEST_PVSHUTDOWN", doc: "The guest has shut down by its pvpanic device. SHUTDOWN follows.", data: &types::EMPTY },
@@ -126,6 +137,8 @@ mod tests {
             "POWERDOWN",
             "SHUTDOWN",
             "BALLOON_CHANGE",
+            "DEVICE_DELETED",
+            "DEVICE_UNPLUG_GUEST_ERROR",
             "GUEST_PANICKED",
             "GUEST_CRASHLOADED",
             "GUEST_PVSHUTDOWN",

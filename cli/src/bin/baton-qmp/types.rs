@@ -221,6 +221,113 @@ object!(
         member("virtual-size", Int, "Bytes that the guest sees."),
     ]
 );
+choice!(
+    BLOCKDEV_DRIVER,
+    "BlockdevDriver",
+    "What kind of thing a node opens. Its bytes are the disk's: there are no image formats.",
+    [
+        ("file", "A regular file."),
+        ("host_device", "A block device."),
+    ]
+);
+object!(
+    CACHE_OPTIONS,
+    "BlockdevCacheOptions",
+    "How a node is cached by the host.",
+    [optional(
+        "direct",
+        Bool,
+        "Open it with O_DIRECT; no if left out."
+    )]
+);
+object!(
+    BLOCKDEV_ADD,
+    "q_obj_blockdev-add-arg",
+    "Arguments of `blockdev-add`.",
+    [
+        member("driver", OneOf(&BLOCKDEV_DRIVER), "What it opens."),
+        member(
+            "node-name",
+            Str,
+            "Its name, of no other node and no disk of the VM file: 1 to 20 of `A-Z a-z 0-9 . _ -`."
+        ),
+        member(
+            "filename",
+            Str,
+            "An absolute path, which policy has to grant under `disk`."
+        ),
+        optional(
+            "read-only",
+            Bool,
+            "The guest may not write; no if left out."
+        ),
+        optional("cache", Of(&CACHE_OPTIONS), "How it is cached."),
+    ]
+);
+object!(
+    BLOCKDEV_DEL,
+    "q_obj_blockdev-del-arg",
+    "Arguments of `blockdev-del`.",
+    [member("node-name", Str, "Which.")]
+);
+object!(
+    DEVICE_ADD,
+    "q_obj_device_add-arg",
+    "Arguments of `device_add`.",
+    [
+        member("driver", Str, "`virtio-blk-pci`."),
+        member(
+            "id",
+            Str,
+            "Its name, of no other device: a letter, then up to 19 of `A-Z a-z 0-9 . _ -`."
+        ),
+        member("drive", Str, "The node that it is made of."),
+        optional(
+            "serial",
+            Str,
+            "What the guest reads as its serial number; none if left out."
+        ),
+        optional("num-queues", Int, "How many queues, 1 to 8; 1 if left out."),
+        optional("bus", Str, "`pci.0` or `pcie.0`: there is one."),
+        optional(
+            "addr",
+            Str,
+            "Its PCI device number, as in `0x5` or `5.0`; the first that is free if left out."
+        ),
+    ]
+);
+object!(
+    DEVICE_DEL,
+    "q_obj_device_del-arg",
+    "Arguments of `device_del`.",
+    [member("id", Str, "Which.")]
+);
+object!(
+    DEVICE_DELETED_DATA,
+    "q_obj_DEVICE_DELETED-arg",
+    "Data of DEVICE_DELETED.",
+    [
+        optional("device", Str, "Its name."),
+        member(
+            "path",
+            Str,
+            "Its path in the object tree; made up, there is no tree."
+        ),
+    ]
+);
+object!(
+    DEVICE_KEPT_DATA,
+    "DeviceAndPath",
+    "Data of DEVICE_UNPLUG_GUEST_ERROR.",
+    [
+        optional("device", Str, "Its name."),
+        member(
+            "path",
+            Str,
+            "Its path in the object tree; made up, there is no tree."
+        ),
+    ]
+);
 object!(
     BLOCK_RESIZE,
     "q_obj_block_resize-arg",
@@ -240,7 +347,12 @@ object!(
     "BlockInfo",
     "A disk.",
     [
-        member("device", Str, "Its `id` in the VM file."),
+        member(
+            "device",
+            Str,
+            "Its `id` in the VM file; empty of one that was added."
+        ),
+        optional("qdev", Str, "The `id` of a device that was added."),
         member("type", Str, "`unknown`, as in QEMU."),
         member("removable", Bool, "Never."),
         member("locked", Bool, "Never: it has no tray."),

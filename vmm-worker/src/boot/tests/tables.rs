@@ -6,6 +6,7 @@ use acpi_tables::aml;
 use kvm_bindings::kvm_sregs;
 
 use super::*;
+use crate::boot;
 use crate::boot::Entry;
 use crate::boot::layout;
 use crate::boot::registers;
@@ -102,6 +103,11 @@ fn the_fadt_tells_the_ports_of_the_devices() {
         (1, 0x612, 1),
         "reset register"
     );
+    assert_eq!(
+        (int(&fadt, 80, 4), fadt[92], int(&fadt, 224, 8), fadt[220]),
+        (0xAE10, 2, 0xAE10, 1),
+        "GPE0 block"
+    );
     assert_eq!(int(&fadt, 40, 4), int(&fadt, 140, 8), "DSDT and X_DSDT");
 
     let facs = int(&fadt, 36, 4);
@@ -175,6 +181,41 @@ fn the_dsdt_has_s5_and_com1_and_takes_more() {
     assert_eq!(&longer[36..dsdt.len()], &dsdt[36..]);
     assert!(longer.ends_with(b"XTRA\x0A\x5A"));
     assert_eq!(named(&tables(&more), b"XTRA"), extra.0);
+}
+
+#[test]
+fn slots_that_devices_come_to_have_an_object_and_the_others_none() {
+    let mut bytes = Vec::new();
+    let bridge = boot::pci_host_bridge();
+    bridge.to_aml_bytes(&mut bytes);
+    boot::pci_hotplug(1 << 5 | 1 << 31).to_aml_bytes(&mut bytes);
+    let count = |what: &[u8]| {
+        let windows = bytes.windows(what.len());
+        windows.filter(|window| *window == what).count()
+    };
+    // Device (S05) { Name (_ADR, 0x00050000), Name (_SUN, 5), Method (_EJ0, 1) { PEJ0 = 0x20 } }
+    let device = [
+        &b"\x5B\x82\x24S05_"[..],
+        b"\x08_ADR\x0C\0\0\x05\0",
+        b"\x08_SUN\x0A\x05",
+        b"\x14\x0D_EJ0\x01\x70\x0A\x20PEJ0",
+    ]
+    .concat();
+    assert_eq!(count(&device), 1, "{bytes:x?}");
+    assert_eq!(count(b"S1F_"), 3);
+    assert_eq!(count(b"_SUN"), 2);
+    // Notify (S05, 1) and Notify (S05, 3).
+    assert_eq!((count(b"\x86S05_\x01"), count(b"\x86S05_\x0A\x03")), (1, 1));
+    assert_eq!(count(b"_E01"), 1);
+    // The largest machine's fits.
+    let all = boot::pci_hotplug(!1);
+    booted(
+        8,
+        AcpiExtras {
+            dsdt: &[&*bridge, &*all],
+            tables: &[],
+        },
+    );
 }
 
 /// Walks the boot page tables as the processor does.

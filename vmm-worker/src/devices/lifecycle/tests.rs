@@ -348,3 +348,44 @@ fn sections_must_be_the_devices() {
         assert_eq!(taken(&log), Vec::<String>::new(), "{kinds:?}: none loaded");
     }
 }
+
+#[test]
+fn a_device_joins_in_its_place_as_the_others_are_and_leaves() {
+    let (mut devices, log) = devices(None);
+    let device = |instance: u16, fails| {
+        Arc::new(Mutex::new(Recorder {
+            id: DeviceId::new(DeviceKind(9), instance),
+            log: Arc::clone(&log),
+            fails,
+        }))
+    };
+    assert!(devices.join(device(4, None)).is_err(), "not before a start");
+    devices.setup(StartMode::None).unwrap();
+    devices.resume(StartMode::None).unwrap();
+    taken(&log);
+    devices.join(device(4, None)).unwrap();
+    let begun = [
+        calls(Call::Setup, &[9], "none"),
+        calls(Call::Resume, &[9], "none"),
+    ]
+    .concat();
+    assert_eq!(taken(&log), begun);
+    devices.join(device(6, None)).unwrap();
+    assert!(devices.join(device(4, None)).is_err(), "there is one");
+    for call in [Call::Setup, Call::Resume] {
+        assert!(devices.join(device(5, Some(call))).is_err());
+    }
+    devices.park(StartMode::None).unwrap();
+    taken(&log);
+    devices.join(device(2, None)).unwrap();
+    assert_eq!(taken(&log), calls(Call::Setup, &[9], "none"));
+    let instances: Vec<u16> = devices.ids().map(|id| id.instance).collect();
+    assert_eq!(instances, [0, 0, 0, 2, 4, 6]);
+    devices.leave(DeviceId::new(DeviceKind(9), 4)).unwrap();
+    devices.resume(StartMode::None).unwrap();
+    assert_eq!(taken(&log), calls(Call::Resume, &[9, 9, 3, 2, 1], "none"));
+    devices.park(CPR).unwrap();
+    devices.save(CPR).unwrap();
+    assert!(devices.leave(DeviceId::new(DeviceKind(9), 6)).is_err());
+    assert!(devices.join(device(7, None)).is_err());
+}

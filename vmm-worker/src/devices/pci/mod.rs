@@ -6,11 +6,12 @@
 //! memory window ──────┘
 //! ```
 //!
-//! A function is locked with the segment's lock held, never the other way round, and calls nobody but the sink of its
-//! interrupts. Bus numbers, windows and ids are facts of this machine that a guest reads and cannot change; where it puts
-//! a BAR, and what it writes into a vector, is state.
+//! The hot-plug registers lock the segment, and the segment a function, never the other way round; a function calls nobody but
+//! the sink of its interrupts. Bus numbers, windows and ids are facts of this machine that a guest reads and cannot change;
+//! where it puts a BAR, and what it writes into a vector, is state.
 
 pub mod config_space;
+pub mod hotplug;
 pub mod msix;
 pub mod segment;
 

@@ -79,6 +79,12 @@ impl Segment {
         }
     }
 
+    /// Takes a function away; whether there was one.
+    pub fn unplug(&mut self, slot: u8) -> bool {
+        let function = self.functions.get_mut(usize::from(slot));
+        function.and_then(Option::take).is_some()
+    }
+
     /// A configuration read; what is not there reads as all ones.
     fn config_read(&mut self, slot: usize, offset: u64, data: &mut [u8]) {
         let Some(offset) = within(offset, data.len()) else {

@@ -147,6 +147,11 @@ impl Seat {
         state.occupant.as_mut().map(f)
     }
 
+    /// Drops the occupant of a stopped seat, for good.
+    pub fn clear(&self) {
+        self.state().occupant = None;
+    }
+
     /// The I/O thread's side: what to wait for. `None` while there is nothing.
     pub fn awaited(&self, waits: &mut Vec<Wait>) -> Option<Duration> {
         let state = self.state();

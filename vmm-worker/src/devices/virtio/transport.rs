@@ -310,6 +310,18 @@ impl Transport {
         resized.map(|()| self.reconfigured())
     }
 
+    /// Ends the device, which is off the bus: nobody serves it any more, and its backends are gone.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::Busy`] when requests do not finish in time; it can be tried again.
+    pub fn end(&mut self) -> Result<(), DeviceError> {
+        self.stop();
+        self.drain()?;
+        self.seats().for_each(|seat| seat.clear());
+        Ok(())
+    }
+
     /// The driver has written a status of 0. It is over when no backend works any more, which the driver finds out by
     /// reading the status.
     fn begin_reset(&mut self) {

@@ -109,6 +109,7 @@ fn status() -> VmStatus {
             readonly: true,
             direct: false,
             bytes: 4096,
+            added: None,
         }],
         vcpu_threads: vec![3],
         tsc_khz: 1,

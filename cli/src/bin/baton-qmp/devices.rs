@@ -1,0 +1,144 @@
+//! The commands that change what the guest has for devices.
+
+use baton_ipc::control::NewDevice;
+use baton_ipc::control::NewNode;
+use baton_ipc::control::Request;
+use serde_json::Value;
+
+use crate::commands::with_status;
+use crate::failure::Class;
+use crate::failure::Failure;
+use crate::schema::Object;
+use crate::shared::Answer;
+use crate::shared::Shared;
+
+fn text(arguments: &Object, name: &str) -> String {
+    let text = arguments.get(name).and_then(Value::as_str);
+    text.unwrap_or_default().to_owned()
+}
+
+fn flag(arguments: &Object, name: &str) -> bool {
+    arguments.get(name).and_then(Value::as_bool) == Some(true)
+}
+
+pub(crate) fn blockdev_add(_: &mut Shared, arguments: &Object) -> Answer {
+    let cache = arguments.get("cache").and_then(Value::as_object);
+    Answer::order(Request::AddNode(NewNode {
+        name: text(arguments, "node-name"),
+        path: text(arguments, "filename"),
+        device: text(arguments, "driver") == "host_device",
+        readonly: flag(arguments, "read-only"),
+        direct: cache.is_some_and(|cache| flag(cache, "direct")),
+    }))
+}
+
+pub(crate) fn blockdev_del(_: &mut Shared, arguments: &Object) -> Answer {
+    Answer::order(Request::DeleteNode {
+        name: text(arguments, "node-name"),
+    })
+}
+
+pub(crate) fn device_add(_: &mut Shared, arguments: &Object) -> Answer {
+    match new_device(arguments) {
+        Ok(device) => Answer::order(Request::AddDevice(device)),
+        Err(failure) => Answer::failed(failure),
+    }
+}
+
+fn new_device(arguments: &Object) -> Result<NewDevice, Failure> {
+    let driver = text(arguments, "driver");
+    if driver != "virtio-blk-pci" {
+        return Err(Failure::generic(format_args!(
+            "'{driver}' is not a valid device model name"
+        )));
+    }
+    let bus = arguments.get("bus").and_then(Value::as_str);
+    if let Some(bus) = bus.filter(|bus| !matches!(*bus, "pci.0" | "pcie.0")) {
+        return Err(Failure::generic(format_args!("Bus '{bus}' not found")));
+    }
+    let queues = arguments.get("num-queues").and_then(Value::as_i64);
+    let Ok(queues) = u8::try_from(queues.unwrap_or(1)) else {
+        return Err(Failure::generic(
+            "Parameter 'num-queues' expects a number from 1 to 8",
+        ));
+    };
+    let serial = arguments.get("serial").and_then(Value::as_str);
+    let addr = arguments.get("addr").and_then(Value::as_str);
+    Ok(NewDevice {
+        id: text(arguments, "id"),
+        node: text(arguments, "drive"),
+        serial: serial
+            .filter(|serial| !serial.is_empty())
+            .map(str::to_owned),
+        queues,
+        slot: addr.map(slot).transpose()?,
+    })
+}
+
+/// A PCI device number as QEMU writes it: hexadecimal, perhaps with function 0 (`set_pci_devfn`, hw/core/qdev-properties-system.c).
+fn slot(addr: &str) -> Result<u8, Failure> {
+    let device = addr.strip_suffix(".0").unwrap_or(addr);
+    let digits = device.strip_prefix("0x").unwrap_or(device);
+    let plain = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let slot = u8::from_str_radix(digits, 16).ok();
+    slot.filter(|slot| plain && *slot < 32).ok_or_else(|| {
+        Failure::generic(format_args!(
+            "Property 'virtio-blk-pci.addr' doesn't take value '{addr}'"
+        ))
+    })
+}
+
+pub(crate) fn device_del(_: &mut Shared, arguments: &Object) -> Answer {
+    let id = text(arguments, "id");
+    with_status(move |_, status| {
+        let mut disks = status.disks.iter();
+        if disks.any(|disk| disk.added.as_ref() == Some(&id)) {
+            return Answer::order(Request::DeleteDevice { id });
+        }
+        if status.disks.iter().any(|disk| disk.id == id) {
+            return Answer::failed(Failure::generic(format_args!(
+                "Device '{id}' is the VM file's: it stays as long as the VM"
+            )));
+        }
+        Answer::failed(Failure::of(
+            Class::DeviceNotFound,
+            format!("Device '{id}' not found"),
+        ))
+    })
+}
+
+pub(crate) fn block_resize(_: &mut Shared, arguments: &Object) -> Answer {
+    let (device, node) = (text(arguments, "device"), text(arguments, "node-name"));
+    let size = arguments.get("size").and_then(Value::as_i64);
+    with_status(move |_, status| {
+        let known = |name: &String| status.disks.iter().any(|disk| disk.id == *name);
+        // As QEMU looks (`bdrv_lookup_bs`, block.c).
+        let Some(disk) = [&device, &node].into_iter().find(|name| known(name)) else {
+            return Answer::failed(Failure::generic(format_args!(
+                "Cannot find device='{device}' nor node-name='{node}'"
+            )));
+        };
+        match size.and_then(|size| u64::try_from(size).ok()) {
+            None => Answer::failed(Failure::generic("Parameter 'size' expects a >0 size")),
+            Some(bytes) => Answer::order(Request::Resize {
+                disk: disk.clone(),
+                bytes,
+            }),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_written_as_qemu_writes_it() {
+        for (addr, expected) in [("5", 5), ("0x5", 5), ("1f", 31), ("0x1f.0", 31)] {
+            assert_eq!(slot(addr).unwrap(), expected, "{addr}");
+        }
+        for addr in ["", "0x", "20", "5.1", "+5", "0x5.0.0", "five"] {
+            assert!(slot(addr).is_err(), "{addr}");
+        }
+    }
+}
