@@ -8,6 +8,7 @@ use baton_audit::Actor;
 use baton_audit::quoted;
 use baton_ipc::DescriptorKey;
 use baton_ipc::DescriptorKind;
+use baton_ipc::control::Exit;
 use baton_ipc::control::Reply;
 use baton_ipc::descriptor;
 use baton_ipc::worker::Order;
@@ -22,6 +23,7 @@ use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::complain;
+use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::vm_file::slots::Plugged;
 
@@ -147,7 +149,8 @@ impl Broker {
             });
             undone.unwrap_or_else(|refusal| complain(&refusal));
         }
-        let refusal = unfit(format_args!("the worker cannot resize: {reason}"), "");
+        let reason = format!("the worker cannot resize: {reason}");
+        let refusal = refusal(Exit::Busy, reason, "try again");
         self.clients
             .answer(Awaiting::Devices, &Reply::Refused(refusal));
     }

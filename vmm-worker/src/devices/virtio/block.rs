@@ -62,7 +62,7 @@ const CONFIG_LENGTH: usize = 60;
 /// What the queues of a disk share.
 pub(super) struct Disk {
     pub(super) file: OwnedFd,
-    /// Changed only while no request is under way.
+    /// Made fewer only while no request is under way.
     sectors: AtomicU64,
     pub(super) readonly: bool,
     /// The file wants aligned buffers.
@@ -178,9 +178,12 @@ impl VirtioDevice for Block {
         self.layout().to_vec()
     }
 
-    fn resize(&mut self, bytes: u64) -> bool {
+    fn size(&self) -> Option<u64> {
+        Some(self.disk.sectors() * SECTOR)
+    }
+
+    fn resize(&mut self, bytes: u64) {
         self.disk.sectors.store(bytes / SECTOR, Ordering::SeqCst);
-        true
     }
 
     fn activate(&mut self, features: u64) {

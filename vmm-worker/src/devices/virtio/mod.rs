@@ -72,10 +72,12 @@ pub trait VirtioDevice: Send {
     }
     /// The driver writes configuration space.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-    /// What it stands for has this many bytes from now on; its backends stand still. Whether it is one that has a size.
-    fn resize(&mut self, _bytes: u64) -> bool {
-        false
+    /// Bytes of what it stands for, if that has a size that can change.
+    fn size(&self) -> Option<u64> {
+        None
     }
+    /// It has this many bytes from now on; where they are fewer, its backends stand still.
+    fn resize(&mut self, _bytes: u64) {}
     /// The driver is ready, with these features.
     fn activate(&mut self, features: u64);
     /// The driver, or the guest, has reset the device; its backends stand still.

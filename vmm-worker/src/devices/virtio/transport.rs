@@ -287,27 +287,31 @@ impl Transport {
         }
     }
 
-    /// What the device stands for has this many bytes from now on. No request that was checked against the old size is under
-    /// way afterwards, and the driver is told.
+    /// What the device stands for has this many bytes from now on, and the driver is told. Where they are fewer, no request that
+    /// was checked against the old size is under way afterwards.
     ///
     /// # Errors
     ///
     /// [`DeviceError::Busy`] when requests do not finish in time, [`DeviceError::Fixed`] for a device without a size; it is as
     /// before then.
     pub fn resize(&mut self, bytes: u64) -> Result<(), DeviceError> {
-        // One that is parked stays so.
-        let running = self.stop();
-        let resized = self.drain().and_then(|()| {
-            if self.device.resize(bytes) {
-                Ok(())
-            } else {
-                Err(DeviceError::Fixed)
+        let size = self.device.size().ok_or(DeviceError::Fixed)?;
+        if bytes < size {
+            // One that is parked stays so.
+            let running = self.stop();
+            let drained = self.drain();
+            if drained.is_ok() {
+                self.device.resize(bytes);
             }
-        });
-        if running {
-            self.run();
+            if running {
+                self.run();
+            }
+            drained?;
+        } else {
+            self.device.resize(bytes);
         }
-        resized.map(|()| self.reconfigured())
+        self.reconfigured();
+        Ok(())
     }
 
     /// Ends the device, which is off the bus: nobody serves it any more, and its backends are gone.
