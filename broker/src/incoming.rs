@@ -59,6 +59,9 @@ pub(crate) struct Channels {
 
 type Link = Channel<ToOld, ToNew>;
 
+/// A second `migrate-incoming` (QEMU, `migration/migration.c`).
+const STARTED: &str = "The incoming migration has already been started";
+
 /// How far it is.
 #[derive(Debug)]
 enum Stage {
@@ -228,10 +231,14 @@ impl Broker {
         let refused = |text: &str| unfit(text, "");
         let bound = self.deadlines.of(Step::Build);
         let Some(incoming) = &mut self.incoming else {
-            return Err(refused("'-incoming' was not specified on the command line"));
+            return Err(refused(if self.options.incoming.is_some() {
+                STARTED
+            } else {
+                "'-incoming' was not specified on the command line"
+            }));
         };
         if incoming.main.is_some() {
-            return Err(refused("The incoming migration has already been started"));
+            return Err(refused(STARTED));
         }
         let main = match main {
             Address::Unix(path) => {

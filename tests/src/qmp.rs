@@ -45,18 +45,24 @@ impl Qmp {
     /// When nobody greets.
     #[must_use]
     pub fn at(path: &Path) -> Self {
-        let stream = UnixStream::connect(path).expect("the QMP socket listens");
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        let reader = BufReader::new(stream.try_clone().unwrap());
+        Self::try_at(path).expect("a greeting")
+    }
+
+    /// The same; none when nobody listens, or whoever does hangs up.
+    #[must_use]
+    pub fn try_at(path: &Path) -> Option<Self> {
+        let stream = UnixStream::connect(path).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).ok()?;
+        stream.set_write_timeout(Some(PATIENCE)).ok()?;
+        let reader = BufReader::new(stream.try_clone().ok()?);
         let mut qmp = Self {
             stream,
             reader,
             greeting: Value::Null,
             events: Vec::new(),
         };
-        qmp.greeting = qmp.receive().expect("a greeting");
-        qmp
+        qmp.greeting = qmp.receive()?;
+        Some(qmp)
     }
 
     /// Connects, ready for commands, with MIGRATION events and our own switched on.

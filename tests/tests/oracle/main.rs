@@ -10,34 +10,34 @@
 )]
 
 mod cases;
+mod pair;
+mod pairs;
 mod qemu;
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use baton_tests::Builder;
 use baton_tests::Qmp;
+use baton_tests::transfer::channel;
 use serde_json::Value;
 use serde_json::json;
 
 use crate::cases::CASES;
 use crate::cases::Case;
+use crate::cases::Here;
+use crate::pairs::PAIRS;
 use crate::qemu::Qemu;
+use crate::qemu::SMALL;
 
 /// A message of a case as it goes over the wire, and what of the answer counts.
 ///
 /// `NAME {ARGUMENTS}` is a command, anything else goes as it is. What follows ` => ` are JSON pointers into what is returned.
-/// `$main` and `$cpr` are channels whose sockets nobody listens on, `$dir` is where they would be.
-fn parse(step: &str, dir: &Path) -> (String, Vec<String>) {
+/// `$main` and `$cpr` are the channels that lead to these sockets, `$dir` is a directory.
+fn parse(step: &str, dir: &Path, main: &Path, cpr: &Path) -> (String, Vec<String>) {
     let (message, shown) = step.split_once(" => ").unwrap_or((step, ""));
-    let channel = |kind: &str| {
-        let path = dir.join(format!("{kind}.sock"));
-        let addr = json!({"transport": "socket", "type": "unix", "path": path});
-        json!({"channel-type": kind, "addr": addr}).to_string()
-    };
     let message = message
-        .replace("$main", &channel("main"))
-        .replace("$cpr", &channel("cpr"))
+        .replace("$main", &channel("main", main).to_string())
+        .replace("$cpr", &channel("cpr", cpr).to_string())
         .replace("$dir", &dir.display().to_string());
     let line = match message.split_once(' ') {
         Some((name, arguments))
@@ -85,8 +85,10 @@ fn ask(mut qmp: Qmp, case: &Case, dir: &Path) -> String {
     if case.negotiated {
         qmp.done("qmp_capabilities", json!({}));
     }
+    // Nobody listens there.
+    let parse = |step| parse(step, dir, &dir.join("main.sock"), &dir.join("cpr.sock"));
     for step in case.before {
-        qmp.send(parse(step, dir).0);
+        qmp.send(parse(step).0);
         let answer = qmp.answer();
         assert!(
             answer.get("return").is_some(),
@@ -96,7 +98,7 @@ fn ask(mut qmp: Qmp, case: &Case, dir: &Path) -> String {
     }
     let mut said = Vec::new();
     for step in case.asks {
-        let (line, shown) = parse(step, dir);
+        let (line, shown) = parse(step);
         qmp.send(line);
         let answer = loop {
             match qmp.receive() {
@@ -113,37 +115,56 @@ fn ask(mut qmp: Qmp, case: &Case, dir: &Path) -> String {
     said.join("; ")
 }
 
+/// Prints the two answers, and keeps the names of those that are not as the table declares.
+#[derive(Default)]
+struct Report(Vec<&'static str>);
+
+impl Report {
+    fn add(&mut self, name: &'static str, here: Option<&Here>, theirs: &str, ours: &str) {
+        let (mark, agreed) = match here {
+            None => (" ", theirs == ours),
+            Some(here) => ("*", here.says == ours && theirs != ours),
+        };
+        println!("{mark} {name}\n    QEMU   {theirs}\n    Baton  {ours}");
+        if let Some(here) = here {
+            println!("    why    {}", here.why);
+        }
+        if !agreed {
+            self.0.push(name);
+        }
+    }
+
+    fn judge(self) {
+        assert!(
+            self.0.is_empty(),
+            "not as the table declares: {:#?}",
+            self.0
+        );
+    }
+}
+
 #[test]
 fn every_answer_is_qemus_or_its_difference_is_declared() {
-    let mut table = String::new();
-    let mut wrong = Vec::new();
+    let mut report = Report::default();
     for case in CASES {
         let dir = tempfile::tempdir().unwrap();
-        let qemu = Qemu::start(dir.path());
+        let qemu = Qemu::start(dir.path(), "old", SMALL, &[]);
         let theirs = ask(qemu.connect(), case, dir.path());
         drop(qemu);
         let vm = Builder::release().start();
         let ours = ask(Qmp::greeted(&vm), case, dir.path());
-        let (mark, agreed) = match &case.here {
-            None => (" ", theirs == ours),
-            Some(here) => ("*", here.says == ours && theirs != ours),
-        };
-        writeln!(
-            table,
-            "{mark} {}\n    QEMU   {theirs}\n    Baton  {ours}",
-            case.name
-        )
-        .unwrap();
-        if let Some(here) = &case.here {
-            writeln!(table, "    why    {}", here.why).unwrap();
-        }
-        if !agreed {
-            wrong.push(case.name);
-        }
+        report.add(case.name, case.here.as_ref(), &theirs, &ours);
     }
-    println!("{table}");
-    assert!(
-        wrong.is_empty(),
-        "not as the table declares: {wrong:#?}\n{table}"
-    );
+    report.judge();
+}
+
+#[test]
+fn both_sides_of_a_transfer_answer_as_qemus_do_or_the_difference_is_declared() {
+    let mut report = Report::default();
+    for pair in PAIRS {
+        let theirs = pair::ask(pair::qemu(pair), pair);
+        let ours = pair::ask(pair::baton(pair), pair);
+        report.add(pair.name, pair.here.as_ref(), &theirs, &ours);
+    }
+    report.judge();
 }

@@ -13,6 +13,18 @@ use baton_tests::until;
 /// The smallest ROM that QEMU takes, in bytes; the processor starts 16 bytes before its end (AMD64 manual, volume 2, 14.1.5).
 const ROM: usize = 64 << 10;
 
+/// What differs from one to the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Machine {
+    pub(crate) cpus: u8,
+    pub(crate) mebibytes: u32,
+}
+
+pub(crate) const SMALL: Machine = Machine {
+    cpus: 1,
+    mebibytes: 16,
+};
+
 /// Dropped, it is killed.
 pub(crate) struct Qemu {
     child: Child,
@@ -29,14 +41,15 @@ impl Drop for Qemu {
 }
 
 impl Qemu {
-    /// Starts one whose files are in `dir`.
-    pub(crate) fn start(dir: &Path) -> Self {
+    /// Starts one whose files are in `dir`, by its name, with these further arguments.
+    pub(crate) fn start(dir: &Path, name: &str, machine: Machine, more: &[&str]) -> Self {
         let program = std::env::var_os("BATON_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
-        let path = |name: &str| dir.join(name);
+        let path = |file: &str| dir.join(format!("{name}.{file}"));
+        let Machine { cpus, mebibytes } = machine;
         let mut rom = vec![0xf4; ROM];
         rom.splice(ROM - 16..ROM - 14, [0xeb, 0xfe]);
         std::fs::write(path("rom"), rom).unwrap();
-        let log = path("qemu.log");
+        let log = path("log");
         let child = Command::new(&program)
             .args([
                 "-nodefaults",
@@ -46,20 +59,17 @@ impl Qemu {
                 "-accel",
                 "tcg",
             ])
-            .args([
-                "-machine",
-                "q35,aux-ram-share=on,memory-backend=ram0",
-                "-m",
-                "16M",
-            ])
-            .args(["-object", "memory-backend-memfd,id=ram0,size=16M,share=on"])
+            .args(["-machine", "q35,aux-ram-share=on,memory-backend=ram0"])
+            .args(["-smp", &cpus.to_string(), "-m", &format!("{mebibytes}M")])
+            .arg("-object")
+            .arg(format!(
+                "memory-backend-memfd,id=ram0,size={mebibytes}M,share=on"
+            ))
             .arg("-bios")
             .arg(path("rom"))
             .arg("-qmp")
-            .arg(format!(
-                "unix:{},server=on,wait=off",
-                path("qemu.qmp").display()
-            ))
+            .arg(format!("unix:{},server=on,wait=off", path("qmp").display()))
+            .args(more)
             .stdin(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()
@@ -68,8 +78,18 @@ impl Qemu {
                     "{program:?}: {error}: install qemu-system-x86 10.0, or name one in BATON_QEMU"
                 )
             });
-        let socket = path("qemu.qmp");
+        let socket = path("qmp");
         Self { child, socket, log }
+    }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// Where it serves QMP.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Connects, and makes sure that it is of the series that the cases are of.

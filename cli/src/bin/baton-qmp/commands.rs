@@ -1,7 +1,6 @@
 //! What each command does. Arguments were checked against the table, return values will be.
 
 use baton_ipc::FileAddress;
-use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use baton_ipc::control::VmState;
@@ -206,7 +205,9 @@ pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
     match plan(shared, arguments) {
         Ok(plan) => {
             let hold = shared.migration.is_enabled("pause-before-switchover");
+            let leaves = matches!(plan, Plan::Transfer(_));
             let request = match plan {
+                Plan::Copy => return why_not(Failure::generic(COPIES)),
                 Plan::InPlace => Request::BeginUpgrade { hold },
                 Plan::Transfer(Both { main, cpr }) => Request::Transfer {
                     main,
@@ -216,12 +217,15 @@ pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
                 },
                 Plan::Save(file) => Request::Save { file, hold },
             };
-            Answer::ask(request, |shared, reply| match reply {
-                Ok(_) => Answer::done(),
+            Answer::ask(request, move |shared, reply| match reply {
+                Ok(_) => {
+                    shared.migration.leaves = leaves;
+                    Answer::done()
+                }
                 Err(_) if shared.migration.in_progress() => {
                     Answer::failed(Failure::generic(IN_PROGRESS))
                 }
-                Err(refusal) => why_not(refusal),
+                Err(refusal) => why_not(refusal.into()),
             })
         }
         Err(failure) => Answer::failed(failure),
@@ -229,20 +233,25 @@ pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
 }
 
 /// A refusal of `migrate`: in QEMU's words where the VM's state is the reason.
-fn why_not(refusal: Refusal) -> Answer {
-    with_status(|_, status| {
+fn why_not(failure: Failure) -> Answer {
+    with_status(move |_, status| {
         Answer::failed(match status.state {
             VmState::Incoming => Failure::generic("Guest is waiting for an incoming migration"),
             VmState::Postmigrate => {
                 Failure::generic("Can't migrate the vm that was paused due to previous migration")
             }
-            _ => refusal.into(),
+            _ => failure,
         })
     })
 }
 
+/// Mode `normal`, to which clients come by leaving the mode as it is.
+const COPIES: &str = "mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer' or 'cpr-reboot'";
+
 /// What a `migrate` comes to.
 enum Plan {
+    /// What this VMM does not do.
+    Copy,
     InPlace,
     Transfer(Both),
     Save(FileAddress),
@@ -267,10 +276,10 @@ fn plan(shared: &Shared, arguments: &Object) -> Result<Plan, Failure> {
         return Err(Failure::generic("missing 'cpr' migration channel"));
     }
     let plan = match (migration.mode, channels) {
-        (Mode::CprTransfer, Some(channels)) => Some(Plan::Transfer(channels::both(channels)?)),
-        (Mode::CprTransfer, None) => Some(Plan::InPlace),
-        (Mode::CprReboot, _) => Some(Plan::Save(channels::file(arguments)?)),
-        (Mode::Normal, _) => None,
+        (Mode::CprTransfer, Some(channels)) => Plan::Transfer(channels::both(channels)?),
+        (Mode::CprTransfer, None) => Plan::InPlace,
+        (Mode::CprReboot, _) => Plan::Save(channels::file(arguments)?),
+        (Mode::Normal, _) => Plan::Copy,
     };
     if resume == Some(true) {
         return Err(Failure::generic(
@@ -278,11 +287,7 @@ fn plan(shared: &Shared, arguments: &Object) -> Result<Plan, Failure> {
         ));
     }
     migration.check()?;
-    plan.ok_or_else(|| {
-        Failure::generic(
-            "mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer' or 'cpr-reboot'",
-        )
-    })
+    Ok(plan)
 }
 
 pub(crate) fn migrate_cancel(shared: &mut Shared, _: &Object) -> Answer {

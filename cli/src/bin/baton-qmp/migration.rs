@@ -91,6 +91,8 @@ impl Mode {
 #[derive(Debug, Default)]
 pub(crate) struct Migration {
     pub(crate) mode: Mode,
+    /// The guest leaves this broker, as it was asked to.
+    pub(crate) leaves: bool,
     status: Option<Status>,
     outcome: Option<Box<UpgradeOutcome>>,
     enabled: Vec<&'static str>,
@@ -209,6 +211,7 @@ pub(crate) fn happened(shared: &mut Shared, at_us: u64, what: &Happening) {
     match what {
         Happening::UpgradeBegan { dry_run: false } => {
             migration.outcome = None;
+            migration.leaves = false;
             enter(shared, at_us, Status::Setup);
         }
         Happening::UpgradeHeld => {
@@ -230,7 +233,7 @@ pub(crate) fn happened(shared: &mut Shared, at_us: u64, what: &Happening) {
             };
             migration.outcome = Some(outcome.clone());
             let replaced = outcome.outcome == Outcome::Committed;
-            if replaced {
+            if replaced && !migration.leaves {
                 // As in QEMU, whose new process knows nothing of what the old one was told.
                 migration.mode = Mode::Normal;
             }
