@@ -21,7 +21,6 @@ use baton_ipc::control::Exit;
 use baton_ipc::control::Happening;
 use baton_ipc::control::NewDevice;
 use baton_ipc::control::Reply;
-use baton_ipc::control::VmState;
 use baton_ipc::descriptor;
 use baton_ipc::transfer::Hotplugged;
 use baton_ipc::worker::BlockConfig;
@@ -50,6 +49,9 @@ use crate::vm_file::disk::Label;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a device is left alone whose requests did not come to an end.
 const REST: Duration = Duration::from_secs(1);
+
+/// How long until somebody looks again whether the worker may be told to end a device.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// A device.
 #[derive(Debug)]
@@ -316,19 +318,20 @@ impl Broker {
             );
             self.happened(Happening::DeviceKept { id });
         }
-        let at_rest = matches!(self.state, VmState::Running | VmState::Paused)
-            && self.upgrade.is_none()
-            && self.check_worker().is_ok();
-        let Some(worker) = self.worker.as_ref().filter(|_| at_rest) else {
+        let due = |device: &&mut Device| matches!(device.stage, Stage::Gone(at) if at <= now);
+        if !self.devices.iter_mut().any(|device| due(&device)) {
+            return;
+        }
+        let possible = self.upgrade.is_none() && self.check_worker().is_ok();
+        let Some(device) = self.devices.iter_mut().find(due) else {
             return;
         };
-        let due = |device: &&mut Device| matches!(device.stage, Stage::Gone(at) if at <= now);
-        if let Some(device) = self.devices.iter_mut().find(due) {
-            device.stage = match worker.order(&Order::End { slot: device.slot }) {
-                Ok(()) => Stage::Ending,
-                Err(_) => Stage::Gone(now + REST),
-            };
-        }
+        let slot = device.slot;
+        device.stage = match self.worker.as_ref().filter(|_| possible) {
+            Some(worker) if worker.order(&Order::End { slot }).is_ok() => Stage::Ending,
+            Some(_) => Stage::Gone(now + REST),
+            None => Stage::Gone(now + LOOK),
+        };
     }
 
     /// The worker has ended it: nothing of it is left but its node.

@@ -366,6 +366,13 @@ fn what_cannot_be_is_refused_and_nothing_is_left_of_it() {
     assert!(refusal.contains("already in use"), "{refusal}");
     let refusal = qmp.refused("blockdev-del", json!({"node-name": "n"}));
     assert!(refusal.contains("Node n is in use"), "{refusal}");
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-reboot"}));
+    let info = qmp.returns("query-migrate", json!({}));
+    let blocked = info.pointer("/blocked-reasons/0").cloned();
+    assert_eq!(
+        blocked,
+        Some("State blocked by device 'd': no VM file has it".into())
+    );
     qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
     let switch =
         json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]});

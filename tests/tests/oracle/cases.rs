@@ -339,6 +339,17 @@ pub(crate) const CASES: &[Case] = &[
         "says which of a list's elements it is",
     ),
     same(
+        "devices that nobody knows",
+        &[],
+        &[
+            r#"device_del {"id": "x"}"#,
+            r#"blockdev-del {"node-name": "x"}"#,
+            r#"block_resize {"device": "x", "size": 512}"#,
+            r#"block_resize {"node-name": "x", "size": 512}"#,
+            r#"device_add {"driver": "fly", "id": "x", "drive": "x"}"#,
+        ],
+    ),
+    same(
         "the human monitor: status",
         &[],
         &[r#"human-monitor-command {"command-line": "info status"}"#],

@@ -156,16 +156,20 @@ impl Migration {
         info
     }
 
-    fn blockers(&self, vm: &VmStatus) -> Vec<&'static str> {
+    fn blockers(&self, vm: &VmStatus) -> Vec<String> {
         let private = vm.ram_backing == RamBacking::Private;
         let mut blockers = Vec::new();
         match self.mode {
             Mode::Normal => {}
-            Mode::CprTransfer if private => blockers.push(NOT_SHARED),
+            Mode::CprTransfer if private => blockers.push(NOT_SHARED.to_owned()),
             Mode::CprTransfer => {}
             Mode::CprReboot => {
-                blockers.extend(vm.vsock.then_some(VSOCK));
-                blockers.extend(vm.huge_pages.then_some(HUGE_PAGES));
+                blockers.extend(vm.vsock.then(|| VSOCK.to_owned()));
+                blockers.extend(vm.huge_pages.then(|| HUGE_PAGES.to_owned()));
+                let added = vm.disks.iter().find_map(|disk| disk.added.as_ref());
+                blockers.extend(
+                    added.map(|id| format!("State blocked by device '{id}': no VM file has it")),
+                );
             }
         }
         blockers
