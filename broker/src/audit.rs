@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::MetadataExt;
 
 use baton_audit::quoted;
 use baton_ipc::Access;
@@ -19,6 +18,8 @@ use rustix::fs::SealFlags;
 use serde_json::json;
 
 use crate::broker::Broker;
+use crate::launcher::DescriptorRecord;
+use crate::launcher::Records;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -55,15 +56,14 @@ fn line_of(kind: DescriptorKind) -> Option<&'static str> {
     }
 }
 
-fn told_by(line: &str, pid: i32, fd: u32) -> Option<String> {
-    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+fn told_by(line: &str, info: &str) -> Option<String> {
     let line = info.lines().find_map(|text| text.strip_prefix(line))?;
     Some(line.trim().to_owned())
 }
 
 fn told_by_own(line: &str, fd: BorrowedFd<'_>) -> Option<String> {
-    let pid = rustix::process::getpid().as_raw_nonzero().get();
-    told_by(line, pid, u32::try_from(fd.as_raw_fd()).ok()?)
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    told_by(line, &info)
 }
 
 impl Broker {
@@ -74,6 +74,7 @@ impl Broker {
             .as_ref()
             .ok_or_else(|| unfit("there is no worker to audit", ""))?;
         let pid = worker.process.pid;
+        let records = self.prover.records(pid)?;
         let verdict = self
             .prover
             .threads(&self.rules, pid, worker.ids, self.settled());
@@ -111,8 +112,13 @@ impl Broker {
             identity: worker.executable,
             digest: worker.digest,
         };
-        let (mut checks, wrong) =
-            crate::evidence::process(pid, &executable, self.cgroup.as_ref(), Some(&limits));
+        let (mut checks, wrong) = crate::evidence::process(
+            pid,
+            &records,
+            &executable,
+            self.cgroup.as_ref(),
+            Some(&limits),
+        );
         findings.extend(wrong.iter().map(|finding| finding_of(pid, finding)));
         checks.extend(crate::evidence::threads(&self.rules, &verdict));
         let (own, wrong) = self.compare_own();
@@ -121,7 +127,15 @@ impl Broker {
             .into_iter()
             .map(|what| crate::proof::other(None, what));
         findings.extend(wrong.map(|finding| finding_of(pid, &finding)));
-        let descriptors = self.descriptors(worker, &mut findings)?;
+        findings.extend(self.rules.policy.learn.iter().map(|why| Finding {
+            rule: "learn".to_owned(),
+            subject: format!("process {pid}"),
+            declared: "filters that deny what no rule permits".to_owned(),
+            found: quoted(&format!(
+                "not confined by its filters: the policy learns ({why})"
+            )),
+        }));
+        let descriptors = self.descriptors(worker, records, &mut findings)?;
         let unreadable = self.prover.unreadable.iter();
         let mut weaker: Vec<String> = unreadable
             .map(|why| format!("the filters' bytes cannot be read back: {why}"))
@@ -164,42 +178,34 @@ impl Broker {
     fn descriptors(
         &self,
         worker: &Worker,
+        records: Records,
         findings: &mut Vec<Finding>,
     ) -> Result<Vec<AuditDescriptor>> {
-        let pid = worker.process.pid;
-        let directory = format!("/proc/{pid}/fd");
-        let entries = fs::read_dir(&directory).map_err(|e| {
+        let held = records.descriptors.map_err(|e| {
             unfit(
                 format_args!("cannot list the worker's descriptors: {e}"),
                 "",
             )
         })?;
         let mut all = Vec::new();
-        for entry in entries.flatten() {
-            let Some(fd) = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<u32>().ok())
-            else {
-                continue;
-            };
-            let target = fs::read_link(entry.path())
-                .map(|path| quoted(&path.display().to_string()))
-                .unwrap_or_default();
-            // Through the link: device and inode of the open file itself.
-            let identity = fs::metadata(entry.path())
-                .map(|file| (file.dev(), file.ino()))
-                .unwrap_or_default();
+        for DescriptorRecord {
+            number: fd,
+            target,
+            identity,
+            info,
+        } in held
+        {
+            let (target, identity) = (quoted(&target), identity.unwrap_or_default());
             let granted = self.registry.iter().find(|(_, description, own)| {
                 match line_of(description.kind) {
                     Some(line) => {
-                        let told = told_by(line, pid, fd);
+                        let told = told_by(line, &info);
                         told.is_some() && told == told_by_own(line, *own)
                     }
                     None => identity == (description.device, description.inode),
                 }
             });
-            let access = access_of(pid, fd);
+            let access = access_of(&info);
             let mut wrong = |declared: String, found: String| {
                 findings.push(Finding {
                     rule: "descriptor".to_owned(),
@@ -300,9 +306,8 @@ fn finding_of(pid: i32, finding: &baton_policy::proof::Finding) -> Finding {
 }
 
 /// The access mode of a descriptor, as the kernel says.
-fn access_of(pid: i32, fd: u32) -> Option<Access> {
-    let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
-    let flags = baton_policy::procfs::descriptor_flags(&text)?;
+fn access_of(info: &str) -> Option<Access> {
+    let flags = baton_policy::procfs::descriptor_flags(info)?;
     Access::of(OFlags::from_bits_retain(flags))
 }
 

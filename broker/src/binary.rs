@@ -38,7 +38,10 @@ impl WorkerBinary {
         crate::resources::open_image(path).map_err(|e| {
             unfit(
                 format_args!("cannot open the worker {}: {e}", path.display()),
-                "name one in the VM file's `worker`, or install baton-worker beside baton-broker",
+                crate::own::remedy(
+                    &e,
+                    "name one in the VM file's `worker`, or install baton-worker beside baton-broker",
+                ),
             )
         })
     }

@@ -9,6 +9,7 @@ mod status;
 
 pub(crate) use self::start::report_failure;
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use std::time::Instant;
 
+use baton_audit::Actor;
 use baton_audit::AuditLog;
 use baton_ipc::Channel;
 use baton_ipc::Registry;
@@ -50,6 +52,7 @@ use crate::incoming::Incoming;
 use crate::launcher::Launcher;
 use crate::nascent::Nascent;
 use crate::nodes::Node;
+use crate::notify::Manager;
 use crate::own::Own;
 use crate::proof::Prover;
 use crate::refusal::Doing;
@@ -84,6 +87,8 @@ pub(crate) struct Options {
     pub(crate) incoming: Option<Channels>,
     /// Take the guest out of a file.
     pub(crate) restore: Option<Restore>,
+    /// Where it is written down what its workers call.
+    pub(crate) learn: Option<PathBuf>,
 }
 
 /// What a worker's privileges come from: a policy as it was read for that worker.
@@ -122,6 +127,11 @@ pub(crate) struct Broker {
     pub(crate) prover: Prover,
     /// What this process itself is held to.
     pub(crate) own: Own,
+    /// Who has asked for the upgrade that is under way.
+    pub(crate) asked_by: Option<Actor>,
+    /// Open, when the policy learns.
+    pub(crate) lessons: Option<File>,
+    pub(crate) manager: Manager,
     /// Who starts workers and reads filters.
     pub(crate) launcher: Rc<Launcher>,
     pub(crate) deadlines: Deadlines,

@@ -188,6 +188,18 @@ impl Drop for Cgroup {
     }
 }
 
+/// Where version 2 says which controllers there are, and which are handed down.
+pub(crate) fn controllers() -> [PathBuf; 2] {
+    ["cgroup.controllers", "cgroup.subtree_control"].map(|file| Path::new(MOUNT).join(file))
+}
+
+/// Where VMs have their cgroups, in either version.
+pub(crate) fn parents() -> Vec<PathBuf> {
+    ["", "pids", "memory", "cpu"]
+        .map(|controller| Path::new(MOUNT).join(controller).join("baton"))
+        .into()
+}
+
 /// The directories of the cgroup whose first is this, whatever it was limited to.
 pub(crate) fn everywhere(path: &Path) -> Vec<PathBuf> {
     let mut all = vec![path.to_owned()];

@@ -53,9 +53,13 @@ impl Listener {
             .and_then(|()| rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR))
             .and_then(|()| rustix::net::listen(&socket, 1))
             .map_err(|e| {
+                let remedy = match e {
+                    Errno::ACCESS => crate::own::OUT_OF_REACH,
+                    _ => "remove what is there, or name another path",
+                };
                 unfit(
                     format_args!("Failed to bind socket to {shown}: {}", words(e)),
-                    "remove what is there, or name another path",
+                    remedy,
                 )
             })?;
         let file = SocketFile::at(path).doing(format_args!("cannot examine {shown}"))?;

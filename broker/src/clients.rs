@@ -89,6 +89,7 @@ const REQUESTS: &[Row] = &[
     ("reset",   |r| matches!(r, Request::Reset),          &[Running],           Power),
     ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  Power),
     ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running, Paused],   Upgrade),
+    ("approved-upgrade", |r| matches!(r, Request::ApprovedUpgrade { .. }), &[Running, Paused], Upgrade),
     ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         Upgrade),
     ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade { .. }), &[Running, Paused], Upgrade),
     ("continue",      |r| matches!(r, Request::Continue),     &[Upgrading],     Upgrade),
@@ -317,10 +318,13 @@ impl Clients {
                         continue;
                     };
                     let (user, groups) = (client.actor.uid, &client.groups);
-                    if !may(policy, row.3, user, groups) {
+                    let lacking = rights(row, &request)
+                        .into_iter()
+                        .find(|right| !may(policy, *right, user, groups));
+                    if let Some(right) = lacking {
                         let id = client.id;
                         self.denied.push((client.actor.clone(), row.0));
-                        self.reply(id, &Reply::Refused(denied(policy, row, user)));
+                        self.reply(id, &Reply::Refused(denied(policy, row, right, user)));
                         continue;
                     }
                     match admit(row, &request, state, descriptors.len()) {
@@ -424,8 +428,16 @@ fn may(policy: &Policy, right: Right, user: u32, groups: &[u32]) -> bool {
         || policy.access.permits(right, user, groups)
 }
 
-fn denied(policy: &Policy, row: &Row, user: u32) -> Refusal {
-    let (name, _, _, right) = row;
+/// The rights that a request takes: that of its row, and one for what it approves of.
+fn rights(row: &Row, request: &Request) -> Vec<Right> {
+    let approves = matches!(request, Request::ApprovedUpgrade { .. });
+    let mut rights = vec![row.3];
+    rights.extend(approves.then_some(Right::Approve));
+    rights
+}
+
+fn denied(policy: &Policy, row: &Row, right: Right, user: u32) -> Refusal {
+    let name = row.0;
     crate::refusal::refused(
         format_args!(
             "policy {} does not let user {user} ask for `{name}`",
@@ -479,7 +491,11 @@ fn admit(
     descriptors: usize,
 ) -> std::result::Result<(), Refusal> {
     let (name, _, states, _) = row;
-    let most = usize::from(matches!(request, Request::Upgrade { .. }));
+    let takes_one = matches!(
+        request,
+        Request::Upgrade { .. } | Request::ApprovedUpgrade { .. }
+    );
+    let most = usize::from(takes_one);
     if descriptors > most {
         return Err(refusal(
             Exit::Usage,

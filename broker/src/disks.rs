@@ -59,7 +59,7 @@ pub(crate) fn open(disk: &Disk) -> Result<OpenDisk> {
                     "this file system has no direct I/O: leave `direct` out"
                 }
                 Some(libc::EBUSY) => "unmount it, or end what uses it",
-                _ => "mend the path in the VM file",
+                _ => crate::own::remedy(&e, "mend the path in the VM file"),
             };
             cannot("open", &e, remedy)
         })?;

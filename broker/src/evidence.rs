@@ -1,7 +1,6 @@
 //! What the kernel's records say of a worker's process as a whole, for its confirmation and for audits.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 use baton_ipc::control::AuditCheck;
 use baton_ipc::control::Evidence;
@@ -15,6 +14,7 @@ use baton_policy::proof::Verdict;
 use crate::binary::WorkerBinary;
 use crate::broker::Rules;
 use crate::cgroup::Cgroup;
+use crate::launcher::Records;
 use crate::proof::other;
 
 /// What was compared, and what was found to be otherwise.
@@ -63,14 +63,15 @@ fn wrong(what: impl std::fmt::Display) -> Vec<Finding> {
 /// cgroup, within its limits, with no memory that is writable and executable.
 pub(crate) fn process(
     pid: i32,
+    records: &Records,
     executable: &Executable,
     cgroup: Option<&Cgroup>,
     limits: Option<&Rlimits>,
 ) -> Compared {
     let proc = format!("/proc/{pid}");
     let mut compared = Compared::default();
-    note(&mut compared, "binary", binary(executable, &proc));
-    note(&mut compared, "root", root(&proc));
+    note(&mut compared, "binary", binary(executable, records));
+    note(&mut compared, "root", root(records));
     note(&mut compared, "mounts", mounts(&proc));
     if let Some(cgroup) = cgroup {
         let found = cgroup
@@ -78,17 +79,15 @@ pub(crate) fn process(
             .map_err(|all| all.into_iter().flat_map(wrong).collect());
         note(&mut compared, "cgroup", found);
     }
-    note(&mut compared, "memory", memory(executable, &proc));
+    note(&mut compared, "memory", memory(executable, records));
     if let Some(limits) = limits {
         note(&mut compared, "limits", resource_limits(limits, &proc));
     }
     compared
 }
 
-fn binary(executable: &Executable, proc: &str) -> Result<String, Vec<Finding>> {
-    let exe = fs::metadata(format!("{proc}/exe"))
-        .ok()
-        .map(|exe| (exe.dev(), exe.ino()));
+fn binary(executable: &Executable, records: &Records) -> Result<String, Vec<Finding>> {
+    let exe = records.executable;
     if exe.is_some() && exe == executable.identity {
         return Ok(format!("the sealed copy of {}", executable.digest));
     }
@@ -98,12 +97,12 @@ fn binary(executable: &Executable, proc: &str) -> Result<String, Vec<Finding>> {
     )))
 }
 
-fn root(proc: &str) -> Result<String, Vec<Finding>> {
-    let entries = fs::read_dir(format!("{proc}/root/"))
-        .map_err(|e| wrong(format_args!("its root cannot be listed: {e}")))?;
-    let held: Vec<Finding> = entries
-        .flatten()
-        .flat_map(|entry| wrong(format_args!("its root holds {:?}", entry.file_name())))
+fn root(records: &Records) -> Result<String, Vec<Finding>> {
+    let names = records.root.as_ref();
+    let held: Vec<Finding> = names
+        .map_err(|e| wrong(format_args!("its root cannot be listed: {e}")))?
+        .iter()
+        .flat_map(|name| wrong(format_args!("its root holds {name:?}")))
         .collect();
     if held.is_empty() {
         Ok("an empty directory".to_owned())
@@ -125,16 +124,16 @@ fn mounts(proc: &str) -> Result<String, Vec<Finding>> {
     }
 }
 
-fn memory(executable: &Executable, proc: &str) -> Result<String, Vec<Finding>> {
+fn memory(executable: &Executable, records: &Records) -> Result<String, Vec<Finding>> {
     let (device, inode) = executable.identity.unwrap_or_default();
     let binary = FileIdentity {
         major: rustix::fs::major(device),
         minor: rustix::fs::minor(device),
         inode,
     };
-    let text = fs::read_to_string(format!("{proc}/maps"))
-        .map_err(|e| wrong(format_args!("its memory maps cannot be read: {e}")))?;
-    let memory = proof::memory(binary, &text);
+    let maps = records.maps.as_ref();
+    let text = maps.map_err(|e| wrong(format_args!("its memory maps cannot be read: {e}")))?;
+    let memory = proof::memory(binary, text);
     if memory.findings.is_empty() {
         Ok(format!(
             "{} mappings, {} executable (its binary and the kernel's vDSO), none of those writable",

@@ -315,6 +315,7 @@ impl Broker {
             keep: place.rules.policy.capabilities,
             landlock_floor: place.rules.policy.landlock.floor_abi,
             filters: place.rules.compiled.build.clone(),
+            learn: false,
         };
         let launch = Begun::start(
             &self.launcher,
@@ -322,7 +323,7 @@ impl Broker {
             place.ids.ids,
             place.cgroup.as_ref(),
         )?
-        .become_of(binary.as_fd(), confinement)?;
+        .become_of(binary.as_fd(), confinement, None)?;
         self.log.note(
             "front-launch",
             &json!({"digest": binary.digest.to_string(), "uid": place.ids.ids.uid}),
@@ -429,7 +430,8 @@ impl Broker {
         let verdict = self.prover.threads(&place.rules, pid, front.ids, moment);
         let mut findings: Vec<Finding> = verdict.findings;
         if next == Phase::Filtered {
-            let process = proof::fresh_process(pid, &front.binary, place.cgroup.as_ref());
+            let process =
+                proof::fresh_process(&self.prover, pid, &front.binary, place.cgroup.as_ref());
             findings.extend(process);
         }
         let findings: Vec<_> = findings.iter().map(ToString::to_string).collect();

@@ -22,7 +22,7 @@ use crate::refusal::unfit;
 use crate::run_dir::private_directory;
 
 /// Where root's brokers lock the ids that they use, one file each.
-const LOCKS: &str = "/run/baton/.ids";
+pub(crate) const LOCKS: &str = "/run/baton/.ids";
 
 /// Numeric host ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -44,6 +44,7 @@ use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
+use crate::vm_file;
 use crate::worker::Worker;
 
 /// Where a broker waits for a guest, as `--incoming` says.
@@ -129,6 +130,14 @@ impl Incoming {
             paused: channels.paused,
             deadline: None,
         })
+    }
+
+    /// Opens the file that the console is to go to, while this broker still may.
+    pub(crate) fn open_console(&mut self, console: &vm_file::Console) -> Result<()> {
+        if let vm_file::Console::File { path } = console {
+            self.file = Some(crate::console::open_file(path)?);
+        }
+        Ok(())
     }
 
     /// What to poll for reading.

@@ -1,6 +1,7 @@
-//! The launcher: the one process beside the broker that has no filter, because it has to do what a filtered process cannot.
-//! It starts workers, which must not inherit the broker's filter, and reads filters back, which the kernel lets only a process
-//! do that has none itself (`PTRACE_SECCOMP_GET_FILTER`, ptrace(2)).
+//! The launcher: the one process beside the broker that has no filter and is in no Landlock domain, because it has to do what a
+//! confined process cannot. It starts workers, which must not inherit either; it reads filters back, which the kernel lets only a
+//! process do that has none itself (`PTRACE_SECCOMP_GET_FILTER`, ptrace(2)); and it reads the records of /proc that whoever is in
+//! a domain has of that domain's processes only.
 //!
 //! ```text
 //! broker                                    launcher (`baton-broker launcher`)
@@ -9,16 +10,20 @@
 //!   │ Map ────────────────────────────────────►│ writes the id maps of that stage's namespace
 //!   │ End ────────────────────────────────────►│ ends that stage; what it has started is the broker's child, a subreaper
 //!   │ Filters ────────────────────────────────►│ reads a thread's filters: of the broker, or of a child of the broker
+//!   │ Learn ──────────────────────────────────►│ starts what listens to a worker whose policy learns
+//!   │ Namespaces, Records ────────────────────►│ reads what /proc has of a child of the broker, and does not judge it
 //! ```
 //!
-//! One request at a time, each answered within a bound. No message has a path in it. The launcher parses nothing but these four
+//! One request at a time, each answered within a bound. No message has a path in it. The launcher parses nothing but these seven
 //! words, and nobody but the broker can reach it. If it dies, the guest runs on, and what needs it is refused: the broker,
 //! confined by then, cannot start another.
 
 mod inspection;
 mod process;
+mod records;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -32,6 +37,7 @@ use baton_ipc::Channel;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::control::Refusal;
+use baton_policy::Namespace;
 use baton_policy::Program;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
@@ -46,6 +52,10 @@ use serde::Deserialize;
 use serde::Serialize;
 
 pub(crate) use self::process::run;
+pub(crate) use self::records::DescriptorRecord;
+pub(crate) use self::records::Identity;
+pub(crate) use self::records::Records;
+pub(crate) use self::records::namespaces;
 
 use crate::ids::HostIds;
 use crate::refusal::Doing;
@@ -71,6 +81,12 @@ enum Ask {
         count: u32,
         within: Duration,
     },
+    /// To start what listens to this process, with the file that it writes to.
+    Learn(u32),
+    /// To read which namespaces a process is in.
+    Namespaces(u32),
+    /// To read what else /proc shows of it.
+    Records(u32),
 }
 
 /// What the launcher answers.
@@ -84,6 +100,10 @@ enum Answer {
     Filter(Program),
     /// All filters were told. The thread stood still for so long.
     Read(Duration),
+    /// The namespaces of a process, as far as they could be read.
+    Namespaces(BTreeMap<Namespace, Identity>),
+    /// A part of its records; more messages follow, and at the end `Done`.
+    Part(Vec<u8>),
     /// It could not be done.
     Failed(String),
 }
@@ -181,6 +201,14 @@ impl Launcher {
         self.done(&Ask::End(stage1))
     }
 
+    /// Has somebody listen to a learning process that is the broker's child.
+    pub(crate) fn learn(&self, pid: u32, file: BorrowedFd<'_>) -> Result<()> {
+        match self.ask(&Ask::Learn(pid), &[file], Duration::ZERO)? {
+            Answer::Done => Ok(()),
+            other => Err(self.out_of_turn(&other)),
+        }
+    }
+
     /// The filters of a thread, which is stopped for as long as they are read.
     pub(crate) fn filters(&self, tid: u32, count: u32, within: Duration) -> Result<Reading> {
         let mut filters = Vec::new();
@@ -193,6 +221,29 @@ impl Launcher {
             }
             answer = self.answer(within)?;
         }
+    }
+
+    /// The namespaces of a process that is the broker's child.
+    pub(crate) fn namespaces(&self, pid: u32) -> Result<BTreeMap<Namespace, Identity>> {
+        match self.ask(&Ask::Namespaces(pid), &[], Duration::ZERO)? {
+            Answer::Namespaces(namespaces) => Ok(namespaces),
+            other => Err(self.out_of_turn(&other)),
+        }
+    }
+
+    /// What /proc has of a process that is the broker's child.
+    pub(crate) fn records(&self, pid: u32) -> Result<Records> {
+        let mut bytes = Vec::new();
+        let mut answer = self.ask(&Ask::Records(pid), &[], Duration::ZERO)?;
+        loop {
+            match answer {
+                Answer::Part(part) if bytes.len() <= records::MAX => bytes.extend(part),
+                Answer::Done => break,
+                other => return Err(self.out_of_turn(&other)),
+            }
+            answer = self.answer(Duration::ZERO)?;
+        }
+        baton_ipc::decode(&bytes).map_err(|error| self.lose(error.to_string()))
     }
 
     fn done(&self, ask: &Ask) -> Result<()> {

@@ -22,6 +22,7 @@ mod ids;
 mod incoming;
 mod launch;
 mod launcher;
+mod learner;
 mod nascent;
 mod nodes;
 mod notify;
@@ -87,6 +88,10 @@ struct Arguments {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one, for the length of one match"
+)]
 enum Command {
     /// Run a VM, and serve its control socket until it ends.
     Serve {
@@ -110,6 +115,9 @@ enum Command {
         /// Multiply every deadline, for hosts that are emulated.
         #[arg(long, default_value_t = 1, value_name = "N")]
         slow_host: u32,
+        /// Write down here what its workers call, under a policy that learns.
+        #[arg(long, value_name = "FILE")]
+        learn: Option<PathBuf>,
         /// Wait for another broker's guest, whose CPR state comes in here: unix:PATH or fd:NUMBER.
         #[arg(long, value_name = "ADDRESS")]
         incoming_cpr: Option<Address>,
@@ -129,6 +137,12 @@ enum Command {
     /// What starts workers and reads filters for a broker.
     #[command(hide = true)]
     Launcher,
+    /// What listens to a learning worker.
+    #[command(hide = true)]
+    Learner {
+        /// The worker's process.
+        pid: i32,
+    },
     /// A stage of a worker's launch.
     #[command(hide = true)]
     Launch {
@@ -142,6 +156,7 @@ fn main() -> ExitCode {
     let began = Instant::now();
     match Arguments::parse().command {
         Command::Launcher => launcher::run(),
+        Command::Learner { pid } => learner::run(pid),
         Command::Launch { confine: false } => launch::unshare(),
         Command::Launch { confine: true } => launch::confine(),
         Command::Serve {
@@ -152,6 +167,7 @@ fn main() -> ExitCode {
             successor_of,
             log,
             slow_host,
+            learn,
             incoming_cpr,
             incoming_main,
             incoming_paused,
@@ -175,6 +191,7 @@ fn main() -> ExitCode {
                 successor_of,
                 log,
                 slowness: slow_host,
+                learn,
                 incoming,
                 restore,
             };

@@ -27,6 +27,7 @@ use crate::broker::MESSAGES;
 use crate::cgroup::Cgroup;
 use crate::launch::Launch;
 use crate::proof;
+use crate::proof::Prover;
 use crate::refusal::Result;
 use crate::worker::Phase;
 use crate::worker::Worker;
@@ -296,9 +297,9 @@ impl Nascent {
     }
 
     /// Compares the process, apart from its threads, with what it has to be before it is given anything.
-    pub(crate) fn confirm_process(&self, cgroup: Option<&Cgroup>) -> Vec<Finding> {
+    pub(crate) fn confirm_process(&self, prover: &Prover, cgroup: Option<&Cgroup>) -> Vec<Finding> {
         self.worker().map_or_else(Vec::new, |worker| {
-            proof::fresh_process(worker.process.pid, &self.binary, cgroup)
+            proof::fresh_process(prover, worker.process.pid, &self.binary, cgroup)
         })
     }
 

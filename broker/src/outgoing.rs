@@ -187,6 +187,7 @@ impl Broker {
                 &json!({"generation": self.generation() + 1, "main": main.to_string(), "cpr": cpr.to_string()}),
             )
             .recorded()?;
+        self.asked_by = Some(asked_by.clone());
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run: false });
         let outgoing = Outgoing {
@@ -432,7 +433,7 @@ impl Broker {
             complain(&refusal);
         }
         // While this process is still the one that may say so.
-        if let Err(refusal) = crate::notify::main_process(outgoing.process) {
+        if let Err(refusal) = self.manager.main_process(outgoing.process) {
             complain(&refusal);
         }
         let committed = Committed {

@@ -1,15 +1,23 @@
 //! The privilege of the broker itself and of its launcher: what they give up and when, and what an audit finds of the rest.
 
+mod places;
+
+use std::error::Error;
 use std::fs;
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use baton_audit::quoted;
 use baton_ipc::control::AuditCheck;
 use baton_ipc::control::Evidence;
 use baton_policy::Program;
+use baton_policy::own::Domain;
 use baton_policy::own::Holder;
 use baton_policy::own::OwnPolicy;
+use baton_policy::own::Places;
 use baton_policy::procfs::TaskStatus;
+
+pub(crate) use self::places::of as places;
 
 use crate::broker::Broker;
 use crate::refusal::Doing;
@@ -18,11 +26,32 @@ use crate::refusal::Result;
 /// How long the reading of the broker's own filter may take.
 const READING: Duration = Duration::from_secs(1);
 
+/// The same for an error that says no more.
+pub(crate) const OUT_OF_REACH: &str = "let the broker's user have access; if it has, the broker is out of reach of it: a broker keeps to the \
+     directories that its VM file and policy named, and that were there, when it started (docs/threat-model.md); \
+     `baton upgrade --broker` puts another in its place";
+
 /// What the broker is held to from its start on.
 #[derive(Debug)]
 pub(crate) struct Own {
     policy: OwnPolicy,
     filter: Program,
+    domain: Domain,
+}
+
+/// What to do about an error: where this user may do what was denied, it is the broker's domain that denied it.
+pub(crate) fn remedy<'a>(error: &(dyn Error + 'static), otherwise: &'a str) -> &'a str {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let denied = error
+            .downcast_ref()
+            .is_some_and(|error: &std::io::Error| error.kind() == ErrorKind::PermissionDenied);
+        if denied {
+            return OUT_OF_REACH;
+        }
+        cause = error.source();
+    }
+    otherwise
 }
 
 /// Gives up, before anything else is done, what neither the start nor what comes later needs.
@@ -36,17 +65,25 @@ pub(crate) fn confine_launcher() -> Result<()> {
 }
 
 impl Own {
-    /// Gives up what only the start has needed, and puts the filter on this process, which has one thread.
-    pub(crate) fn settle() -> Result<Self> {
+    /// Gives up what only the start has needed, and puts this process, which has one thread, into the domain of these places
+    /// and under its filter. `launcher` is not in that domain.
+    pub(crate) fn settle(places: &Places, launcher: u32) -> Result<Self> {
         let policy = builtin()?;
         let filter = policy
             .filter()
             .doing("cannot read the broker's own policy")?;
         enter(&policy, Holder::Broker)?;
+        let domain = policy
+            .restrict(places, launcher)
+            .doing("cannot confine the broker")?;
         filter
             .install()
             .doing("cannot install the broker's own filter")?;
-        Ok(Self { policy, filter })
+        Ok(Self {
+            policy,
+            filter,
+            domain,
+        })
     }
 }
 
@@ -86,7 +123,10 @@ impl Broker {
         let mut wrong: Vec<String> = discrepancies.iter().map(ToString::to_string).collect();
         let filters = match holder {
             Holder::Launcher => self.unfiltered(&status, &mut wrong),
-            Holder::Start | Holder::Broker => self.filtered(&status, &mut wrong),
+            Holder::Start | Holder::Broker => {
+                let filter = self.filtered(&status, &mut wrong);
+                format!("{filter}; {}", self.restricted(&mut wrong))
+            }
         };
         let capabilities = status.permitted;
         let found = format!(
@@ -111,6 +151,18 @@ impl Broker {
         }
         let calls = self.own.policy.calls();
         format!("its own filter, byte for byte, which knows {calls} system calls")
+    }
+
+    /// The broker's Landlock domain, of which the kernel has no record: what it denies is attempted.
+    fn restricted(&self, wrong: &mut Vec<String>) -> String {
+        let domain = &self.own.domain;
+        if let Err(error) = domain.attempt() {
+            wrong.push(format!("the broker: {error}"));
+        }
+        let (abi, places) = (domain.status.abi, domain.places());
+        format!(
+            "files below {places} paths only (Landlock, ABI {abi}; what it denies was attempted just now)"
+        )
     }
 
     /// The launcher has no filter of its own.

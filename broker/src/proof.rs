@@ -4,7 +4,6 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -27,15 +26,18 @@ use crate::binary::WorkerBinary;
 use crate::broker::Rules;
 use crate::cgroup::Cgroup;
 use crate::ids::HostIds;
+use crate::launcher::Identity;
 use crate::launcher::Launcher;
 use crate::launcher::Reading;
+use crate::launcher::Records;
+use crate::refusal::Result;
 
 /// What a broker compares its workers with.
 #[derive(Debug)]
 pub(crate) struct Prover {
     /// Filters that this process was started with.
     pub(crate) inherited_filters: u32,
-    own_namespaces: BTreeMap<Namespace, (u64, u64)>,
+    own_namespaces: BTreeMap<Namespace, Identity>,
     /// The supplementary groups of this process.
     pub(crate) own_groups: Vec<u32>,
     /// Why filters cannot be read back, when they cannot.
@@ -66,7 +68,7 @@ impl Prover {
         };
         Self {
             inherited_filters,
-            own_namespaces: namespaces("self"),
+            own_namespaces: crate::launcher::namespaces("self"),
             own_groups: status.map(|status| status.groups).unwrap_or_default(),
             unreadable,
             launcher,
@@ -87,8 +89,8 @@ impl Prover {
             namespaces: &policy.namespaces,
             moment,
         };
-        let mut observed = self.observe(pid);
         let mut unread = Vec::new();
+        let mut observed = self.observe(pid, &mut unread);
         let by = Instant::now() + self.reading;
         self.stood.set(Duration::ZERO);
         if self.unreadable.is_none() {
@@ -110,7 +112,7 @@ impl Prover {
         }
         let mut verdict = prove(&declared, &observed);
         if verdict.evidence == Evidence::Counted && self.unreadable.is_none() {
-            verdict.findings.extend(unread);
+            verdict.findings.append(&mut unread);
         }
         if ids.is_own() {
             // Without privilege nobody can leave a group: the worker has no other than the broker's user has.
@@ -124,14 +126,24 @@ impl Prover {
         verdict
     }
 
-    fn observe(&self, pid: i32) -> Observed {
+    /// What /proc shows of a worker only to whoever may trace it.
+    pub(crate) fn records(&self, pid: i32) -> Result<Records> {
+        self.launcher.records(pid.unsigned_abs())
+    }
+
+    fn observe(&self, pid: i32, unread: &mut Vec<Finding>) -> Observed {
+        let namespaces = self.launcher.namespaces(pid.unsigned_abs());
+        let namespaces = namespaces.unwrap_or_else(|refusal| {
+            unread.push(other(None, refusal.reason));
+            BTreeMap::new()
+        });
         let tasks = fs::read_dir(format!("/proc/{pid}/task"))
             .into_iter()
             .flatten()
             .flatten();
         Observed {
             threads: tasks.filter_map(|task| thread(&task.path())).collect(),
-            namespaces: namespaces(&pid.to_string()),
+            namespaces,
             own_namespaces: self.own_namespaces.clone(),
         }
     }
@@ -140,20 +152,24 @@ impl Prover {
 /// What a process has to be before it is given anything: what it has to be ever after, and with nothing but its three first
 /// descriptors.
 pub(crate) fn fresh_process(
+    prover: &Prover,
     pid: i32,
     binary: &WorkerBinary,
     cgroup: Option<&Cgroup>,
 ) -> Vec<Finding> {
-    let (_, mut findings) = crate::evidence::process(pid, &binary.into(), cgroup, None);
+    let records = match prover.records(pid) {
+        Ok(records) => records,
+        Err(refusal) => return vec![other(None, refusal.reason)],
+    };
+    let executable = binary.into();
+    let (_, mut findings) = crate::evidence::process(pid, &records, &executable, cgroup, None);
     let mut find = |what: String| findings.push(other(None, what));
-    match fs::read_dir(format!("/proc/{pid}/fd")) {
+    match records.descriptors {
         Ok(descriptors) => {
-            let mut numbers: Vec<_> = descriptors
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect();
-            numbers.sort();
-            if numbers != ["0", "1", "2"] {
+            let mut numbers: Vec<_> = descriptors.iter().map(|one| one.number).collect();
+            numbers.sort_unstable();
+            if numbers != [0, 1, 2] {
+                let numbers: Vec<_> = numbers.iter().map(ToString::to_string).collect();
                 find(format!("it holds descriptors {}", numbers.join(", ")));
             }
         }
@@ -180,15 +196,6 @@ pub(crate) fn other(tid: Option<u32>, what: String) -> Finding {
         tid,
         what: Discrepancy::Other { what },
     }
-}
-
-fn namespaces(process: &str) -> BTreeMap<Namespace, (u64, u64)> {
-    let identity = |namespace: &Namespace| {
-        let metadata =
-            fs::metadata(format!("/proc/{process}/ns/{}", namespace.proc_name())).ok()?;
-        Some((*namespace, (metadata.dev(), metadata.ino())))
-    };
-    Namespace::ALL.iter().filter_map(identity).collect()
 }
 
 fn thread(task: &Path) -> Option<ObservedThread> {

@@ -101,6 +101,7 @@ impl Broker {
         if let Some(rules) = Rc::get_mut(&mut self.rules) {
             rules.declared = Some(declared);
         }
+        self.asked_by = asked_by.cloned();
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run: false });
         let begun = Begun::start(

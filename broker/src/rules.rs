@@ -3,10 +3,15 @@
 use std::fs::File;
 use std::path::PathBuf;
 
+use baton_audit::Actor;
+use baton_ipc::control::MAX_APPROVAL;
 use baton_policy::Digest;
 use baton_policy::Policy;
 use baton_policy::WorkerAllowList;
 use baton_policy::diff::Difference;
+
+use serde_json::Value;
+use serde_json::json;
 
 use crate::binary::WorkerBinary;
 use crate::broker::Options;
@@ -18,14 +23,34 @@ use crate::refusal::unfit;
 use crate::vm_file::VmFile;
 
 /// Reads and compiles the VM's policy. A file has to belong to root or this user, and nobody else may write it.
-pub(crate) fn load(vm: &VmFile) -> Result<Rules> {
+///
+/// One that learns is for a broker that learns, and the other way round: no worker is without its filters by accident.
+pub(crate) fn load(vm: &VmFile, learns: bool) -> Result<Rules> {
     let remedy = "`baton policy check` explains what is wrong";
     let policy = if vm.policy.as_os_str() == "default" {
         Policy::builtin()
     } else {
         Policy::load(&vm.policy)
     }
-    .map_err(|e| unfit(e, remedy))?;
+    .map_err(|e| unfit(&e, crate::own::remedy(&e, remedy)))?;
+    match (&policy.learn, learns) {
+        (Some(_), false) => {
+            return Err(refused(
+                format_args!(
+                    "the policy {} learns: its workers' filters deny nothing",
+                    policy.name
+                ),
+                "take the table [learn] out of it; a VM runs under such a policy only as long as `baton policy learn` runs it",
+            ));
+        }
+        (None, true) => {
+            return Err(refused(
+                format_args!("the policy {} does not learn", policy.name),
+                "give the VM a policy with [learn] and why = \"...\", on a host where nobody else's guests run",
+            ));
+        }
+        _ => {}
+    }
     let compiled = policy.compile().map_err(|e| unfit(e, remedy))?;
     Ok(Rules {
         policy,
@@ -61,7 +86,10 @@ pub(crate) fn worker_binary(
         };
         WorkerAllowList::load(policy, beside)
             .map(|allowed| allowed.permits(digest))
-            .doing("cannot read the allow-list of workers")
+            .map_err(|e| {
+                let what = format_args!("cannot read the allow-list of workers: {e}");
+                unfit(what, crate::own::remedy(&e, ""))
+            })
     })?;
     let declaration = binary.declaration()?;
     Ok((binary, declaration.policy))
@@ -72,8 +100,37 @@ pub(crate) fn worker_binary(
 pub(crate) struct Widening {
     /// In words; empty for most.
     pub(crate) changes: Vec<String>,
-    /// Why policy approves of it.
-    pub(crate) approved: Option<String>,
+    /// That it is approved of.
+    pub(crate) approved: Option<Approved>,
+}
+
+/// Who has approved of a widening, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Approved {
+    pub(crate) why: String,
+    /// As the log has it: the policy, by its place and digest; or who asked, as an `actor`.
+    pub(crate) by: Value,
+}
+
+impl Approved {
+    /// By who asked for the upgrade, whose right to it was looked up.
+    pub(crate) fn by_client(why: &str, who: &Actor) -> Self {
+        Self {
+            why: baton_audit::quoted(why)
+                .chars()
+                .take(MAX_APPROVAL)
+                .collect(),
+            by: who.document(),
+        }
+    }
+
+    fn by_policy(policy: &Policy, build: &Digest) -> Option<Self> {
+        let why = policy.approves(build)?;
+        Some(Self {
+            why: why.to_owned(),
+            by: json!({"policy": policy.origin, "policy_digest": policy.digest.to_string()}),
+        })
+    }
 }
 
 /// How many changes are told.
@@ -96,8 +153,13 @@ impl Widening {
 }
 
 /// Refuses a worker that may do more than the one before it could, or whose build declares more needs, unless the new policy
-/// approves of that build by its digest.
-pub(crate) fn refuse_widening(old: &Rules, new: &Rules, build: &Digest) -> Result<Widening> {
+/// approves of that build by its digest, or whoever asks does.
+pub(crate) fn refuse_widening(
+    old: &Rules,
+    new: &Rules,
+    build: &Digest,
+    given: Option<Approved>,
+) -> Result<Widening> {
     let mut changes: Vec<String> = Difference::between(&old.policy, &new.policy)
         .widens_a_worker()
         .map(|change| format!("the policy {change}"))
@@ -107,8 +169,13 @@ pub(crate) fn refuse_widening(old: &Rules, new: &Rules, build: &Digest) -> Resul
         let needs = difference.widens_a_worker();
         changes.extend(needs.map(|change| format!("the build's needs: {change}")));
     }
-    let approved = new.policy.approves(build).map(str::to_owned);
-    let widening = Widening { changes, approved };
+    let mut widening = Widening {
+        changes,
+        approved: None,
+    };
+    if !widening.changes.is_empty() {
+        widening.approved = Approved::by_policy(&new.policy, build).or(given);
+    }
     let words = match widening.words() {
         Some(words) if widening.approved.is_none() => words,
         _ => return Ok(widening),
@@ -117,7 +184,7 @@ pub(crate) fn refuse_widening(old: &Rules, new: &Rules, build: &Digest) -> Resul
         format_args!("the new worker may do more than the running one, or needs more: {words}"),
         format_args!(
             "`baton policy diff` shows all of it, of policies and of builds; approve of it in the policy ([[approve]] with \
-             worker = \"sha256:{build}\"), or stop and start the VM"
+             worker = \"sha256:{build}\") or by `baton upgrade --approve WHY`, or stop and start the VM"
         ),
     ))
 }
@@ -148,7 +215,7 @@ mod tests {
         let build = Digest::of(b"another build");
         let old = rules(BUILTIN, BUILTIN);
         let new_build = BUILTIN.replace("digests = []", &format!("digests = [\"sha256:{build}\"]"));
-        let widening = refuse_widening(&old, &rules(&new_build, BUILTIN), &build).unwrap();
+        let widening = refuse_widening(&old, &rules(&new_build, BUILTIN), &build, None).unwrap();
         assert!(widening.changes.is_empty());
         let wider = BUILTIN.replace("nofile = 1024", "nofile = 4096");
         for (policy, declared, says) in [
@@ -156,20 +223,37 @@ mod tests {
             (BUILTIN, wider.as_str(), "the build's needs: widens"),
         ] {
             let new = rules(policy, declared);
-            let refusal = refuse_widening(&old, &new, &build).unwrap_err();
+            let refusal = refuse_widening(&old, &new, &build, None).unwrap_err();
             assert_eq!(refusal.exit, baton_ipc::control::Exit::Refused);
             assert!(refusal.reason.contains(says), "{refusal}");
             assert!(refusal.reason.contains("nofile"), "{refusal}");
-            refuse_widening(&new, &old, &build).unwrap();
+            refuse_widening(&new, &old, &build, None).unwrap();
 
             let approval =
                 format!("{policy}\n[[approve]]\nworker = \"{build}\"\nwhy = \"a test\"\n");
             let approved = rules(&approval, declared);
-            let widening = refuse_widening(&old, &approved, &build).unwrap();
-            assert_eq!(widening.approved.as_deref(), Some("a test"));
+            let widening = refuse_widening(&old, &approved, &build, None).unwrap();
+            let by_policy = widening.approved.unwrap();
+            assert_eq!(by_policy.why, "a test");
+            assert_eq!(
+                by_policy.by["policy_digest"],
+                approved.policy.digest.to_string()
+            );
             assert!(!widening.changes.is_empty());
+            let who = Actor {
+                uid: 7,
+                pid: 8,
+                unit: None,
+            };
+            let given = Approved::by_client("seen\u{1b}[2J", &who);
+            assert!(!given.why.contains('\u{1b}'));
+            let widening = refuse_widening(&old, &new, &build, Some(given.clone())).unwrap();
+            assert_eq!(widening.approved, Some(given.clone()));
+            // What widens nothing takes no approval.
+            let nothing = refuse_widening(&new, &old, &build, Some(given)).unwrap();
+            assert_eq!(nothing.approved, None);
             let other = Digest::of(b"a third build");
-            refuse_widening(&old, &approved, &other).unwrap_err();
+            refuse_widening(&old, &approved, &other, None).unwrap_err();
         }
     }
 }

@@ -305,6 +305,17 @@ impl VmDirectory {
         &self.path
     }
 
+    pub(crate) fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// This directory, and the one that has the VM's name now: what a dead broker leaves in there is removed by who takes it.
+    pub(crate) fn places(&self) -> Vec<PathBuf> {
+        let mut places = vec![self.path.clone(), self.run_dir.join(&self.name)];
+        places.dedup();
+        places
+    }
+
     pub(crate) fn socket(&self) -> PathBuf {
         self.path.join(SOCKET)
     }

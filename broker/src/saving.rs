@@ -82,6 +82,7 @@ impl Broker {
                 &json!({"generation": self.generation() + 1, "file": place.to_string()}),
             )
             .recorded()?;
+        self.asked_by = Some(asked_by.clone());
         self.happened(Happening::UpgradeBegan { dry_run: false });
         self.state = VmState::Upgrading;
         let saving = Saving {

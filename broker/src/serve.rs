@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use baton_audit::Actor;
 use baton_audit::Checkpoint;
 use baton_audit::quoted;
 use baton_ipc::control::Happening;
@@ -20,6 +22,24 @@ use crate::refusal::Result;
 use crate::refusal::unfit;
 
 impl Broker {
+    /// Begins an upgrade whose outcome this client waits for.
+    fn follow_upgrade(
+        &mut self,
+        client: u64,
+        descriptors: Vec<OwnedFd>,
+        dry_run: bool,
+        approve: Option<String>,
+        who: &Actor,
+    ) {
+        self.await_for(client, Awaiting::Upgrade);
+        let file = descriptors.into_iter().next().map(File::from);
+        if let Err(refusal) = self.begin_upgrade(file, dry_run, approve, who) {
+            let record = json!({"request": "upgrade", "reason": quoted(&refusal.reason)});
+            self.log.note_by("upgrade-refused", Some(who), &record);
+            self.clients.reply(client, &Reply::Refused(refusal));
+        }
+    }
+
     pub(crate) fn serve(&mut self, asked: Asked) -> Result<()> {
         let Asked {
             client,
@@ -84,16 +104,13 @@ impl Broker {
                 }
             }
             Request::Upgrade { dry_run } => {
-                self.await_for(client, Awaiting::Upgrade);
-                let file = descriptors.into_iter().next().map(File::from);
-                if let Err(refusal) = self.begin_upgrade(file, dry_run, &who) {
-                    let record = json!({"request": name, "reason": quoted(&refusal.reason)});
-                    self.log.note_by("upgrade-refused", Some(&who), &record);
-                    self.clients.reply(client, &Reply::Refused(refusal));
-                }
+                self.follow_upgrade(client, descriptors, dry_run, None, &who);
+            }
+            Request::ApprovedUpgrade { dry_run, why } => {
+                self.follow_upgrade(client, descriptors, dry_run, Some(why), &who);
             }
             Request::BeginUpgrade { hold } => {
-                let reply = match self.begin_upgrade(None, false, &who) {
+                let reply = match self.begin_upgrade(None, false, None, &who) {
                     Ok(()) => {
                         self.hold_upgrade(hold);
                         Reply::Done

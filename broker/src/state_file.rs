@@ -249,5 +249,13 @@ fn unable(path: &Path, error: Errno) -> baton_ipc::control::Refusal {
         Errno::LOOP => "a symbolic link lies in the path".to_owned(),
         error => words(error),
     };
-    unfit(format_args!("Unable to open {}: {why}", path.display()), "")
+    let remedy = if error == Errno::ACCESS {
+        crate::own::OUT_OF_REACH
+    } else {
+        ""
+    };
+    unfit(
+        format_args!("Unable to open {}: {why}", path.display()),
+        remedy,
+    )
 }

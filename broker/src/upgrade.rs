@@ -44,6 +44,7 @@ use crate::process::is_stopped;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::rules::Approved;
 use crate::saving::Saving;
 use crate::worker::Phase;
 use crate::worker::Worker;
@@ -175,8 +176,10 @@ impl Broker {
             keep: policy.capabilities,
             landlock_floor: policy.landlock.floor_abi,
             filters: rules.compiled.build.clone(),
+            learn: policy.learn.is_some(),
         };
-        let launch = begun.become_of(binary.as_fd(), confinement)?;
+        let lessons = self.lessons.as_ref().map(AsFd::as_fd);
+        let launch = begun.become_of(binary.as_fd(), confinement, lessons)?;
         Ok(Nascent::new(
             launch,
             config,
@@ -190,12 +193,13 @@ impl Broker {
         &mut self,
         file: Option<File>,
         dry_run: bool,
+        approve: Option<String>,
         asked_by: &Actor,
     ) -> Result<()> {
         let clock = PhaseClock::start(Instant::now());
         self.check_old()?;
         self.log.reserve().recorded()?;
-        let begun = self.admit_upgrade(file, dry_run, asked_by, clock);
+        let begun = self.admit_upgrade(file, dry_run, approve, asked_by, clock);
         if self.upgrade.is_none() {
             self.log.release();
         }
@@ -238,14 +242,16 @@ impl Broker {
         &mut self,
         file: Option<File>,
         dry_run: bool,
+        approve: Option<String>,
         asked_by: &Actor,
         mut clock: PhaseClock,
     ) -> Result<()> {
-        let mut rules = crate::rules::load(&self.vm)?;
+        let mut rules = crate::rules::load(&self.vm, self.lessons.is_some())?;
         let (binary, declared) =
             crate::rules::worker_binary(&self.vm, &self.options, &rules.policy, file)?;
         rules.declared = Some(declared);
-        let widening = crate::rules::refuse_widening(&self.rules, &rules, &binary.digest)?;
+        let given = approve.map(|why| Approved::by_client(&why, asked_by));
+        let widening = crate::rules::refuse_widening(&self.rules, &rules, &binary.digest, given)?;
         if let Some(cgroup) = &self.cgroup {
             cgroup.check(self.vm.cgroup_limits(&rules.policy))?;
         }
@@ -259,9 +265,11 @@ impl Broker {
         )?;
         self.log.write_synced_by("upgrade-begin", asked_by, &json!({
             "generation": config.generation, "worker": binary.digest.to_string(), "policy_digest": rules.policy.digest.to_string(),
-            "dry_run": dry_run, "widens": widening.words(), "approved": widening.approved,
+            "dry_run": dry_run, "widens": widening.words(), "approved": widening.approved.as_ref().map(|one| &one.why),
+            "approved_by": widening.approved.as_ref().map(|one| &one.by),
         }))
         .recorded()?;
+        self.asked_by = Some(asked_by.clone());
         #[cfg(feature = "fail-points")]
         crate::fail_point::act_at(Step::Request, self.worker.as_ref(), None);
         clock.enter(Step::Spawn);

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -286,6 +287,7 @@ Example:
         #[arg(default_value = "default")]
         file: PathBuf,
     },
+    Learn(Learn),
     /// What one policy allows more or less than another
     #[command(after_help = "\
 Exit status 0: NEW allows no more. 1: it allows more.
@@ -333,6 +335,41 @@ pub(crate) enum DumpFormat {
     Json,
     /// One filter's bytes, as the kernel takes them
     Bpf,
+}
+
+/// Run a VM without its filters, and say what its workers called that the policy does not permit, and what they had no use for
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The VM's policy has to have
+
+  [learn]
+  why = \"...\"
+
+and a VM runs under such a policy in no other way. Its workers have everything
+else that confines a worker: namespaces, Landlock, ids, limits. Every call is
+reported and let through, which slows the guest down: pass --slow-host. What is
+proposed has no reasons; a person gives them, or takes the call out of the worker.
+
+Exit status 0: the policy permits all of it. 1: it does not. 30: it does not learn.
+
+Examples:
+  baton policy learn web1.toml --for 60
+  baton policy learn web1.toml --slow-host 20 -- sh -c 'baton upgrade $BATON_VM'")]
+pub(crate) struct Learn {
+    /// The VM's description
+    #[arg(value_name = "VM.toml")]
+    pub(crate) file: PathBuf,
+    /// Run it for so many seconds [default: until Ctrl-C, or the command's end]
+    #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub(crate) time: Option<u64>,
+    /// Write what was observed to this file, one call a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) starting: Starting,
+    /// What to do meanwhile; it finds the VM's name as BATON_VM and its run directory as BATON_RUN_DIR
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
 }
 
 /// Show on this host what Baton does, and leave nothing behind
@@ -447,6 +484,9 @@ pub(crate) struct Upgrade {
     /// Go through everything that comes before the pause, then let the new worker go
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Approve of a worker that may do more than the one before it, for this reason, which is recorded with who says it
+    #[arg(long, value_name = "WHY", value_parser = clap::builder::NonEmptyStringValueParser::new(), conflicts_with = "broker")]
+    pub(crate) approve: Option<String>,
     /// Upgrade every VM that runs here
     #[arg(long)]
     pub(crate) all: bool,

@@ -43,6 +43,16 @@ use crate::signals::Signals;
 /// most 300 ms, and an audit reads a few hundred files.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What is to become of a VM's worker.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Plan<'a> {
+    pub(crate) dry_run: bool,
+    /// Why the new worker may do more than the old one.
+    pub(crate) approve: Option<&'a str>,
+    /// The new one, when it is not the VM's.
+    pub(crate) worker: Option<&'a OwnedFd>,
+}
+
 /// A connection to one broker.
 #[derive(Debug)]
 pub(crate) struct Client {
@@ -188,13 +198,20 @@ impl Client {
     /// the upgrade's outcome is waited for all the same.
     pub(crate) fn upgrade(
         &mut self,
-        dry_run: bool,
-        worker: Option<&OwnedFd>,
+        plan: &Plan<'_>,
         signals: Option<&Signals>,
         progress: &mut dyn FnMut(Option<Step>),
         interrupted: &mut dyn FnMut(),
     ) -> Result<UpgradeOutcome, Refusal> {
-        self.send(&Request::Upgrade { dry_run }, worker)?;
+        let dry_run = plan.dry_run;
+        let request = match plan.approve {
+            None => Request::Upgrade { dry_run },
+            Some(why) => Request::ApprovedUpgrade {
+                dry_run,
+                why: why.to_owned(),
+            },
+        };
+        self.send(&request, plan.worker)?;
         self.outcome(signals, progress, interrupted)
     }
 

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         Command::Qmp { vm, command } => commands::qmp::execute(globals, &vm, &command, &output),
         Command::Audit(audit) => commands::audit::execute(globals, &audit, &output),
         Command::Log { command } => commands::log::execute(globals, &command, &output),
-        Command::Policy { command } => commands::policy::execute(&command, &output),
+        Command::Policy { command } => commands::policy::execute(globals, &command, &output),
         Command::Doctor => commands::doctor::execute(&output),
         Command::Pause { vm } => commands::steer::pause(globals, &vm, &output),
         Command::Resume { vm } => commands::steer::resume(globals, &vm, &output),

@@ -41,6 +41,9 @@ pub const MAIN_SOCKET: &str = "main.sock";
 /// The longest worker path, reason or step that goes over the wire, in bytes.
 pub const MAX_TEXT: usize = 4096;
 
+/// The longest reason of an approval that is recorded, in characters.
+pub const MAX_APPROVAL: usize = 200;
+
 /// A process's exit status, as scripts see it (also the code of a refused request).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -173,6 +176,13 @@ pub enum Request {
         disk: String,
         /// Bytes, a multiple of 512.
         bytes: u64,
+    },
+    /// As [`Request::Upgrade`], to a worker that may do more than the one before it: who asks approves of that.
+    ApprovedUpgrade {
+        /// As there.
+        dry_run: bool,
+        /// The reason, of which [`MAX_APPROVAL`] characters are kept.
+        why: String,
     },
 }
 

@@ -17,6 +17,8 @@ pub enum Right {
     Upgrade,
     /// To change its devices.
     Devices,
+    /// To approve of a worker that may do more than the one that it replaces.
+    Approve,
 }
 
 /// One rule: these users, and the members of these groups, may ask for this.
@@ -80,6 +82,7 @@ impl fmt::Display for Right {
             Self::Power => "power",
             Self::Upgrade => "upgrade",
             Self::Devices => "devices",
+            Self::Approve => "approve",
         })
     }
 }

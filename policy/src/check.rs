@@ -92,6 +92,14 @@ fn advice(policy: &Policy) -> Vec<Advice> {
             remedy: remedy.to_owned(),
         });
     };
+    if policy.learn.is_some() {
+        let what = "filters report every call and deny none".to_owned();
+        add(
+            "learn",
+            what,
+            "take the table [learn] out for any other use",
+        );
+    }
     if policy.workers.beside_broker {
         let what = "whatever lies beside the broker may run".to_owned();
         add(

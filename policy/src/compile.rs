@@ -78,8 +78,15 @@ impl Policy {
             let answer = SeccompAction::Errno(u32::from(errno));
             build.push(filter(Role::Build, &rules, SeccompAction::Allow, answer)?);
         }
-        build.push(self.compile_role(Role::Build)?);
         let mut roles = BTreeMap::new();
+        if self.learn.is_some() {
+            build.push(Self::learning_build(Role::Build)?);
+            for role in Role::STEADY {
+                roles.insert(role, Self::learning_role(role)?);
+            }
+            return Ok(Compiled { build, roles });
+        }
+        build.push(self.compile_role(Role::Build)?);
         for role in Role::STEADY {
             roles.insert(role, self.compile_role(role)?);
         }

@@ -25,6 +25,9 @@ pub struct Confinement {
     pub landlock_floor: u32,
     /// The filters of the build phase, in order.
     pub filters: Vec<Program>,
+    /// The last of them reports calls ([`crate::learn`]): whoever is to hear them takes the listener from this process, which
+    /// stands still in its next call until then.
+    pub learn: bool,
 }
 
 /// A step that failed. The process must not execute the worker.
@@ -65,6 +68,7 @@ impl Policy {
             keep: self.capabilities,
             landlock_floor: self.landlock.floor_abi,
             filters: self.compile()?.build,
+            learn: self.learn.is_some(),
         })
     }
 }
@@ -84,9 +88,13 @@ impl Confinement {
         let status = landlock::restrict_nothing_allowed(self.landlock_floor)?;
         landlock::attempt(self.landlock_floor)?;
         for (index, filter) in self.filters.iter().enumerate() {
-            filter
-                .install()
-                .map_err(|source| ConfinementError::Filter { index, source })?;
+            let installed = if self.learn && index + 1 == self.filters.len() {
+                // Closed here once somebody else has a copy: closing it is the first call that is reported.
+                crate::kernel::seccomp_install_listened(filter).map(drop)
+            } else {
+                filter.install()
+            };
+            installed.map_err(|source| ConfinementError::Filter { index, source })?;
         }
         Ok(status)
     }

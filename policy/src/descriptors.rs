@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -263,6 +263,17 @@ impl PathPattern {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The deepest directory that everything it covers is in.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        let fixed = self.0.split('/').take_while(|part| !part.contains('*'));
+        let mut directory: PathBuf = std::iter::once("/").chain(fixed).collect();
+        if !self.0.contains('*') {
+            directory.pop();
+        }
+        directory
     }
 
     /// Whether it covers `path`. A relative path, or one with `.` or `..`, is never covered.

@@ -186,6 +186,14 @@ impl Changes {
     }
 
     fn process(&mut self, old: &Policy, new: &Policy) {
+        if old.learn.is_some() != new.learn.is_some() {
+            let what = if new.learn.is_some() {
+                "every call passes, and is reported"
+            } else {
+                "filters deny what no rule permits"
+            };
+            self.either(new.learn.is_some(), "learn", what.to_owned());
+        }
         let range = |policy: &Policy| {
             let first = u64::from(policy.ids.first.get());
             (first, first + u64::from(policy.ids.count.get()) - 1)

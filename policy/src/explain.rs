@@ -235,6 +235,12 @@ impl Policy {
                 self.landlock.floor_abi
             ),
         ];
+        if let Some(why) = &self.learn {
+            sentences.push(format!(
+                "This policy learns: every call passes and is reported, whatever the rules below say. Only `baton policy learn` \
+                 runs a VM under it: {why}."
+            ));
+        }
         for approval in &self.approvals {
             sentences.push(format!(
                 "An upgrade to {} may widen what a worker may do: {}.",

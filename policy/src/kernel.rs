@@ -15,6 +15,12 @@ use crate::program::{Instruction, MAX_INSTRUCTIONS, Program};
 
 /// `PTRACE_SECCOMP_GET_FILTER` (`linux/ptrace.h`).
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+/// `SECCOMP_IOCTL_NOTIF_RECV`, `_IOWR('!', 0, struct seccomp_notif)` (`linux/seccomp.h`).
+const SECCOMP_IOCTL_NOTIF_RECV: libc::c_ulong = 0xc050_2100;
+/// `SECCOMP_IOCTL_NOTIF_SEND`, `_IOWR('!', 1, struct seccomp_notif_resp)`.
+const SECCOMP_IOCTL_NOTIF_SEND: libc::c_ulong = 0xc018_2101;
+/// The call is executed as if there were no listener.
+const SECCOMP_USER_NOTIF_FLAG_CONTINUE: u32 = 1;
 /// `TUNSETIFF` (`linux/if_tun.h`).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 /// `TUNSETVNETHDRSZ` (`linux/if_tun.h`).
@@ -34,6 +40,90 @@ pub const IFF_MULTI_QUEUE: u16 = 0x0100;
 ///
 /// As [`Program::install`].
 pub fn seccomp_install(program: &Program) -> io::Result<()> {
+    install(program, 0).map(drop)
+}
+
+/// The same, with a listener for what the program answers with `SECCOMP_RET_USER_NOTIF`. The descriptor is close-on-exec. Once a
+/// report was taken, only a fatal signal interrupts its caller (`SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV`, Linux 5.19).
+///
+/// # Errors
+///
+/// As [`Program::install`]; EBUSY when the thread has such a filter.
+pub(crate) fn seccomp_install_listened(program: &Program) -> io::Result<OwnedFd> {
+    let flags =
+        libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+    let descriptor = RawFd::try_from(install(program, flags)?)
+        .map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel has just made this descriptor for the caller, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// A call that waits for the listener's answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Report {
+    id: u64,
+    /// The thread, in the pid namespace of whoever asks.
+    pub tid: u32,
+    /// The call's number.
+    pub number: u32,
+    /// Its arguments.
+    pub arguments: [u64; 6],
+}
+
+/// Takes the next report, waiting for one.
+///
+/// # Errors
+///
+/// ENOENT when its thread has died meanwhile, EINTR.
+pub fn seccomp_next(listener: BorrowedFd<'_>) -> io::Result<Report> {
+    // SAFETY: a structure of integers, for which all zeros are a value, and which the kernel wants zeroed.
+    let mut report: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+    // SAFETY: the request writes one `struct seccomp_notif` to `report`, which lives through the call.
+    let outcome = unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            SECCOMP_IOCTL_NOTIF_RECV,
+            &raw mut report,
+        )
+    };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Report {
+        id: report.id,
+        tid: report.pid,
+        number: report.data.nr.cast_unsigned(),
+        arguments: report.data.args,
+    })
+}
+
+/// Has a reported call executed (`SECCOMP_USER_NOTIF_FLAG_CONTINUE`).
+///
+/// # Errors
+///
+/// ENOENT when its thread has died meanwhile.
+pub fn seccomp_go_on(listener: BorrowedFd<'_>, report: &Report) -> io::Result<()> {
+    let mut answer = libc::seccomp_notif_resp {
+        id: report.id,
+        val: 0,
+        error: 0,
+        flags: SECCOMP_USER_NOTIF_FLAG_CONTINUE,
+    };
+    // SAFETY: the request reads one `struct seccomp_notif_resp` from `answer`, which lives through the call.
+    let outcome = unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            SECCOMP_IOCTL_NOTIF_SEND,
+            &raw mut answer,
+        )
+    };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn install(program: &Program, flags: libc::c_ulong) -> io::Result<libc::c_long> {
     let mut filter: Vec<libc::sock_filter> = program
         .instructions()
         .map(|Instruction { code, jt, jf, k }| libc::sock_filter { code, jt, jf, k })
@@ -50,15 +140,14 @@ pub fn seccomp_install(program: &Program) -> io::Result<()> {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            0,
+            flags,
             &raw const fprog,
         )
     };
-    if outcome == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
     }
+    Ok(outcome)
 }
 
 /// Gives SIGCHLD its default action, whatever whoever started this process had it set to.

@@ -1,13 +1,17 @@
-//! Landlock: a domain in which nothing is allowed.
+//! Landlock: a domain in which nothing is allowed, for workers, and one in which a list of places is, for the broker.
 //!
-//! It has no rules, so it takes no paths. Descriptors that are open already keep working (a right is bound to a
+//! A worker's has no rules, so it takes no paths. Descriptors that are open already keep working (a right is bound to a
 //! descriptor when it is opened), and memfds may still be executed, so the launcher enters the domain before it
 //! executes the worker. What Landlock does not cover, `stat`, UDP, pathname sockets, is left to seccomp and to the
 //! empty root.
 
+use std::io;
+use std::path::PathBuf;
+
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
-    RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    Scope,
 };
 use serde::{Deserialize, Serialize};
 
@@ -62,11 +66,53 @@ pub enum LandlockError {
 /// When the kernel does not enforce all that `floor` stands for.
 pub fn restrict_nothing_allowed(floor: u32) -> Result<LandlockStatus, LandlockError> {
     let required = floor_abi(floor).ok_or(LandlockError::Floor { floor })?;
-    let refused = |source: RulesetError| LandlockError::Refused {
+    let status = deny_all(required).map_err(|source| refused(floor, source))?;
+    enforced(floor, required, &status)
+}
+
+/// Puts the calling thread, and all that it makes from now on, into a domain where files are reached below these paths only, each
+/// with its rights, and no TCP port and no abstract socket of the outside at all. A path that cannot be reached is left out. Sets
+/// `no_new_privs`.
+///
+/// Signals to the outside stay possible, and connections to sockets with a path.
+///
+/// # Errors
+///
+/// As [`restrict_nothing_allowed`].
+pub(crate) fn restrict_to(
+    floor: u32,
+    allowed: &[(PathBuf, BitFlags<AccessFs>)],
+) -> Result<LandlockStatus, LandlockError> {
+    let required = floor_abi(floor).ok_or(LandlockError::Floor { floor })?;
+    let mut rules = Vec::new();
+    for (path, access) in allowed {
+        let Ok(parent) = PathFd::new(path) else {
+            continue;
+        };
+        // What only a directory has is no right of a file's.
+        let access = if path.is_dir() {
+            *access
+        } else {
+            *access & AccessFs::from_file(required)
+        };
+        rules.push(PathBeneath::new(parent, access));
+    }
+    let status = deny_beyond(required, rules).map_err(|source| refused(floor, source))?;
+    enforced(floor, required, &status)
+}
+
+fn refused(floor: u32, source: RulesetError) -> LandlockError {
+    LandlockError::Refused {
         floor,
         source: Box::new(source),
-    };
-    let status = deny_all(required).map_err(refused)?;
+    }
+}
+
+fn enforced(
+    floor: u32,
+    required: ABI,
+    status: &RestrictionStatus,
+) -> Result<LandlockStatus, LandlockError> {
     let not_enforced = |found: String| LandlockError::NotEnforced { floor, found };
     if status.ruleset == RulesetStatus::NotEnforced || !status.no_new_privs {
         return Err(not_enforced(format!("{:?}", status.ruleset)));
@@ -90,17 +136,36 @@ pub fn restrict_nothing_allowed(floor: u32) -> Result<LandlockStatus, LandlockEr
 ///
 /// When one of them was not denied.
 pub fn attempt(floor: u32) -> Result<(), LandlockError> {
-    let allowed = |what: &str| LandlockError::NotEnforced {
+    denied(
         floor,
-        found: format!("{what} in spite of it"),
-    };
-    match std::fs::read_dir("/") {
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {}
-        _ => return Err(allowed("a directory could be listed")),
-    }
-    match std::net::TcpListener::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)) {
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
-        _ => Err(allowed("a TCP port could be bound")),
+        "a directory could be listed",
+        &std::fs::read_dir("/"),
+    )?;
+    attempt_port(floor)
+}
+
+/// Attempts to bind a TCP port, under no filter yet.
+///
+/// # Errors
+///
+/// When that was not denied.
+pub(crate) fn attempt_port(floor: u32) -> Result<(), LandlockError> {
+    let bound = std::net::TcpListener::bind((std::net::Ipv4Addr::UNSPECIFIED, 0));
+    denied(floor, "a TCP port could be bound", &bound)
+}
+
+/// An error unless what was attempted was denied (EACCES); `what` says what could be done.
+pub(crate) fn denied<T>(
+    floor: u32,
+    what: &str,
+    outcome: &io::Result<T>,
+) -> Result<(), LandlockError> {
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        _ => Err(LandlockError::NotEnforced {
+            floor,
+            found: format!("{what} in spite of it"),
+        }),
     }
 }
 
@@ -110,7 +175,7 @@ pub(crate) fn floor_abi(number: u32) -> Option<ABI> {
     (number >= 6 && abi as i32 == i32::try_from(number).ok()?).then_some(abi)
 }
 
-fn deny_all(required: ABI) -> Result<landlock::RestrictionStatus, RulesetError> {
+fn deny_all(required: ABI) -> Result<RestrictionStatus, RulesetError> {
     Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::from_all(required))?
@@ -121,6 +186,25 @@ fn deny_all(required: ABI) -> Result<landlock::RestrictionStatus, RulesetError> 
         .handle_access(AccessNet::from_all(CEILING))?
         .scope(Scope::from_all(CEILING))?
         .create()?
+        .restrict_self()
+}
+
+/// Everything that both denies and could be allowed for a path, but to reach a socket by its path (ABI 9): which ones the broker
+/// connects to is policy's to say.
+fn deny_beyond(
+    required: ABI,
+    rules: Vec<PathBeneath<PathFd>>,
+) -> Result<RestrictionStatus, RulesetError> {
+    Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(required))?
+        .handle_access(AccessNet::from_all(required))?
+        .scope(Scope::AbstractUnixSocket)?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(CEILING) & !AccessFs::ResolveUnix)?
+        .handle_access(AccessNet::from_all(CEILING))?
+        .create()?
+        .add_rules(rules.into_iter().map(Ok::<_, RulesetError>))?
         .restrict_self()
 }
 

@@ -30,6 +30,7 @@ pub mod explain;
 pub mod judge;
 pub mod kernel;
 pub mod landlock;
+pub mod learn;
 pub mod lint;
 pub mod own;
 mod parse;

@@ -1,6 +1,8 @@
 //! What the broker itself and its launcher may hold and do: `broker.toml`, which is a file as a worker's policy is, and the
 //! comparison with the kernel's record of it.
 
+mod place;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -8,11 +10,14 @@ use serde::Deserialize;
 
 use crate::capabilities::{self, Capabilities, CapabilityError};
 use crate::compile::{self, CompileError};
+use crate::landlock;
 use crate::parse::{self, OwnTopic, PolicyError};
 use crate::policy::Rule;
 use crate::procfs::TaskStatus;
 use crate::program::Program;
 use crate::rlimits::{Limit, Resource, RlimitError, Rlimits};
+
+pub use place::{Domain, Place, PlaceAccess, PlaceRule, Places};
 
 /// The file that [`OwnPolicy::builtin`] parses.
 pub const BROKER: &str = include_str!("../broker.toml");
@@ -41,6 +46,10 @@ pub struct OwnPolicy {
     pub capabilities: Vec<(String, Vec<Holder>, String)>,
     /// What the broker may call once it has started, in the order of the file. It has one thread.
     pub rules: Vec<Rule>,
+    /// Where it may do what to files, from then on, in the order of the file.
+    pub places: Vec<PlaceRule>,
+    /// The least Landlock ABI that will do.
+    pub floor_abi: u32,
     keep: BTreeMap<Holder, Capabilities>,
 }
 
@@ -54,6 +63,12 @@ pub enum OwnPolicyError {
     /// No capability is called that, or it has no reason.
     #[error("{0:?} is no capability, or has no holder or no reason")]
     Capability(String),
+    /// A place twice, without a right or without a reason.
+    #[error("the place {0:?} is there twice, or has no access or no reason")]
+    Place(Place),
+    /// A Landlock ABI that is none to begin with.
+    #[error("ABI {0} is no floor")]
+    Floor(u32),
     /// A rule for a system call is none.
     #[error(transparent)]
     Rule(#[from] PolicyError),
@@ -93,6 +108,8 @@ struct File {
     _schema: u32,
     rlimits: BTreeMap<Resource, u64>,
     capability: Vec<FileCapability>,
+    landlock: FileLandlock,
+    place: Vec<PlaceRule>,
     allow: Vec<OwnTopic>,
 }
 
@@ -102,6 +119,12 @@ struct FileCapability {
     name: String,
     of: Vec<Holder>,
     why: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileLandlock {
+    floor_abi: u32,
 }
 
 impl OwnPolicy {
@@ -133,9 +156,14 @@ impl OwnPolicy {
             }
             capabilities.push((name, of, why));
         }
+        place::check(&file.place)?;
+        let floor_abi = file.landlock.floor_abi;
+        landlock::floor_abi(floor_abi).ok_or(OwnPolicyError::Floor(floor_abi))?;
         Ok(Self {
             rlimits,
             capabilities,
+            places: file.place,
+            floor_abi,
             rules: parse::own_rules(text, file.allow)?,
             keep,
         })

@@ -67,6 +67,8 @@ pub struct Policy {
     pub refusals: Vec<Refusal>,
     /// Calls that are let through, in the order of the file.
     pub rules: Vec<Rule>,
+    /// Why its workers' filters report calls instead of denying them, if they do ([`crate::learn`]).
+    pub learn: Option<String>,
 }
 
 /// Which binaries may run as a worker.

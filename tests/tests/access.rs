@@ -105,6 +105,28 @@ fn policy_says_who_may_see_and_who_may_pause() {
 }
 
 #[test]
+fn who_may_upgrade_may_not_approve_of_what_an_upgrade_widens() {
+    let may = |rights: &str| {
+        vm(&format!(
+            "[[access]]\nto = [{rights}]\nusers = [{OPERATOR}]\nwhy = \"operators\"\n"
+        ))
+    };
+    let approving = |vm: &Vm| {
+        let words = ["upgrade", &vm.site.name, "--approve", "a test"];
+        ask_as(vm, OPERATOR, OPERATOR, &words)
+    };
+    let upgrades_only = may("\"upgrade\"");
+    let refused = approving(&upgrades_only).expect(30);
+    assert!(
+        refused.stderr.contains("the right `approve`"),
+        "{refused:?}"
+    );
+    drop(upgrades_only);
+    let both = may("\"upgrade\", \"approve\"");
+    assert_eq!(approving(&both).upgrade().outcome, "committed");
+}
+
+#[test]
 fn without_rules_nobody_else_gets_in() {
     let vm = vm("");
     let name = vm.site.name.as_str();

@@ -107,6 +107,10 @@ fn policy_may_approve_of_one_build_and_the_record_says_so() {
         .unwrap();
     let field = |name: &str| begin.fields.get(name).and_then(Value::as_str).unwrap();
     assert_eq!(field("approved"), "tried for a week");
+    let by = |pointer: &str| begin.record.pointer(pointer).and_then(Value::as_str);
+    let policy = vm.site.path("policy.toml").display().to_string();
+    assert_eq!(by("/unmapped/approved_by/policy"), Some(&*policy));
+    assert!(by("/unmapped/approved_by/policy_digest").is_some());
     assert!(field("widens").contains("nofile 2048"), "{begin:?}");
     // Back to the build that needs less: nothing to approve of.
     assert_eq!(vm.upgrade().outcome, "committed");
@@ -137,4 +141,44 @@ fn a_build_that_does_not_say_what_it_needs_is_refused() {
     }
     allow(&vm, &worker, "");
     vm.assert_upgrades();
+}
+
+#[test]
+fn who_asks_may_approve_and_every_record_of_the_upgrade_names_them() {
+    let vm = vm();
+    let needy = needy(&vm);
+    allow(&vm, &needy, "");
+    let with_approval = [
+        OsStr::new("--worker"),
+        needy.as_os_str(),
+        OsStr::new("--approve"),
+        OsStr::new("seen by two of us"),
+    ];
+    vm.upgrade_to(&needy).expect(30);
+    let answer = vm.baton("upgrade", with_approval);
+    assert_eq!(answer.upgrade().outcome, "committed");
+    let log = vm.audit_log();
+    let begin = log.of("upgrade-begin").next().unwrap();
+    let text = |pointer: &str| begin.record.pointer(pointer).and_then(Value::as_str);
+    assert_eq!(text("/unmapped/approved"), Some("seen by two of us"));
+    assert_eq!(text("/unmapped/approved_by/user/uid"), Some("0"));
+    let process = begin.record.pointer("/unmapped/approved_by/process/pid");
+    assert_eq!(process, begin.record.pointer("/actor/process/pid"));
+    // The terminal record says who asked, too.
+    let end = log.of("upgrade").next().unwrap();
+    assert_eq!(end.record.pointer("/actor"), begin.record.pointer("/actor"));
+    let shown = vm.site.baton(["log", "show", &vm.site.name]).expect(0);
+    assert!(shown.stdout.contains("seen by two of us"), "{shown:?}");
+
+    // What widens nothing takes no approval, and its record has none.
+    let worker = vm.site.binaries().worker();
+    allow(&vm, &worker, "");
+    let answer = vm.baton("upgrade", ["--approve", "for nothing"]);
+    assert_eq!(answer.upgrade().outcome, "committed");
+    let log = vm.audit_log();
+    let begin = log.of("upgrade-begin").last().unwrap();
+    assert_eq!(
+        begin.record.pointer("/unmapped/approved"),
+        Some(&Value::Null)
+    );
 }

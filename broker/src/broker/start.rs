@@ -1,5 +1,8 @@
 //! A start: everything that the VM file names is opened, and the first worker is brought to run its guest.
 
+use std::fs::File;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
@@ -26,6 +29,7 @@ use baton_ipc::worker::WorkerStatus;
 use baton_policy::Compiled;
 use baton_policy::Policy;
 use baton_policy::Role;
+use rustix::fs::OFlags;
 use serde_json::json;
 
 use super::Broker;
@@ -42,6 +46,7 @@ use crate::launch::Begun;
 use crate::launch::Program;
 use crate::launcher::Launcher;
 use crate::nascent::Advance;
+use crate::notify::Manager;
 use crate::own::Own;
 use crate::proof::Prover;
 use crate::refusal::Doing;
@@ -91,19 +96,24 @@ impl Broker {
             Some(_) => VmDirectory::claim_beside(&options.run_dir, &vm.name)?,
         };
         let mut log = open_log(&directory, &vm, options.log)?;
-        let rules = crate::rules::load(&vm)?;
+        let lessons = options.learn.as_deref().map(open_lessons).transpose()?;
+        let rules = crate::rules::load(&vm, options.learn.is_some())?;
         let ids = VmIds::claim(&rules.policy)?;
         let cgroup = make_cgroup(&vm, &rules.policy)?;
         log.write("vm-start", &json!({
             "vm_file": options.vm_file, "policy": rules.policy.name, "policy_digest": rules.policy.digest.to_string(),
-            "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
+            "learns": rules.policy.learn, "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))
         .recorded()?;
-        let incoming = options
+        let mut incoming = options
             .incoming
             .as_ref()
             .map(Incoming::listen)
             .transpose()?;
+        resources::check_console(&vm.console, &rules.policy, &mut log)?;
+        if let Some(incoming) = &mut incoming {
+            incoming.open_console(&vm.console)?;
+        }
         // First, because it takes its time by itself: a refusal of what follows ends it again.
         let begun = match (&incoming, &options.restore) {
             (None, None) => Some(Begun::start(
@@ -119,7 +129,6 @@ impl Broker {
         let mut vsock = None;
         if incoming.is_none() {
             resources = resources::open(&vm, &rules.policy, &mut log, options.restore.is_some())?;
-            resources::check_console(&vm.console, &rules.policy, &mut log)?;
             let (opened, end) = Console::open(&vm.console, directory.path())?;
             let key =
                 DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
@@ -146,7 +155,9 @@ impl Broker {
         let prover = Prover::new(deadlines.reading(), Rc::clone(&launcher));
         let front = Front::listen(&directory.qmp_socket())?;
         // Everything that the VM file names is open.
-        let own = Own::settle()?;
+        let manager = Manager::connect()?;
+        let places = crate::own::places(&vm, &options, &rules.policy, &directory)?;
+        let own = Own::settle(&places, launcher.pid())?;
         let mut broker = Self {
             deadlines,
             id: VmId(id),
@@ -167,6 +178,9 @@ impl Broker {
             cgroup,
             prover,
             own,
+            asked_by: None,
+            lessons,
+            manager,
             launcher,
             clients,
             front,
@@ -429,6 +443,16 @@ pub(super) fn open_log(directory: &VmDirectory, vm: &VmFile, repeat: bool) -> Re
     }
     log.copy_to_journal(Path::new(baton_audit::journal::SOCKET));
     Ok(log)
+}
+
+/// The file, which has to be there, that observed calls are appended to.
+fn open_lessons(path: &Path) -> Result<File> {
+    let flags = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or(0);
+    OpenOptions::new()
+        .append(true)
+        .custom_flags(flags)
+        .open(path)
+        .doing(format_args!("cannot open {}", path.display()))
 }
 
 /// One cgroup for two workers during an upgrade. An ordinary user's broker has none to make.

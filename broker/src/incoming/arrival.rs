@@ -1,6 +1,5 @@
 //! What comes over the cpr and main channels: taken only when it is what the VM file and policy say.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -81,20 +80,18 @@ impl Broker {
         offer: Box<Offer>,
         registry: Registry,
     ) -> Result<Stage> {
-        let checked = self.check_state(&offer, &registry).and_then(|file| {
+        let checked = self.check_state(&offer, &registry).and_then(|()| {
             self.virtio.clone_from(&offer.machine.virtio);
-            self.adopt_devices(&offer.hotplugged, &registry)?;
-            Ok(file)
+            self.adopt_devices(&offer.hotplugged, &registry)
         });
         match checked {
-            Ok(file) => {
+            Ok(()) => {
                 self.id = offer.vm;
                 self.registry = registry;
                 let bound = self.deadlines.of(Step::Build);
                 let Some(incoming) = &mut self.incoming else {
                     return Ok(Stage::Gone);
                 };
-                incoming.file = file;
                 self.claims = std::mem::take(&mut incoming.claims);
                 incoming.offer = Some(offer);
                 let deferred = incoming.main.is_none();
@@ -113,12 +110,8 @@ impl Broker {
         }
     }
 
-    /// Compares what has come with this broker's VM file and policy. The console's file, if there is one.
-    pub(super) fn check_state(
-        &mut self,
-        offer: &Offer,
-        registry: &Registry,
-    ) -> Result<Option<File>> {
+    /// Compares what has come with this broker's VM file and policy.
+    pub(super) fn check_state(&mut self, offer: &Offer, registry: &Registry) -> Result<()> {
         let machine = &offer.machine;
         let devices = crate::guest_machine::devices(&self.vm, &machine.virtio, &offer.hotplugged);
         let ours = crate::guest_machine::of(&self.vm, &devices);
@@ -131,7 +124,6 @@ impl Broker {
         crate::guest_machine::check(&self.vm, &self.rules.policy, registry, machine)?;
         let claims = self.incoming.iter().flat_map(|one| &one.claims);
         crate::taps::check_claims(&self.vm.net.0, claims)?;
-        crate::resources::check_console(&self.vm.console, &self.rules.policy, &mut self.log)?;
         for (key, description, _) in registry.iter() {
             self.log
                 .write(
@@ -140,10 +132,7 @@ impl Broker {
                 )
                 .recorded()?;
         }
-        match &self.vm.console {
-            crate::vm_file::Console::File { path } => crate::console::open_file(path).map(Some),
-            _ => Ok(None),
-        }
+        Ok(())
     }
 
     /// Waits for the one connection that begins with the nonce.

@@ -38,6 +38,8 @@ pub(crate) struct Launch {
     begun: Begun,
     confinement: Confinement,
     binary: OwnedFd,
+    /// Where it is written down what a learning process calls.
+    lessons: Option<OwnedFd>,
 }
 
 /// A process that has been started and is on its way to executing the worker.
@@ -96,14 +98,20 @@ impl Begun {
         self,
         binary: BorrowedFd<'_>,
         confinement: Confinement,
+        lessons: Option<BorrowedFd<'_>>,
     ) -> Result<Launch> {
         let binary = binary
             .try_clone_to_owned()
             .doing("cannot hold the worker's binary")?;
+        let lessons = lessons
+            .map(|file| file.try_clone_to_owned())
+            .transpose()
+            .doing("cannot hold the file of lessons")?;
         Ok(Launch {
             begun: self,
             confinement,
             binary,
+            lessons,
         })
     }
 
@@ -141,6 +149,10 @@ impl Launch {
                     self.begun.launcher.end(self.begun.stage1)?;
                     let order = LaunchOrder::Confine(self.begun.program, self.confinement.clone());
                     self.begun.send(&order, &[self.binary.as_fd()])?;
+                    if let Some(file) = &self.lessons {
+                        let launcher = &self.begun.launcher;
+                        launcher.learn(pid.unsigned_abs(), file.as_fd())?;
+                    }
                     return self.spawned(pid).map(Some);
                 }
                 Received::Message(LaunchReport::Failed { step, reason }, _) => {

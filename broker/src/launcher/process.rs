@@ -23,10 +23,15 @@ use rustix::time::Timespec;
 use super::Answer;
 use super::Ask;
 use super::inspection::Inspection;
+use super::records;
+use super::records::Records;
 use crate::ids::HostIds;
 
 /// A thread that did not stop in time is asked about again after so long, in nanoseconds.
 const AGAIN: i64 = 1_000_000;
+
+/// How much of a process's records goes into one message, in bytes.
+const PART: usize = 32 << 10;
 
 type Done = Result<Answer, String>;
 
@@ -36,6 +41,7 @@ struct Process {
     parent: u32,
     stages: BTreeMap<u32, (Child, HostIds)>,
     inspection: Inspection,
+    learners: Vec<Child>,
 }
 
 /// Serves the broker on standard input, until that hangs up.
@@ -61,6 +67,7 @@ pub(crate) fn run() -> ExitCode {
         parent: parent.as_raw_nonzero().get().unsigned_abs(),
         stages: BTreeMap::new(),
         inspection: Inspection::default(),
+        learners: Vec::new(),
     };
     while process.turn() {}
     ExitCode::SUCCESS
@@ -106,6 +113,26 @@ impl Process {
                 }
                 Ok(Answer::Read(stood))
             }
+            Ask::Learn(pid) => {
+                self.may_inspect(pid)?;
+                self.learn(pid, descriptors)
+            }
+            Ask::Namespaces(pid) => {
+                self.may_inspect(pid)?;
+                let namespaces = records::namespaces(&pid.to_string());
+                Ok(Answer::Namespaces(namespaces))
+            }
+            Ask::Records(pid) => {
+                self.may_inspect(pid)?;
+                let bytes = baton_ipc::encode(&Records::read(pid)).map_err(|e| e.to_string())?;
+                if bytes.len() > records::MAX {
+                    return Err(format!("its records take {} bytes", bytes.len()));
+                }
+                for part in bytes.chunks(PART) {
+                    self.say(&Answer::Part(part.to_vec()));
+                }
+                Ok(Answer::Done)
+            }
         }
     }
 
@@ -130,6 +157,25 @@ impl Process {
         let pid = child.id();
         self.stages.insert(pid, (child, ids));
         Ok(Answer::Begun(pid))
+    }
+
+    /// Starts what listens to a learning worker. It outlives this process, as the worker does.
+    fn learn(&mut self, pid: u32, descriptors: Vec<OwnedFd>) -> Done {
+        let [output] = <[OwnedFd; 1]>::try_from(descriptors)
+            .map_err(|got| format!("{} descriptors for a learner", got.len()))?;
+        self.learners
+            .retain_mut(|learner| matches!(learner.try_wait(), Ok(None)));
+        let learner = Command::new("/proc/self/exe")
+            .args(["learner", &pid.to_string()])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::from(output))
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|e| format!("cannot listen to a worker: {e}"))?;
+        self.learners.push(learner);
+        Ok(Answer::Done)
     }
 
     /// Maps id 0 of the namespace, and no other, to the VM's ids (user_namespaces(7)).

@@ -20,7 +20,7 @@ impl Broker {
         let Some(worker) = nascent.worker() else {
             return Err(unfit("the worker is not there", ""));
         };
-        let mut findings = nascent.confirm_process(self.cgroup.as_ref());
+        let mut findings = nascent.confirm_process(&self.prover, self.cgroup.as_ref());
         findings.extend(
             self.prover
                 .threads(rules, worker.process.pid, worker.ids, Moment::Fresh)

@@ -175,7 +175,11 @@ impl Broker {
             failed_step: failed.then_some(step),
             reason: quoted(reason),
         };
-        let written = self.log.write_synced("upgrade", &outcome);
+        let asked_by = self.asked_by.take();
+        let written = match &asked_by {
+            Some(who) => self.log.write_synced_by("upgrade", who, &outcome),
+            None => self.log.write_synced("upgrade", &outcome),
+        };
         self.log.release();
         self.last_upgrade = Some(outcome.clone());
         self.happened(Happening::UpgradeEnded(Box::new(outcome.clone())));

@@ -23,6 +23,7 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::arguments::Upgrade;
+use crate::client::Plan;
 use crate::commands::upgrade;
 use crate::failure::severity;
 use crate::output::Output;
@@ -50,6 +51,7 @@ struct Entry {
 /// What all workers of the pool share.
 struct Fleet<'a> {
     dry_run: bool,
+    approve: Option<&'a str>,
     worker: Option<&'a OwnedFd>,
     waiting: Mutex<VecDeque<(usize, VmDirectory)>>,
     entries: Mutex<Vec<Entry>>,
@@ -77,6 +79,7 @@ pub(crate) fn upgrade(
     let all = directories.len();
     let fleet = Fleet {
         dry_run: upgrade.dry_run,
+        approve: upgrade.approve.as_deref(),
         worker,
         entries: Mutex::new(
             directories
@@ -181,13 +184,14 @@ impl Fleet<'_> {
             .map(upgrade::reopen)
             .transpose()
             .and_then(|worker| {
-                directory.broker()?.upgrade(
-                    self.dry_run,
-                    worker.as_ref(),
-                    None,
-                    &mut |_| {},
-                    &mut || {},
-                )
+                let plan = Plan {
+                    dry_run: self.dry_run,
+                    approve: self.approve,
+                    worker: worker.as_ref(),
+                };
+                directory
+                    .broker()?
+                    .upgrade(&plan, None, &mut |_| {}, &mut || {})
             });
         match outcome {
             Ok(outcome) => End::Ended(Box::new(outcome)),

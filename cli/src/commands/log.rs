@@ -193,7 +193,7 @@ fn show(log: &Log, event: Option<&str>, last: usize, output: &Output) -> Result<
                     .unwrap_or_default(),
             ),
             (style, event.to_owned()),
-            (None, who(record)),
+            (None, who(record) + &approved_by(record)),
             (None, what.to_owned()),
         ]);
     }
@@ -203,6 +203,21 @@ fn show(log: &Log, event: Option<&str>, last: usize, output: &Output) -> Result<
         output.text(&table.draw(output))?;
     }
     Ok(Exit::Done)
+}
+
+/// Who has approved of what it widened: who asked, or the policy.
+fn approved_by(record: &Value) -> String {
+    let Some(by) = record.pointer("/unmapped/approved_by") else {
+        return String::new();
+    };
+    match (
+        by.get("policy").and_then(Value::as_str),
+        by.pointer("/user/uid"),
+    ) {
+        (Some(policy), _) => format!("; approved by {}", printable(policy)),
+        (None, Some(uid)) => format!("; approved by uid {}", uid.as_str().unwrap_or_default()),
+        (None, None) => String::new(),
+    }
 }
 
 /// Who asked, in a few words: a unit says more than a process.

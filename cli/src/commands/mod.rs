@@ -5,6 +5,7 @@ pub(crate) mod console;
 pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod fleet;
+pub(crate) mod learn;
 pub(crate) mod list;
 pub(crate) mod log;
 pub(crate) mod policy;

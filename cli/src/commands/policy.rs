@@ -19,6 +19,7 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::arguments::DumpFormat;
+use crate::arguments::Globals;
 use crate::arguments::PolicyCommand;
 use crate::failure::failure;
 use crate::failure::unfit;
@@ -28,11 +29,16 @@ use crate::output::Style;
 /// What stands for the built-in policy, as in a VM's description.
 const BUILT_IN: &str = "default";
 
-pub(crate) fn execute(command: &PolicyCommand, output: &Output) -> Result<Exit, Refusal> {
+pub(crate) fn execute(
+    globals: &Globals,
+    command: &PolicyCommand,
+    output: &Output,
+) -> Result<Exit, Refusal> {
     match command {
         PolicyCommand::Check { file } => check(file, output),
         PolicyCommand::Explain { file, call } => explain(file, call.as_deref(), output),
         PolicyCommand::Diff { old, new } => diff(old, new, output),
+        PolicyCommand::Learn(learn) => super::learn::execute(globals, learn, output),
         PolicyCommand::Lint { file } => lint(file, output),
         PolicyCommand::Dump {
             file,
@@ -63,7 +69,7 @@ fn load_either(file: &Path) -> Result<Policy, Refusal> {
         })
 }
 
-fn load(file: &Path) -> Result<Policy, Refusal> {
+pub(super) fn load(file: &Path) -> Result<Policy, Refusal> {
     let policy = if file.as_os_str() == BUILT_IN {
         Policy::builtin()
     } else {
@@ -79,7 +85,7 @@ fn compile(policy: &Policy) -> Result<Compiled, Refusal> {
         .map_err(|error| unfit(error.to_string(), ""))
 }
 
-fn value(serializable: &impl Serialize) -> Result<Value, Refusal> {
+pub(super) fn value(serializable: &impl Serialize) -> Result<Value, Refusal> {
     serde_json::to_value(serializable)
         .map_err(|error| unfit(format!("cannot print this as JSON: {error}"), ""))
 }

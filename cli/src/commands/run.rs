@@ -153,7 +153,23 @@ fn say_waiting(waiting: &Waiting, detach: bool, output: &Output) -> Result<(), R
 impl Broker {
     /// Starts one.
     pub(crate) fn spawn(run: &Run, run_dir: &RunDir) -> Result<Self, Refusal> {
-        let mut arguments: Vec<OsString> = Vec::new();
+        Self::spawn_more(run, run_dir, Vec::new())
+    }
+
+    /// Starts one that writes to `lessons` what its workers call.
+    pub(crate) fn spawn_learning(
+        run: &Run,
+        run_dir: &RunDir,
+        lessons: &Path,
+    ) -> Result<Self, Refusal> {
+        Self::spawn_more(run, run_dir, vec!["--learn".into(), lessons.into()])
+    }
+
+    fn spawn_more(
+        run: &Run,
+        run_dir: &RunDir,
+        mut arguments: Vec<OsString>,
+    ) -> Result<Self, Refusal> {
         let Starting {
             worker,
             log,

@@ -20,6 +20,7 @@ use serde_json::json;
 
 use crate::arguments::Globals;
 use crate::arguments::Upgrade;
+use crate::client::Plan;
 use crate::commands::fleet;
 use crate::commands::successor;
 use crate::failure::failure;
@@ -49,14 +50,14 @@ pub(crate) fn execute(
     }
     let worker = upgrade.worker.as_deref().map(open_worker).transpose()?;
     match &upgrade.vm {
-        Some(vm) => one(
-            &run_dir,
-            vm,
-            upgrade.dry_run,
-            worker.as_ref(),
-            &signals,
-            output,
-        ),
+        Some(vm) => {
+            let plan = Plan {
+                dry_run: upgrade.dry_run,
+                approve: upgrade.approve.as_deref(),
+                worker: worker.as_ref(),
+            };
+            one(&run_dir, vm, &plan, &signals, output)
+        }
         None => fleet::upgrade(&run_dir, upgrade, worker.as_ref(), &signals, output),
     }
 }
@@ -88,15 +89,14 @@ pub(crate) fn reopen(worker: &OwnedFd) -> Result<OwnedFd, Refusal> {
 fn one(
     run_dir: &RunDir,
     vm: &str,
-    dry_run: bool,
-    worker: Option<&OwnedFd>,
+    plan: &Plan<'_>,
     signals: &Signals,
     output: &Output,
 ) -> Result<Exit, Refusal> {
     let directory = run_dir.vm(vm)?;
     let mut client = directory.broker()?;
     let outcome = followed(&directory, vm, output, |progress, interrupted| {
-        client.upgrade(dry_run, worker, Some(signals), progress, interrupted)
+        client.upgrade(plan, Some(signals), progress, interrupted)
     })?;
     say(vm, &outcome, &document(&outcome), output)
 }

@@ -114,8 +114,7 @@ pub(crate) fn run(
         guest.clear_gap(signals)?;
         let mut interrupted = false;
         let outcome = client.upgrade(
-            false,
-            None,
+            &crate::client::Plan::default(),
             Some(signals),
             &mut |step| tell(&Event::Step(number, step)),
             &mut || interrupted = true,

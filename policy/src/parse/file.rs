@@ -35,6 +35,13 @@ pub(super) struct File {
     #[serde(default)]
     pub(super) refuse: Vec<FileRefusal>,
     pub(super) allow: Vec<FileTopic>,
+    pub(super) learn: Option<FileLearn>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileLearn {
+    pub(super) why: Spanned<String>,
 }
 
 #[derive(Deserialize)]

@@ -102,6 +102,10 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
         roles,
         refusals,
         rules,
+        learn: file
+            .learn
+            .map(|learn| source.reason(learn.why))
+            .transpose()?,
     })
 }
 
