@@ -244,7 +244,7 @@ fn attempts(directory: &Path) -> Vec<String> {
     let status = TaskStatus::parse(&status).unwrap();
     policy.enter(Holder::Broker, &status).unwrap();
     let domain = policy.restrict(&places, parent).unwrap();
-    assert_eq!(domain.places(), 8);
+    assert_eq!(domain.places(), 7);
     for (what, attempt) in &denied {
         let kind = attempt().map_err(|error| error.kind());
         // Between directories that have no right to it, EXDEV says the same (landlock(7)).

@@ -124,6 +124,7 @@ impl OwnPolicy {
         for rule in &self.places {
             let rights = rule.access.iter().map(|one| one.rights()).collect();
             let paths = places.get(&rule.name).into_iter().flatten();
+            let paths = paths.filter(|path| path.exists());
             allowed.extend(paths.map(|path| (path.clone(), rights)));
         }
         let domain = Domain {
@@ -164,7 +165,7 @@ impl Domain {
         denied(self.floor, "another process could be examined", &looked)
     }
 
-    /// How many places the broker has, those that were there when it started.
+    /// How many paths the broker has something below, of those that were there when it started.
     #[must_use]
     pub fn places(&self) -> usize {
         self.allowed.len()
