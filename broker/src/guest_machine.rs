@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::resources::check_grant;
 use crate::taps;
+use crate::vhost_user;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::slots::Plugged;
@@ -79,6 +81,10 @@ pub(crate) fn devices(
         (Plugged::Disk(disk), _) => VirtioKind::Block(disk.config(0, false, 512)),
         (Plugged::Net(net), Some(VirtioKind::Net(found))) => VirtioKind::Net(net.config(found.mtu)),
         (Plugged::Net(net), _) => VirtioKind::Net(net.config(0)),
+        (Plugged::VhostUser(device), Some(VirtioKind::VhostUser(found))) => {
+            VirtioKind::VhostUser(vhost_user::config(device, Some(found)))
+        }
+        (Plugged::VhostUser(device), _) => VirtioKind::VhostUser(vhost_user::config(device, None)),
         (Plugged::Balloon, _) => VirtioKind::Balloon,
         (Plugged::Vsock(vsock), _) => VirtioKind::Vsock(vsock.config()),
         (Plugged::Entropy, _) => VirtioKind::Entropy,
@@ -151,6 +157,9 @@ pub(crate) fn check(
             }
             DescriptorKind::GuestRam | DescriptorKind::Stream | DescriptorKind::Eventfd => None,
         };
+        if key.name() == descriptor::VHOST_USER {
+            check_backend(vm, policy, key, fd)?;
+        }
         check_grant(policy, key, description, path.as_deref())?;
         if matches!(
             description.kind,
@@ -198,6 +207,10 @@ fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKi
                     want(descriptor::NET, config.tap(pair), DescriptorKind::Tap)?;
                 }
             }
+            VirtioKind::VhostUser(_) => {
+                let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
+                want(name, config.slot.into(), kind)?;
+            }
             // A VM with a vsock is refused before anything is compared.
             VirtioKind::Entropy | VirtioKind::Balloon | VirtioKind::Vsock(_) => {}
         }
@@ -231,6 +244,21 @@ fn check_disk(vm: &VmFile, key: &DescriptorKey, found: (u64, u64)) -> Result<()>
         ),
         "name the file that the running VM has",
     ))
+}
+
+fn check_backend(
+    vm: &VmFile,
+    policy: &Policy,
+    key: &DescriptorKey,
+    connection: BorrowedFd<'_>,
+) -> Result<()> {
+    let plugged = vm.devices().find_map(|(slot, plugged)| match plugged {
+        Plugged::VhostUser(device) if u32::from(slot) == key.id() => Some(device),
+        _ => None,
+    });
+    plugged.map_or(Ok(()), |device| {
+        vhost_user::check_peer(device, policy, connection)
+    })
 }
 
 fn check_tap(vm: &VmFile, key: &DescriptorKey, found: &str) -> Result<()> {

@@ -38,12 +38,15 @@ use crate::refusal::refused;
 use crate::refusal::unfit;
 use crate::taps;
 use crate::taps::OpenTap;
+use crate::vhost_user;
+use crate::vhost_user::OpenBackend;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::disk::Disk;
 use crate::vm_file::net::Net;
 use crate::vm_file::page_size;
 use crate::vm_file::slots::Plugged;
+use crate::vm_file::vhost_user::VhostUser;
 use crate::vm_file::vsock::Vsock as VsockSection;
 use crate::vsock::Vsock;
 
@@ -121,6 +124,7 @@ pub(crate) fn open(
         virtio.push(match device {
             Plugged::Disk(disk) => opening.disk(slot, disk)?,
             Plugged::Net(net) => opening.net(slot, net)?,
+            Plugged::VhostUser(device) => opening.vhost_user(slot, device, &vm.ram())?,
             Plugged::Balloon => opening.plug(slot, VirtioKind::Balloon)?,
             Plugged::Vsock(vsock) => opening.plug(slot, VirtioKind::Vsock(vsock.config()))?,
             Plugged::Entropy => opening.plug(slot, VirtioKind::Entropy)?,
@@ -230,6 +234,35 @@ impl<'a> Opening<'a> {
             self.save(descriptor::NET, id, DescriptorKind::Tap, queue, &origin)?;
         }
         Ok(config)
+    }
+
+    fn vhost_user(
+        &mut self,
+        slot: u8,
+        device: &VhostUser,
+        regions: &[RamRegion],
+    ) -> Result<VirtioConfig> {
+        let mut ram = Vec::with_capacity(regions.len());
+        for (id, region) in (0..).zip(regions) {
+            let key = DescriptorKey::new(descriptor::RAM, id).doing("cannot name a descriptor")?;
+            let found = [DescriptorKind::GuestRam, DescriptorKind::RamFile]
+                .into_iter()
+                .find_map(|kind| self.registry.find(&key, kind).ok());
+            let file = found.ok_or_else(|| unfit(format_args!("{key} is not there"), ""))?;
+            ram.push((*region, file));
+        }
+        let OpenBackend {
+            connection,
+            config,
+            place,
+            pid,
+            uid,
+        } = vhost_user::open(device, self.policy, &ram)?;
+        let record = json!({"descriptor": "guest RAM for a vhost-user backend", "path": place, "pid": pid, "uid": uid});
+        self.log.write("open", &record).recorded()?;
+        let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
+        self.save(name, slot.into(), kind, connection, &place)?;
+        self.plug(slot, VirtioKind::VhostUser(config))
     }
 
     /// Makes what the guest notifies a device by.

@@ -181,6 +181,15 @@ pub(crate) fn check_savable(vm: &VmFile) -> Result<()> {
             "its connections would be lost: leave [vsock] out of the VM file",
         ));
     }
+    if let Some(device) = vm.vhost_user.0.first() {
+        return Err(unfit(
+            format_args!(
+                "State blocked by non-migratable device 'vhost_user {}'",
+                device.id.0
+            ),
+            "the process behind it has state that is in no file: leave [[vhost_user]] out of the VM file",
+        ));
+    }
     if vm.memory.pages == Pages::Huge {
         return Err(unfit(
             "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist",

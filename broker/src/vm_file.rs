@@ -19,10 +19,12 @@ use serde::Deserialize;
 pub(crate) mod disk;
 pub(crate) mod net;
 pub(crate) mod slots;
+pub(crate) mod vhost_user;
 pub(crate) mod vsock;
 
 use self::disk::Disks;
 use self::net::Nets;
+use self::vhost_user::VhostUsers;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 
@@ -68,6 +70,9 @@ pub(crate) struct VmFile {
     /// Its network interfaces.
     #[serde(default)]
     pub(crate) net: Nets,
+    /// Its devices that other processes implement.
+    #[serde(default)]
+    pub(crate) vhost_user: VhostUsers,
     /// Its socket device.
     pub(crate) vsock: Option<vsock::Vsock>,
     /// What follows when its kernel says that it has panicked.
@@ -366,7 +371,7 @@ impl VmFile {
             )
         };
         let mut file = Self::parse(&text).map_err(|e| wrong(&e))?;
-        file.memory.check().map_err(|e| wrong(&e))?;
+        file.check().map_err(|e| wrong(&e))?;
         let directory = std::path::absolute(path)
             .ok()
             .and_then(|path| path.parent().map(Path::to_owned))
@@ -379,6 +384,16 @@ impl VmFile {
         toml::from_str(text)
     }
 
+    /// What does not go together.
+    fn check(&self) -> std::result::Result<(), &'static str> {
+        if !self.memory.share && !self.vhost_user.0.is_empty() {
+            return Err(
+                "vhost_user with memory.share = false: the process behind the device maps the guest's memory",
+            );
+        }
+        self.memory.check()
+    }
+
     fn resolve(&mut self, directory: &Path) {
         let below = |path: &mut PathBuf| *path = directory.join(&path);
         below(&mut self.boot.kernel);
@@ -389,6 +404,10 @@ impl VmFile {
             .0
             .iter_mut()
             .for_each(|disk| below(&mut disk.path));
+        self.vhost_user
+            .0
+            .iter_mut()
+            .for_each(|device| below(&mut device.socket));
         self.vsock
             .iter_mut()
             .for_each(|vsock| below(&mut vsock.socket));

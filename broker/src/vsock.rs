@@ -10,7 +10,6 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -29,7 +28,6 @@ use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::VsockReport;
 use rustix::fs::FileType;
 use rustix::fs::Mode;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::AddressFamily;
 use rustix::net::SocketAddrUnix;
@@ -38,6 +36,8 @@ use rustix::net::SocketType;
 use serde_json::json;
 
 use crate::broker::Broker;
+use crate::granted_socket;
+use crate::granted_socket::NotConnected;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -339,27 +339,17 @@ impl Broker {
 
     /// Reaches whoever listens for the guest at a port of the host, if policy lets it.
     fn connect(&self, port: u32) -> std::result::Result<OwnedFd, Not> {
-        let failed = |what: &dyn std::fmt::Display| Not::Ever(what.to_string());
         let path = self.vsock.as_ref().map(|vsock| vsock.path_of(port));
         let path = path.unwrap_or_default();
-        // What the name leads to is held, so that what policy is asked about is what is connected to.
-        let held = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| failed(&e))?;
-        let door = format!("/proc/self/fd/{}", held.as_raw_fd());
-        let resolved = std::fs::read_link(&door).map_err(|e| failed(&e))?;
-        let granted = self.rules.policy.grant(descriptor::VSOCK);
-        if !granted.is_some_and(|grant| grant.permits_path(&resolved)) {
-            let (name, place) = (&self.rules.policy.name, resolved.display());
-            return Err(failed(&format_args!(
-                "policy {name} does not grant the guest's vsock {place}"
-            )));
-        }
-        let address = address(Path::new(&door)).map_err(|refusal| failed(&refusal.reason))?;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)
-            .map_err(|e| failed(&e))?;
-        // It is not waited for: one whose queue is full refuses (unix(7): EAGAIN).
-        rustix::net::connect(&socket, &address).map_err(|e| failed(&e))?;
-        Ok(socket)
+        granted_socket::connect(&path, &self.rules.policy, descriptor::VSOCK)
+            .map(|(socket, _)| socket)
+            .map_err(|why| match why {
+                NotConnected::Failed(e) => Not::Ever(e.to_string()),
+                NotConnected::Denied { policy, place } => Not::Ever(format!(
+                    "policy {policy} does not grant the guest's vsock {}",
+                    place.display()
+                )),
+            })
     }
 
     /// Puts a connection into the registry, and hands it to the worker; in an upgrade, to the next one too.

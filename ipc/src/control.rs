@@ -460,6 +460,8 @@ pub struct VmStatus {
     pub vm_file: String,
     /// What the balloon leaves to the guest, in bytes, as the guest says; none without a balloon.
     pub balloon: Option<u64>,
+    /// The names of its devices that other processes implement.
+    pub vhost_user: Vec<String>,
 }
 
 /// A disk, as its description says.

@@ -31,6 +31,8 @@ pub const DISK: &str = "disk";
 pub const NET: &str = "net";
 /// The name of a connection of a guest's vsock; the id is the broker's choice.
 pub const VSOCK: &str = "vsock";
+/// The name of the connection to a process that implements a device; the id is the device's slot.
+pub const VHOST_USER: &str = "vhost-user";
 /// The name of the eventfd by which a guest notifies a virtqueue; the id is
 /// [`VirtioConfig::kick`](crate::worker::VirtioConfig::kick)'s.
 pub const KICK: &str = "kick";

@@ -20,6 +20,7 @@ mod start_mode;
 pub mod state_file;
 pub mod state_stream;
 pub mod transfer;
+pub mod vhost_user;
 mod vm_id;
 pub mod worker;
 

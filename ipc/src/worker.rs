@@ -65,6 +65,10 @@ pub const MAX_SLOTS: u8 = 32;
 /// The most queues of a disk: one a vCPU.
 pub const MAX_DISK_QUEUES: u8 = MAX_CPUS;
 
+/// The most queues of a device that another process implements: one a vCPU, and one of a file system for what may not wait
+/// behind its requests (virtio 1.2, 5.11.2).
+pub const MAX_VHOST_USER_QUEUES: u8 = MAX_CPUS + 1;
+
 /// The most queue pairs of a network interface: one a vCPU.
 pub const MAX_NET_QUEUES: u8 = MAX_CPUS;
 
@@ -189,6 +193,8 @@ pub enum VirtioKind {
     Vsock(VsockConfig),
     /// A memory balloon, without a descriptor of its own.
     Balloon,
+    /// A device that another process implements, on descriptor `vhost-user` with its slot as id.
+    VhostUser(VhostUserConfig),
 }
 
 impl VirtioKind {
@@ -202,6 +208,7 @@ impl VirtioKind {
             Self::Net(net) => u32::from(net.queues) * 2 + u32::from(net.queues > 1),
             // Receive, transmit, events (virtio 1.2, 5.10.2); inflate, deflate, report (5.5.2).
             Self::Vsock(_) | Self::Balloon => 3,
+            Self::VhostUser(backend) => backend.queues.into(),
         }
     }
 }
@@ -268,6 +275,29 @@ pub struct NetConfig {
 pub struct VsockConfig {
     /// The guest's context id: 3 to 2^32 - 2 (vsock(7): 0 to 2 and the last are reserved).
     pub cid: u32,
+}
+
+/// A device that another process implements, as the broker has found it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VhostUserConfig {
+    /// What it is to the guest.
+    pub kind: VhostUserKind,
+    /// Its virtqueues, 1 to [`MAX_VHOST_USER_QUEUES`].
+    pub queues: u8,
+    /// The features that the backend offers, those of rings and of the version among them.
+    pub features: u64,
+    /// Its configuration space, at most [`vhost_user::MAX_CONFIG`](crate::vhost_user::MAX_CONFIG) bytes.
+    pub config: Vec<u8>,
+}
+
+/// What a device that another process implements is to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VhostUserKind {
+    /// A disk.
+    Blk,
+    /// A file system.
+    Fs,
 }
 
 /// What a broker tells a worker of its vsock.

@@ -20,8 +20,10 @@
 mod answer;
 pub mod attack;
 mod audit_log;
+mod backend;
 mod binaries;
 pub mod hostility;
+pub mod impostor;
 mod patience;
 mod processes;
 mod qmp;
@@ -39,6 +41,7 @@ pub use answer::Answer;
 pub use answer::Upgrade;
 pub use audit_log::AuditLog;
 pub use audit_log::Record;
+pub use backend::Backend;
 pub use binaries::Binaries;
 pub use patience::until;
 pub use processes::continue_process;

@@ -36,6 +36,7 @@ pub struct Builder {
     vsock: bool,
     balloon: bool,
     memory_lines: String,
+    tables: String,
     policy: Option<String>,
     on_panic: &'static str,
 }
@@ -59,6 +60,7 @@ impl Builder {
             vsock: false,
             balloon: false,
             memory_lines: String::new(),
+            tables: String::new(),
             policy: None,
             on_panic: "pause",
         }
@@ -162,6 +164,13 @@ impl Builder {
         self
     }
 
+    /// With these further tables in its VM file.
+    #[must_use]
+    pub fn tables(mut self, tables: &str) -> Self {
+        self.tables.push_str(tables);
+        self
+    }
+
     /// With a balloon.
     #[must_use]
     pub fn balloon(mut self) -> Self {
@@ -261,6 +270,7 @@ impl Builder {
         if self.vsock {
             file.push_str("[vsock]\ncid = 3\nsocket = \"v\"\n");
         }
+        file.push_str(&self.tables);
         site.write("vm.toml", file);
         let started = site.run("vm.toml").expect(0).json();
         let broker = pid(&started, "broker_pid");

@@ -14,6 +14,7 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::RegistryError;
 use baton_ipc::descriptor;
+use baton_ipc::vhost_user;
 use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::BuildTimes;
 use baton_ipc::worker::DeviceLimits;
@@ -25,9 +26,11 @@ use baton_ipc::worker::MAX_NET_QUEUES;
 use baton_ipc::worker::MAX_QUEUES;
 use baton_ipc::worker::MAX_SERIAL;
 use baton_ipc::worker::MAX_SLOTS;
+use baton_ipc::worker::MAX_VHOST_USER_QUEUES;
 use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::PanicAction;
 use baton_ipc::worker::RamBacking;
+use baton_ipc::worker::VhostUserConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::VsockConfig;
@@ -53,11 +56,13 @@ use crate::cpuid::Processors;
 use crate::cpuid::Told;
 use crate::devices::Trigger;
 use crate::devices::lifecycle::LifecycleError;
+use crate::devices::virtio::F_VERSION_1;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::vhost_user::VhostUser;
 use crate::devices::virtio::vsock;
 use crate::devices::virtio::vsock::Vsock;
 use crate::fail_point::fail_point;
@@ -221,6 +226,7 @@ pub(crate) fn check_virtio(config: &VirtioConfig) -> Result<(), BuildError> {
         VirtioKind::Entropy | VirtioKind::Balloon => Ok(()),
         VirtioKind::Net(net) => check_net(net),
         VirtioKind::Vsock(vsock) => check_vsock(vsock),
+        VirtioKind::VhostUser(backend) => check_vhost_user(backend),
     }
 }
 
@@ -285,6 +291,26 @@ fn check_vsock(vsock: &VsockConfig) -> Result<(), BuildError> {
     }
 }
 
+fn check_vhost_user(backend: &VhostUserConfig) -> Result<(), BuildError> {
+    let VhostUserConfig {
+        kind: _,
+        queues,
+        features,
+        config,
+    } = backend;
+    let wrong = |field, value: String| Err(BuildError::Config { field, value });
+    if *queues > MAX_VHOST_USER_QUEUES {
+        return wrong("vhost_user.queues", queues.to_string());
+    }
+    if features & F_VERSION_1 == 0 || features & vhost_user::F_PROTOCOL_FEATURES != 0 {
+        return wrong("vhost_user.features", format!("{features:#x}"));
+    }
+    if config.len() > vhost_user::MAX_CONFIG {
+        return wrong("vhost_user.config", format!("{} bytes long", config.len()));
+    }
+    Ok(())
+}
+
 fn check_limits(field: &'static str, limits: &DeviceLimits) -> Result<(), BuildError> {
     let DeviceLimits { bytes, operations } = limits;
     for limit in [bytes, operations].into_iter().flatten() {
@@ -318,6 +344,18 @@ fn check_access(disk: &OwnedFd, readonly: bool) -> Result<(), BuildError> {
             ),
         })
     }
+}
+
+/// Checks that no thread can be made to wait on a socket.
+fn check_nonblocking(socket: &OwnedFd) -> Result<(), BuildError> {
+    let flags = rustix::fs::fcntl_getfl(socket);
+    if flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) {
+        return Ok(());
+    }
+    Err(BuildError::Config {
+        field: "vhost_user",
+        value: "a socket that blocks".to_owned(),
+    })
 }
 
 fn claim(
@@ -358,6 +396,13 @@ fn make(
             Ok(Box::new(Net::new(taps, net)))
         }
         VirtioKind::Entropy => Ok(Box::new(Entropy)),
+        VirtioKind::VhostUser(backend) => {
+            let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
+            let connection = claim(registry, name, config.slot.into(), kind)?;
+            check_nonblocking(&connection)?;
+            let device = VhostUser::new(connection, backend).map_err(PlatformError::EventFd)?;
+            Ok(Box::new(device))
+        }
         VirtioKind::Vsock(_) | VirtioKind::Balloon => Err(BuildError::Config {
             field: "virtio",
             value: format!(
@@ -430,9 +475,10 @@ pub(crate) fn build(
     let (mut vsock, mut balloon) = (None, None);
     for device in &config.virtio {
         let made: Box<dyn VirtioDevice> = match &device.device {
-            VirtioKind::Block(_) | VirtioKind::Net(_) | VirtioKind::Entropy => {
-                make(device, registry)?
-            }
+            VirtioKind::Block(_)
+            | VirtioKind::Net(_)
+            | VirtioKind::Entropy
+            | VirtioKind::VhostUser(_) => make(device, registry)?,
             VirtioKind::Balloon => {
                 let mut made = Balloon::new(memory::page(config.pages));
                 let link = made.link(Arc::clone(wake));

@@ -15,6 +15,8 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
+use baton_ipc::vhost_user::Request;
+use baton_ipc::vhost_user::VhostUserError;
 use baton_policy::Program;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
@@ -218,8 +220,8 @@ impl Link {
         }
     }
 
-    /// Makes the system calls of a disk's and a tap's requests on an eventfd, which is neither: what counts is that the filter lets
-    /// them.
+    /// Makes the system calls of a disk's, a tap's and a backend's requests on an eventfd, which is none of them: what counts is
+    /// that the filter lets them.
     fn rehearse(&self) -> Result<(), String> {
         let own = self.wake.as_fd();
         self.wake.trigger();
@@ -239,11 +241,16 @@ impl Link {
                 .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)),
             rustix::io::readv(own, &mut [io::IoSliceMut::new(&mut [0; 4])]).map(drop),
             rustix::io::writev(own, &[io::IoSlice::new(&[0xFF; 8])]).map(drop),
+            // Of a vhost-user connection.
+            match Request::GetFeatures.send(own, &[]) {
+                Err(VhostUserError::Io { errno, .. }) => Err(errno),
+                _ => Ok(()),
+            },
         ];
         let told = |outcome: &Result<(), Errno>| {
             matches!(
                 outcome,
-                Err(Errno::SPIPE | Errno::INVAL | Errno::NODEV | Errno::NOTTY)
+                Err(Errno::SPIPE | Errno::INVAL | Errno::NODEV | Errno::NOTTY | Errno::NOTSOCK)
             )
         };
         match refused.iter().position(|outcome| !told(outcome)) {

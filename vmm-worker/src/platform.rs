@@ -49,6 +49,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::buffers::Ram;
 use crate::devices::virtio::transport;
 use crate::devices::virtio::transport::Transport;
+use crate::devices::virtio::vhost_user;
 use crate::diagnostics::log;
 use crate::io_pool::IoPool;
 use crate::pci_host;
@@ -165,12 +166,13 @@ pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
 }
 
 fn device_id(device: &VirtioConfig) -> DeviceId {
-    let kind = match device.device {
+    let kind = match &device.device {
         VirtioKind::Block(_) => DeviceKind::BLOCK,
         VirtioKind::Entropy => DeviceKind::ENTROPY,
         VirtioKind::Net(_) => DeviceKind::NET,
         VirtioKind::Vsock(_) => DeviceKind::VSOCK,
         VirtioKind::Balloon => DeviceKind::BALLOON,
+        VirtioKind::VhostUser(backend) => vhost_user::identity(backend.kind).kind,
     };
     DeviceId::new(kind, device.slot.into())
 }

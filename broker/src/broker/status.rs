@@ -102,6 +102,9 @@ impl Broker {
             vm_file: self.options.vm_file.display().to_string(),
             balloon: (self.vm.memory.balloon)
                 .then(|| self.left_by_balloon(self.status.balloon_pages)),
+            vhost_user: (self.vm.vhost_user.0.iter())
+                .map(|device| device.id.0.clone())
+                .collect(),
         }
     }
 

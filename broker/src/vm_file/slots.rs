@@ -5,6 +5,7 @@ use baton_ipc::worker::MAX_SLOTS;
 use super::VmFile;
 use super::disk::Disk;
 use super::net::Net;
+use super::vhost_user::VhostUser;
 use super::vsock::Vsock;
 
 /// The PCI device number of the entropy device, which every VM has: the last, so that it moves no other.
@@ -18,17 +19,19 @@ const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
 pub(crate) enum Plugged<'a> {
     Disk(&'a Disk),
     Net(&'a Net),
+    VhostUser(&'a VhostUser),
     Balloon,
     Vsock(&'a Vsock),
     Entropy,
 }
 
 impl VmFile {
-    /// The devices with their slots: disks and network interfaces in the order of the VM file, from the slot after the host
-    /// bridge; then those that have a slot of their own.
+    /// The devices with their slots: disks, network interfaces, and what other processes implement, each in the order of the VM
+    /// file, from the slot after the host bridge; then those that have a slot of their own.
     pub(crate) fn devices(&self) -> impl Iterator<Item = (u8, Plugged<'_>)> {
         let disks = self.disk.0.iter().map(Plugged::Disk);
         let nets = self.net.0.iter().map(Plugged::Net);
+        let others = self.vhost_user.0.iter().map(Plugged::VhostUser);
         let balloon = self.memory.balloon.then_some(Plugged::Balloon);
         let vsock = self.vsock.as_ref().map(Plugged::Vsock);
         let own = [
@@ -37,7 +40,7 @@ impl VmFile {
             (ENTROPY_SLOT, Some(Plugged::Entropy)),
         ];
         let own = own.into_iter().filter_map(|(slot, one)| Some((slot, one?)));
-        (1..).zip(disks.chain(nets)).chain(own)
+        (1..).zip(disks.chain(nets).chain(others)).chain(own)
     }
 
     /// The PCI device numbers that are free for devices to come to while the guest runs, one bit each: all but the host

@@ -67,6 +67,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         last_upgrade,
         vm_file,
         balloon,
+        vhost_user,
     } = status;
     json!({
         "name": name,
@@ -88,6 +89,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "last_upgrade": last_upgrade.as_ref().map(upgrade::document),
         "vm_file": vm_file,
         "balloon": balloon,
+        "vhost_user": vhost_user,
     })
 }
 

@@ -150,6 +150,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         last_upgrade: Some(outcome(Outcome::Committed)),
         vm_file: "/srv/vm/web1.toml".to_owned(),
         balloon: None,
+        vhost_user: Vec::new(),
     }
 }
 

@@ -77,6 +77,7 @@ pub struct Disk {
     next_available: u16,
     next_used: u16,
     requests: u64,
+    turns: u64,
     working: bool,
 }
 
@@ -159,6 +160,7 @@ impl Disk {
             next_available: 0,
             next_used: 0,
             requests: 0,
+            turns: 0,
             working: true,
         })
     }
@@ -210,6 +212,7 @@ impl Disk {
             self.next_used = self.next_used.wrapping_add(1);
             self.done(read::<u32>(at));
         }
+        self.turns = self.turns.wrapping_add(1);
         let mut flying = 0;
         let mut added = false;
         for lane in 0..DISK_LANES {
@@ -233,7 +236,7 @@ impl Disk {
         }
         if !self.working && flying == 0 {
             report::write(DISK_STATE_OFFSET, DRIVER_RESTING);
-        } else if self.requests % 4096 == 0 && read::<u8>(self.common + STATUS) & NEEDS_RESET != 0 {
+        } else if self.turns % 4096 == 0 && read::<u8>(self.common + STATUS) & NEEDS_RESET != 0 {
             report::write(DISK_STATE_OFFSET, DRIVER_BROKEN);
         }
     }

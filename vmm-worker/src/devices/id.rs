@@ -34,6 +34,10 @@ impl DeviceKind {
     pub const PVPANIC: DeviceKind = DeviceKind(12);
     /// [`super::pci::hotplug::Hotplug`].
     pub const HOTPLUG: DeviceKind = DeviceKind(13);
+    /// [`super::virtio::vhost_user::VhostUser`] as a disk; the instance is the PCI device number.
+    pub const VHOST_USER_BLK: DeviceKind = DeviceKind(14);
+    /// [`super::virtio::vhost_user::VhostUser`] as a file system; the instance is the PCI device number.
+    pub const VHOST_USER_FS: DeviceKind = DeviceKind(15);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -52,6 +56,8 @@ impl DeviceKind {
             DeviceKind::BALLOON => "virtio-balloon",
             DeviceKind::PVPANIC => "pvpanic",
             DeviceKind::HOTPLUG => "pci-hotplug",
+            DeviceKind::VHOST_USER_BLK => "vhost-user-blk",
+            DeviceKind::VHOST_USER_FS => "vhost-user-fs",
             _ => "device",
         }
     }

@@ -95,6 +95,9 @@ pub enum DeviceError {
     /// A device without a size was to have another.
     #[error("this device has no size")]
     Fixed,
+    /// What another process does for the device did not end within the time for parking.
+    #[error("{0}")]
+    Elsewhere(&'static str),
 }
 
 /// One call of the lifecycle.

@@ -28,10 +28,13 @@ pub(crate) const IN_PROGRESS: &str = "There's a migration process in progress";
 
 /// Private RAM in mode `cpr-transfer` (QEMU, `migration/cpr.c`).
 const NOT_SHARED: &str = "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required.";
-/// A socket device in mode `cpr-reboot` (QEMU, `migration/migration.c`, of devices that it cannot save).
-const VSOCK: &str = "State blocked by non-migratable device 'vsock'";
 /// RAM in huge pages in mode `cpr-reboot`.
 const HUGE_PAGES: &str = "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist";
+
+/// What cannot be saved in mode `cpr-reboot` (QEMU, `migration/migration.c`).
+fn device(name: &str) -> String {
+    format!("State blocked by non-migratable device '{name}'")
+}
 
 /// Where an upgrade is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,7 +167,9 @@ impl Migration {
             Mode::CprTransfer if private => blockers.push(NOT_SHARED.to_owned()),
             Mode::CprTransfer => {}
             Mode::CprReboot => {
-                blockers.extend(vm.vsock.then(|| VSOCK.to_owned()));
+                blockers.extend(vm.vsock.then(|| device("vsock")));
+                let backends = vm.vhost_user.iter();
+                blockers.extend(backends.map(|id| device(&format!("vhost_user {id}"))));
                 blockers.extend(vm.huge_pages.then(|| HUGE_PAGES.to_owned()));
                 let added = vm.disks.iter().find_map(|disk| disk.added.as_ref());
                 blockers.extend(

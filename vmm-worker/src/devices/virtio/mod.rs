@@ -27,6 +27,7 @@ pub mod queue;
 pub mod rate;
 pub mod seat;
 pub mod transport;
+pub mod vhost_user;
 pub mod vsock;
 
 use std::os::fd::OwnedFd;
@@ -60,6 +61,10 @@ pub trait VirtioDevice: Send {
     fn identity(&self) -> Identity;
     /// Features of the device type; the transport adds those of rings and of the version.
     fn features(&self) -> u64;
+    /// Features of rings that whoever serves its queues has.
+    fn ring_features(&self) -> u64 {
+        F_INDIRECT_DESC | F_EVENT_IDX
+    }
     /// The largest size of each virtqueue: powers of two.
     fn queue_sizes(&self) -> Vec<u16>;
     /// The halves that work, each with the indices of the virtqueues that it serves. Asked for once.
@@ -109,6 +114,25 @@ pub trait Backend: Send {
     /// the device is parked or not yet committed.
     fn waits(&self) -> Vec<Wait> {
         Vec::new()
+    }
+
+    /// Whether another process serves its queues: that one then hears their notifications, and has to be told to stop.
+    fn elsewhere(&self) -> bool {
+        false
+    }
+
+    /// Has that process stop. `None` when it has; until then it is asked again, at the time that it says or after an event.
+    ///
+    /// # Errors
+    ///
+    /// [`Broken`]: nothing is to be had from that process any more.
+    fn leave(&mut self, _queues: &mut [Virtqueue]) -> Result<Option<Next>, Broken> {
+        Ok(None)
+    }
+
+    /// What it is that [`Backend::leave`] waits for.
+    fn delay(&self) -> Option<&'static str> {
+        None
     }
 }
 

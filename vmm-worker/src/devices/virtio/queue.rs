@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::atomic::fence;
 
+use baton_ipc::vhost_user::RingPlace;
+use baton_ipc::vhost_user::VhostUserError;
 use serde::Deserialize;
 use serde::Serialize;
 use thiserror::Error;
@@ -31,7 +33,7 @@ const USED_ELEMENT: u64 = 8;
 /// VIRTQ_AVAIL_F_NO_INTERRUPT.
 const NO_INTERRUPT: u16 = 1;
 
-/// What a driver did that no driver may do.
+/// What a driver did that no driver may do, or a backend.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Broken {
     /// The rings, or their indices.
@@ -60,6 +62,9 @@ pub enum Broken {
         /// Bytes.
         length: u32,
     },
+    /// The process that serves its queues is gone, or has broken the protocol.
+    #[error("the vhost-user backend: {0}")]
+    Backend(#[from] VhostUserError),
     /// A chain without room for what the device type requires.
     #[error("queue {queue}: a request without {what}")]
     Request {
@@ -376,5 +381,46 @@ impl Virtqueue {
     #[must_use]
     pub fn position(&self) -> (u16, u16) {
         (self.queue.next_avail(), self.queue.next_used())
+    }
+
+    /// Its size in descriptors, and where it is, for another process that serves it.
+    #[must_use]
+    pub fn place(&self) -> (u16, RingPlace) {
+        let place = RingPlace {
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+        };
+        (self.queue.size(), place)
+    }
+
+    /// Requests that the driver has made and that were not given back, as both rings say; 0 when they say what no rings do.
+    #[must_use]
+    pub fn outstanding(&self) -> u16 {
+        let available = self.queue.avail_idx(self.ram, Ordering::Acquire);
+        let used = self.queue.used_idx(self.ram, Ordering::Acquire);
+        match (available, used) {
+            (Ok(available), Ok(used)) => {
+                let outstanding = (available - used).0;
+                if outstanding > self.queue.size() {
+                    0
+                } else {
+                    outstanding
+                }
+            }
+            _ => 0,
+        }
+    }
+
+    /// Another process has served it to before this entry of the available ring, and has given all of that back.
+    pub fn served(&mut self, next_available: u16) {
+        self.queue.set_next_avail(next_available);
+        self.queue.set_next_used(next_available);
+        self.signalled = next_available;
+    }
+
+    /// Interrupts the driver, whose wishes whoever serves it elsewhere has heard.
+    pub fn signal(&self) {
+        self.interrupts.queue(self.index);
     }
 }

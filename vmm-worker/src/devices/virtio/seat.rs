@@ -7,6 +7,8 @@
 //! 2. `stop` is set before `running` is cleared, and a backend looks at it before each request. So after
 //!    [`Seat::stop`], and once the occupant is back, no request is under way and none begins.
 //! 3. Nothing here waits but [`Seat::wait_until`], which only the control thread calls.
+//! 4. A backend whose queues another process serves is asked, after [`Seat::stop`], to have that process stop; until it has,
+//!    the seat is leaving, and nobody but its I/O thread has the occupant.
 
 use std::sync::Arc;
 use std::sync::Condvar;
@@ -25,6 +27,7 @@ use super::Next;
 use super::Wait;
 use super::interrupts::Interrupts;
 use super::queue::Virtqueue;
+use crate::devices::DeviceId;
 use crate::devices::Trigger;
 use crate::diagnostics::log;
 
@@ -56,6 +59,8 @@ pub struct Occupant {
 struct State {
     occupant: Option<Occupant>,
     running: bool,
+    /// Another process has not stopped serving its queues.
+    leaving: bool,
     /// When it is to be served without a notification.
     due: Option<Instant>,
 }
@@ -65,7 +70,11 @@ pub struct Seat {
     state: Mutex<State>,
     returned: Condvar,
     stop: Stop,
+    /// Whose it is.
+    device: DeviceId,
     interrupts: Arc<Interrupts>,
+    /// Another process serves its queues.
+    elsewhere: bool,
     /// Tells the I/O thread to look at its seats again.
     wake: Arc<dyn Trigger>,
     /// A driver that breaks its queues again and again is written about once.
@@ -73,24 +82,28 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// A seat for `backend`, which fails by `interrupts`; `wake` wakes the I/O thread that serves it.
+    /// A seat for a `backend` of `device`, which fails by `interrupts`; `wake` wakes the I/O thread that serves it.
     #[must_use]
     pub fn new(
+        device: DeviceId,
         backend: Box<dyn Backend>,
         interrupts: Arc<Interrupts>,
         wake: Arc<dyn Trigger>,
     ) -> Self {
         Self {
+            elsewhere: backend.elsewhere(),
             state: Mutex::new(State {
                 occupant: Some(Occupant {
                     queues: Vec::new(),
                     backend,
                 }),
                 running: false,
+                leaving: false,
                 due: None,
             }),
             returned: Condvar::new(),
             stop: Stop::default(),
+            device,
             interrupts,
             wake,
             complained: AtomicBool::new(false),
@@ -105,6 +118,7 @@ impl Seat {
     pub fn run(&self) {
         let mut state = self.state();
         state.running = true;
+        state.leaving = false;
         state.due = Some(Instant::now());
         self.stop.0.store(false, Ordering::SeqCst);
         drop(state);
@@ -124,7 +138,15 @@ impl Seat {
     /// Asks it to be served no further. Whether it was to be.
     pub fn stop(&self) -> bool {
         self.stop.0.store(true, Ordering::SeqCst);
-        std::mem::take(&mut self.state().running)
+        let mut state = self.state();
+        let ran = std::mem::take(&mut state.running);
+        if ran && self.elsewhere {
+            state.leaving = true;
+            state.due = Some(Instant::now());
+            drop(state);
+            self.wake.trigger();
+        }
+        ran
     }
 
     /// Waits until nobody serves it. Whether that came in time.
@@ -133,15 +155,21 @@ impl Seat {
         let left = deadline.saturating_duration_since(Instant::now());
         let (state, _) = self
             .returned
-            .wait_timeout_while(self.state(), left, |state| state.occupant.is_none())
+            .wait_timeout_while(self.state(), left, |state| !state.stands_still())
             .unwrap_or_else(PoisonError::into_inner);
-        state.occupant.is_some()
+        state.stands_still()
+    }
+
+    /// What is waited for outside of this process.
+    #[must_use]
+    pub fn delay(&self) -> Option<&'static str> {
+        self.state().occupant.as_ref()?.backend.delay()
     }
 
     /// Does something with the occupant of a stopped seat; nothing while it is still being served.
     pub fn with<T>(&self, f: impl FnOnce(&mut Occupant) -> T) -> Option<T> {
         let mut state = self.state();
-        if state.running {
+        if state.running || !state.stands_still() {
             return None;
         }
         state.occupant.as_mut().map(f)
@@ -155,9 +183,10 @@ impl Seat {
     /// The I/O thread's side: what to wait for. `None` while there is nothing.
     pub fn awaited(&self, waits: &mut Vec<Wait>) -> Option<Duration> {
         let state = self.state();
-        let occupant = state.occupant.as_ref().filter(|_| state.running)?;
-        let kicks = occupant.queues.iter().map(|queue| Arc::clone(queue.kick()));
-        waits.extend(kicks.map(|kick| (kick, PollFlags::IN)));
+        let active = state.running || state.leaving;
+        let occupant = state.occupant.as_ref().filter(|_| active)?;
+        let heard = occupant.queues.iter().filter(|_| !self.elsewhere);
+        waits.extend(heard.map(|queue| (Arc::clone(queue.kick()), PollFlags::IN)));
         waits.extend(occupant.backend.waits());
         Some(state.due.map_or(Duration::MAX, |due| {
             due.saturating_duration_since(Instant::now())
@@ -167,7 +196,8 @@ impl Seat {
     /// The I/O thread's side: serves the backend, if it may.
     pub fn serve(&self) {
         let mut state = self.state();
-        if !state.running {
+        let leaving = state.leaving;
+        if !state.running && !leaving {
             return;
         }
         let Some(mut occupant) = state.occupant.take() else {
@@ -178,10 +208,15 @@ impl Seat {
 
         // Whatever was notified is served now. Not before the occupant is taken: a seat that is stopped leaves
         // notifications to the next worker.
-        for queue in &occupant.queues {
+        for queue in occupant.queues.iter().filter(|_| !self.elsewhere) {
             let _ = rustix::io::read(&**queue.kick(), &mut [0; 8]);
         }
-        let outcome = occupant.backend.serve(&mut occupant.queues, &self.stop);
+        let outcome = if leaving {
+            occupant.backend.leave(&mut occupant.queues)
+        } else {
+            let served = occupant.backend.serve(&mut occupant.queues, &self.stop);
+            served.map(Some)
+        };
 
         let mut state = self.state();
         state.occupant = Some(occupant);
@@ -189,19 +224,28 @@ impl Seat {
         let nudged = state.due;
         let due = |due: Instant| Some(nudged.map_or(due, |nudged| nudged.min(due)));
         match outcome {
-            Ok(Next::Wait) => {}
-            Ok(Next::Again) => state.due = due(Instant::now()),
-            Ok(Next::At(at)) => state.due = due(at),
+            Ok(None) => state.leaving = false,
+            Ok(Some(Next::Wait)) => {}
+            Ok(Some(Next::Again)) => state.due = due(Instant::now()),
+            Ok(Some(Next::At(at))) => state.due = due(at),
             Err(broken) => {
                 state.running = false;
+                state.leaving = false;
                 if !self.complained.swap(true, Ordering::SeqCst) {
-                    log!("virtio: {broken}; the device needs a reset");
+                    log!("{}: {broken}; the device needs a reset", self.device);
                 }
                 self.interrupts.fail();
             }
         }
         drop(state);
         self.returned.notify_all();
+    }
+}
+
+impl State {
+    /// Nobody serves it, here or elsewhere.
+    fn stands_still(&self) -> bool {
+        self.occupant.is_some() && !self.leaving
     }
 }
 

@@ -22,7 +22,6 @@ use baton_ipc::StartMode;
 
 use super::DRIVER_OK;
 use super::F_EVENT_IDX;
-use super::F_INDIRECT_DESC;
 use super::F_VERSION_1;
 use super::NEEDS_RESET;
 use super::VirtioDevice;
@@ -149,12 +148,13 @@ impl Transport {
             .unwrap_or(0)
             .saturating_add(1);
         let interrupts = Arc::new(Interrupts::new(Msix::new(vectors, sink), max_sizes.len()));
+        let id = DeviceId::new(device.identity().kind, slot.into());
         let seats: Vec<(Vec<u16>, Arc<Seat>)> = device
             .backends()
             .into_iter()
             .zip(wakers)
             .map(|((queues, backend), waker)| {
-                let seat = Seat::new(backend, Arc::clone(&interrupts), waker);
+                let seat = Seat::new(id, backend, Arc::clone(&interrupts), waker);
                 (queues, Arc::new(seat))
             })
             .collect();
@@ -211,7 +211,7 @@ impl Transport {
     }
 
     fn offered(&self) -> u64 {
-        self.device.features() | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
+        self.device.features() | F_VERSION_1 | self.device.ring_features()
     }
 
     fn status(&self) -> u8 {
@@ -277,13 +277,14 @@ impl Transport {
     /// Waits until all backends stand still, which were asked to.
     fn drain(&self) -> Result<(), DeviceError> {
         let deadline = Instant::now() + self.drain;
-        let busy = self
+        let busy: Vec<_> = self
             .seats()
             .filter(|seat| !seat.wait_until(deadline))
-            .count();
-        match busy {
-            0 => Ok(()),
-            busy => Err(DeviceError::Busy(busy)),
+            .collect();
+        match (busy.len(), busy.iter().find_map(|seat| seat.delay())) {
+            (0, _) => Ok(()),
+            (_, Some(delay)) => Err(DeviceError::Elsewhere(delay)),
+            (busy, None) => Err(DeviceError::Busy(busy)),
         }
     }
 
@@ -541,7 +542,8 @@ impl Device for Transport {
         Ok(())
     }
 
-    /// Requests in flight are finished, or put back whole. The others stay in their rings.
+    /// Requests in flight are finished, or put back whole. The others stay in their rings. What serves them elsewhere has
+    /// stopped.
     fn park(&mut self, _mode: StartMode) -> Result<(), DeviceError> {
         self.stop();
         self.drain()?;

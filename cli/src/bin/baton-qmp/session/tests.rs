@@ -117,6 +117,7 @@ fn status() -> VmStatus {
         last_upgrade: None,
         vm_file: "/srv/vm/web1.toml".into(),
         balloon: Some(64 << 20),
+        vhost_user: Vec::new(),
     }
 }
 

@@ -1,0 +1,175 @@
+//! A disk or a file system that another process implements keeps its work, and its process, whatever happens to the workers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use baton_guest::CommandLine;
+use baton_guest::DiskReport;
+use baton_guest::DriverState;
+use baton_guest::layout;
+use baton_tests::Backend;
+use baton_tests::Builder;
+use baton_tests::Qmp;
+use baton_tests::Vm;
+use baton_tests::continue_process;
+use baton_tests::stop_process;
+use baton_tests::until;
+
+const DISK: &str = "[[vhost_user]]\nid = \"data\"\nkind = \"blk\"\nsocket = \"d.sock\"\n";
+
+fn builder() -> Builder {
+    Builder::release()
+        .line(CommandLine::new().disk_irq().console().period_ms(50))
+        .tables(DISK)
+}
+
+fn start(builder: Builder) -> (Vm, Backend) {
+    let mut backend = None;
+    let vm = builder.start_in(|site| {
+        let (image, socket) = (site.path("data.img"), site.path("d.sock"));
+        backend = Some(Backend::storage_daemon(&image, 4, &socket));
+    });
+    (vm, backend.unwrap())
+}
+
+fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) -> DiskReport {
+    until(what, || {
+        let report = vm.ram.disk();
+        wanted(&report).then_some(report)
+    })
+}
+
+/// So many more requests are done, and an interrupt comes.
+fn assert_works(vm: &Vm) {
+    let before = vm.ram.disk();
+    wait_for(vm, "requests and interrupts", |disk| {
+        disk.done > before.done + 100 && disk.interrupts > before.interrupts
+    });
+}
+
+/// The guest comes to rest, and the image is what it says that it wrote.
+fn assert_whole(vm: &Vm) {
+    vm.ram.mail(layout::COMMAND_DISK_REST);
+    let report = wait_for(vm, "rest", |disk| disk.state == DriverState::Resting);
+    assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
+    let image = std::fs::read(vm.site.path("data.img")).unwrap();
+    let nonce = vm.ram.report().unwrap().nonce;
+    assert!(report.check(nonce, &image).unwrap() > 32, "{report:?}");
+}
+
+#[test]
+fn every_request_is_completed_once_over_fifty_upgrades_and_the_process_stays() {
+    let (vm, mut backend) = start(builder());
+    assert_works(&vm);
+    let sockets = backend.sockets();
+    for _ in 0..50 {
+        assert_works(&vm);
+        vm.assert_upgrades();
+    }
+    assert_works(&vm);
+    assert_eq!(backend.sockets(), sockets);
+    assert!(backend.runs());
+    assert_whole(&vm);
+    let audit = vm.ask("audit").expect(0).json();
+    assert_eq!(audit["verdict"], "proven", "{audit}");
+    let listed = audit["descriptors"].as_array().unwrap();
+    assert!(
+        listed.iter().any(|one| one["grant"] == "vhost-user#1"),
+        "{audit}"
+    );
+}
+
+#[test]
+fn a_process_that_does_not_stop_its_rings_costs_the_upgrade_and_not_the_guest() {
+    let (vm, backend) = start(builder());
+    assert_works(&vm);
+    let before = vm.witness();
+    stop_process(backend.pid());
+    for _ in 0..2 {
+        let upgrade = vm.upgrade();
+        assert_eq!(upgrade.outcome, "aborted", "{upgrade:?}");
+        assert!(upgrade.reason.contains("vhost-user backend"), "{upgrade:?}");
+        assert_eq!(vm.state(), "running");
+        let _ = vm.assert_goes_on(&before);
+    }
+    continue_process(backend.pid());
+    assert_works(&vm);
+    vm.assert_upgrades();
+    assert_works(&vm);
+    assert_whole(&vm);
+}
+
+#[test]
+fn a_process_that_dies_breaks_its_device_and_nothing_else() {
+    let (vm, mut backend) = start(builder());
+    assert_works(&vm);
+    let before = vm.witness();
+    backend.kill();
+    wait_for(&vm, "a broken disk", |disk| {
+        disk.state == DriverState::Broken
+    });
+    let _ = vm.assert_goes_on(&before);
+    for _ in 0..3 {
+        vm.assert_upgrades();
+    }
+    assert_eq!(vm.ram.disk().state, DriverState::Broken);
+    assert_eq!(vm.state(), "running");
+}
+
+#[test]
+fn the_process_stays_when_the_guest_goes_to_another_broker() {
+    let (mut vm, mut backend) = start(builder());
+    assert_works(&vm);
+    let sockets = backend.sockets();
+    for _ in 0..2 {
+        vm.assert_transfers();
+        assert_works(&vm);
+    }
+    vm.assert_upgrades();
+    assert_works(&vm);
+    assert_eq!(backend.sockets(), sockets);
+    assert!(backend.runs());
+    assert_whole(&vm);
+}
+
+#[test]
+fn another_process_than_the_running_vms_is_refused_to_another_broker() {
+    let (vm, _backend) = start(builder());
+    assert_works(&vm);
+    let (image, socket) = (vm.site.path("other.img"), vm.site.path("o.sock"));
+    let _other = Backend::storage_daemon(&image, 4, &socket);
+    let text = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    vm.site
+        .write("other.toml", text.replace("d.sock", "o.sock"));
+    let waiting = vm.wait_from("other.toml", &[]);
+    let mut qmp = Qmp::connect(&vm);
+    let info = vm.migrate_to(&mut qmp, &waiting);
+    assert_eq!(info["status"], "failed", "{info}");
+    let said = info["error-desc"].to_string();
+    assert!(
+        said.contains("vhost_user data: the running VM's process"),
+        "{info}"
+    );
+    assert_works(&vm);
+    vm.assert_upgrades();
+    assert_whole(&vm);
+}
+
+#[test]
+fn a_guest_that_is_paused_and_reset_finds_its_disk() {
+    let (vm, _backend) = start(builder());
+    assert_works(&vm);
+    vm.ask("pause").expect(0);
+    let before = vm.ram.disk().done;
+    vm.assert_stands_still();
+    vm.upgrade();
+    vm.ask("resume").expect(0);
+    wait_for(&vm, "requests", |disk| disk.done > before + 100);
+    let boots = vm.ram.report().unwrap().boots;
+    vm.ask("reset").expect(0);
+    until("it boots again", || {
+        let report = vm.ram.report().ok()?;
+        (report.boots > boots && vm.ram.disk().done > 100).then_some(())
+    });
+    assert_works(&vm);
+    vm.assert_upgrades();
+    assert_whole(&vm);
+}
