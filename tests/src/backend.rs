@@ -36,6 +36,34 @@ impl Backend {
         Self::start(command, socket, "qemu-storage-daemon", "qemu-utils")
     }
 
+    /// virtiofsd, which has made the directory `share`, and serves it as a file system at `socket`.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start.
+    #[must_use]
+    pub fn virtiofsd(share: &Path, socket: &Path) -> Self {
+        std::fs::create_dir(share).unwrap();
+        // Debian's package has it where no PATH leads.
+        let packaged = Path::new("/usr/libexec/virtiofsd");
+        let program = if packaged.exists() {
+            packaged
+        } else {
+            Path::new("virtiofsd")
+        };
+        let mut command = Command::new(program);
+        command.arg("--shared-dir").arg(share);
+        command.arg("--socket-path").arg(socket);
+        // Its other sandbox is a child, and this is about one process.
+        command.args(["--sandbox", "chroot", "--log-level", "error"]);
+        Self::start(
+            command,
+            socket,
+            "virtiofsd",
+            "virtiofsd (Debian 13), or cargo install virtiofsd",
+        )
+    }
+
     fn start(mut command: Command, socket: &Path, program: &str, package: &str) -> Self {
         let child = command.spawn();
         let child = child.unwrap_or_else(|e| panic!("{program}: {e}: apt-get install {package}"));

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 
 use baton_guest::BalloonReport;
 use baton_guest::DiskReport;
+use baton_guest::FsReport;
 use baton_guest::NetReport;
 use baton_guest::Report;
 use baton_guest::ReportError;
@@ -98,6 +99,16 @@ impl Ram {
     #[must_use]
     pub fn balloon(&self) -> BalloonReport {
         self.says(BalloonReport::parse)
+    }
+
+    /// What the guest says of its file system.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn fs(&self) -> FsReport {
+        self.says(FsReport::parse)
     }
 
     /// Bytes of the host that it takes.

@@ -97,6 +97,47 @@ fn a_process_that_does_not_stop_its_rings_costs_the_upgrade_and_not_the_guest() 
     assert_whole(&vm);
 }
 
+const SHARE: &str =
+    "[[vhost_user]]\nid = \"share\"\nkind = \"fs\"\nsocket = \"f.sock\"\ntag = \"home\"\n";
+
+#[test]
+fn a_file_system_loses_no_write_over_thirty_upgrades_and_its_process_stays() {
+    let mut backend = None;
+    let vm = Builder::release()
+        .line(CommandLine::new().fs().console().period_ms(50))
+        .tables(SHARE)
+        .start_in(|site| {
+            let (share, socket) = (site.path("share"), site.path("f.sock"));
+            backend = Some(Backend::virtiofsd(&share, &socket));
+        });
+    let mut backend = backend.unwrap();
+    let works = || {
+        let before = vm.ram.fs().records();
+        until("records", || {
+            (vm.ram.fs().records() > before + 100).then_some(())
+        });
+    };
+    works();
+    let sockets = backend.sockets();
+    for _ in 0..30 {
+        works();
+        vm.assert_upgrades();
+    }
+    works();
+    assert_eq!(backend.sockets(), sockets);
+    assert!(backend.runs());
+    vm.ram.mail(layout::COMMAND_FS_REST);
+    let report = until("rest", || {
+        let report = vm.ram.fs();
+        (report.state == DriverState::Resting).then_some(report)
+    });
+    assert_eq!(report.errors, 0, "{report:?}");
+    let file = std::fs::read(vm.site.path("share/guest")).unwrap();
+    let nonce = vm.ram.report().unwrap().nonce;
+    assert!(report.check(nonce, &file).unwrap() > 100, "{report:?}");
+    vm.ask("audit").expect(0);
+}
+
 #[test]
 fn a_process_that_dies_breaks_its_device_and_nothing_else() {
     let (vm, mut backend) = start(builder());

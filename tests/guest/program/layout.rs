@@ -160,6 +160,30 @@ pub const BALLOON_BYTES: u64 = 16 << 20;
 /// Rings and numbers of pages for the balloon's queues to inflate and deflate, beyond that memory.
 pub const BALLOON_RINGS: u64 = BALLOON_ADDRESS + BALLOON_BYTES;
 
+/// Header: how far the guest is with its file system ([`DRIVER_WORKING`] and kin), with `fs`.
+pub const FS_STATE_OFFSET: usize = 0x3a0;
+/// Header: requests that failed, and replies to none.
+pub const FS_ERRORS_OFFSET: usize = 0x3a8;
+/// Header: the number of the last record that a lane has written.
+#[must_use]
+pub const fn fs_lane_offset(lane: usize) -> usize {
+    0x3c0 + lane * 8
+}
+/// Lanes: requests that are under way at once.
+pub const FS_LANES: usize = 8;
+/// The most records that a lane has in the file.
+pub const FS_LANE_RECORDS: u64 = 64;
+/// Bytes of a record, whose words are [`disk_word`]'s.
+pub const FS_RECORD: u64 = 512;
+/// Rings and buffers, beyond the balloon's.
+pub const FS_ADDRESS: u64 = BALLOON_RINGS + (1 << 20);
+
+/// Where in the file the record of that number of a lane is, in records.
+#[must_use]
+pub const fn fs_place(lane: u64, number: u64) -> u64 {
+    lane + FS_LANES as u64 * (number % FS_LANE_RECORDS)
+}
+
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;
 /// What a frame begins with: to everybody, from an address that nobody has, of a protocol for experiments (IEEE 802,
@@ -332,6 +356,8 @@ pub const COMMAND_HOTPLUG_KEEP: u64 = 17;
 pub const COMMAND_HOTPLUG_YIELD: u64 = 18;
 /// Mailbox: let every device go, whatever is under way.
 pub const COMMAND_HOTPLUG_EJECT: u64 = 19;
+/// Mailbox: begin no further request to the file system.
+pub const COMMAND_FS_REST: u64 = 20;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

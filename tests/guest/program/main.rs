@@ -18,6 +18,7 @@ mod boot;
 mod console;
 mod disk;
 mod entry;
+mod fs;
 mod heartbeat;
 mod hotplug;
 mod interrupts;
@@ -133,6 +134,11 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut fs = if vcpu == 0 {
+        fs::Fs::new(&machine.options, machine.nonce)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
         walker.step(&turn);
@@ -156,6 +162,10 @@ fn run(vcpu: usize) -> ! {
             if let Some(balloon) = &mut balloon {
                 balloon.obey(command);
                 balloon.step();
+            }
+            if let Some(fs) = &mut fs {
+                fs.obey(command);
+                fs.step();
             }
             if let Some(vsock) = &mut vsock {
                 vsock.obey(command);

@@ -22,6 +22,7 @@ pub struct Options {
     pub net_rest: bool,
     pub vsock: Option<u64>,
     pub balloon: bool,
+    pub fs: bool,
 }
 
 impl Options {
@@ -44,6 +45,7 @@ impl Options {
             net_rest: false,
             vsock: None,
             balloon: false,
+            fs: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -57,6 +59,7 @@ impl Options {
                 (b"net_rest", None) => (options.net, options.net_rest) = (true, true),
                 (b"vsock", Some(Some(port))) => options.vsock = Some(port),
                 (b"balloon", None) => options.balloon = true,
+                (b"fs", None) => options.fs = true,
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"hotplug", None) => options.hotplug = true,

@@ -120,6 +120,12 @@ impl CommandLine {
         self.word("balloon".into())
     }
 
+    /// Drives the first virtio file system: makes a file and writes into it.
+    #[must_use]
+    pub fn fs(self) -> Self {
+        self.word("fs".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

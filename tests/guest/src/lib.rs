@@ -42,6 +42,7 @@ mod command_line;
 mod console;
 mod disk;
 mod driver_state;
+mod fs;
 #[path = "../program/layout.rs"]
 pub mod layout;
 mod net;
@@ -53,6 +54,7 @@ pub use command_line::CommandLine;
 pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
 pub use disk::DiskReport;
 pub use driver_state::DriverState;
+pub use fs::FsReport;
 pub use net::{NetPeer, NetReport};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
