@@ -60,7 +60,7 @@ fn forged_sections_with_a_right_digest() {
         ),
         (
             &|sections| drop(sections.pop()),
-            "no saved state for pvpanic",
+            "no saved state for pci-hotplug",
         ),
         (&|sections| sections.push(sections[0].clone()), "came twice"),
         (
