@@ -359,7 +359,7 @@ impl Broker {
             .ok_or_else(out_of_turn)?;
         upgrade.enter(Step::Agree);
         old.phase = Phase::Transferring;
-        old.order_with(&Order::Transfer, &[main.as_fd()])
+        old.order_with(&Order::Transfer { elsewhere: true }, &[main.as_fd()])
             .doing("cannot tell the old worker")?;
         if let Some(outgoing) = upgrade.outgoing_mut() {
             outgoing.stage = Stage::Agreeing;

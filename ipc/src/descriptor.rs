@@ -205,6 +205,14 @@ pub enum DescriptorError {
     /// Seals are missing.
     #[error("guest RAM is not sealed: seals {0:#x}")]
     Seals(u32),
+    /// Seals are not those that were announced.
+    #[error("expected seals {expected:#x}, found {found:#x}")]
+    OtherSeals {
+        /// The seals that were announced.
+        expected: u32,
+        /// The seals of F_GET_SEALS.
+        found: u32,
+    },
     /// Another object of the same kind.
     #[error("another object than the one announced (device {device:#x}, inode {inode})")]
     Identity {
@@ -233,6 +241,8 @@ pub struct Description {
     pub access: Access,
     /// The object's size in bytes (0 for a block device); compared for guest RAM and disks only, since files may grow.
     pub size: u64,
+    /// The seals (F_GET_SEALS, fcntl(2)), of guest RAM only; 0 for everything else.
+    pub seals: u32,
     /// `st_dev` of fstat(2).
     pub device: u64,
     /// `st_ino` of fstat(2).
@@ -278,8 +288,9 @@ impl Description {
                 found: format!("{file_type:?} {device_number:?}"),
             });
         }
+        let mut seals = SealFlags::empty();
         if kind == DescriptorKind::GuestRam {
-            let seals = rustix::fs::fcntl_get_seals(fd)
+            seals = rustix::fs::fcntl_get_seals(fd)
                 .map_err(|e| DescriptorError::examine("F_GET_SEALS", e))?;
             if !seals.contains(RAM_SEALS) {
                 return Err(DescriptorError::Seals(seals.bits()));
@@ -293,9 +304,38 @@ impl Description {
             kind,
             access,
             size: u64::try_from(stat.st_size).unwrap_or(0),
+            seals: seals.bits(),
             device: stat.st_dev,
             inode: stat.st_ino,
         })
+    }
+
+    /// Whether its size is part of what it is: other files may grow.
+    fn has_fixed_size(&self) -> bool {
+        matches!(
+            self.kind,
+            DescriptorKind::GuestRam | DescriptorKind::Disk | DescriptorKind::RamFile
+        )
+    }
+
+    /// Whether both describe one object that is open in one way. Eventfds are all one object to this, taps of a host likewise.
+    #[must_use]
+    pub fn is_of_the_same(&self, other: &Self) -> bool {
+        // Destructured, so that a new field does not compile until somebody compares it.
+        let Self {
+            kind,
+            access,
+            size,
+            seals,
+            device,
+            inode,
+        } = self;
+        *kind == other.kind
+            && *access == other.access
+            && *seals == other.seals
+            && (*device, *inode) == (other.device, other.inode)
+            // A disk's changes when its operator wants it to.
+            && (*kind != DescriptorKind::GuestRam || *size == other.size)
     }
 
     /// Checks that a descriptor that arrived is the one described.
@@ -319,17 +359,36 @@ impl Description {
                 inode: found.inode,
             });
         }
-        let fixed = matches!(
-            self.kind,
-            DescriptorKind::GuestRam | DescriptorKind::Disk | DescriptorKind::RamFile
-        );
-        if fixed && found.size != self.size {
+        if found.seals != self.seals {
+            return Err(DescriptorError::OtherSeals {
+                expected: self.seals,
+                found: found.seals,
+            });
+        }
+        if self.has_fixed_size() && found.size != self.size {
             return Err(DescriptorError::Size {
                 expected: self.size,
                 found: found.size,
             });
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Description {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            kind,
+            access,
+            size,
+            seals,
+            device,
+            inode,
+        } = self;
+        write!(
+            f,
+            "{kind:?}, {access:?}, {size} bytes, seals {seals:#x}, device {device:#x}, inode {inode}"
+        )
     }
 }
 

@@ -131,6 +131,12 @@ impl Registry {
         Ok(entry.fd.as_fd())
     }
 
+    /// What the descriptor of this key is, if there is one.
+    #[must_use]
+    pub fn description(&self, key: &DescriptorKey) -> Option<&Description> {
+        self.entries.get(key).map(|entry| &entry.description)
+    }
+
     /// Hands a descriptor to the device that it was meant for, and out of the registry.
     ///
     /// # Errors

@@ -25,6 +25,8 @@ use sha2::Digest as _;
 use sha2::Sha256;
 use thiserror::Error;
 
+use crate::Description;
+use crate::DescriptorKey;
 use crate::VmId;
 
 /// The first bytes of a state stream.
@@ -135,6 +137,9 @@ pub enum Answer {
     Accept {
         /// Guest state that is needed before the pause (interrupt routes, BARs), as the workers agree on it.
         preview: Vec<u8>,
+        /// The descriptors that it was handed itself, which the new worker compares with those that it is handed. Connections
+        /// of a vsock are among them only if the new worker has another broker: they come and go.
+        entries: Vec<(DescriptorKey, Description)>,
     },
     /// It cannot; nothing has happened.
     Refuse(String),

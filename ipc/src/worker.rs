@@ -48,7 +48,7 @@ use crate::StateDigest;
 use crate::VmId;
 
 /// The version of these messages; a worker of another version is refused before it is given anything.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// The most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 8;
@@ -387,7 +387,10 @@ pub enum Order {
     /// Of the guest's vsock.
     Vsock(VsockOrder),
     /// A new worker will come over the main channel that comes with this.
-    Transfer,
+    Transfer {
+        /// It has another broker, and its descriptors have gone over a socket between the two.
+        elsewhere: bool,
+    },
     /// The transfer is off: close the main channel, and if parked, run the guest again.
     Rollback,
     /// Stop all vCPUs, park the devices, then save and stream without further order.

@@ -76,6 +76,7 @@ use crate::platform::Platform;
 use crate::platform::PlatformError;
 use crate::platform::PlatformParts;
 use crate::platform::VirtioParts;
+use crate::transfer::entries::Entries;
 use crate::vcpu::Inventory;
 use crate::vcpu::Rendezvous;
 use crate::vcpu::VcpuError;
@@ -144,6 +145,8 @@ pub(crate) struct Machinery {
     pub(crate) platform: Platform,
     pub(crate) cpuid: Told,
     pub(crate) console: Console,
+    /// What this worker was handed, but for connections of the vsock.
+    pub(crate) entries: Entries,
     pub(crate) vsock: Option<vsock::Link>,
     pub(crate) balloon: Option<Ballooning>,
     kernel: File,
@@ -455,6 +458,7 @@ pub(crate) fn build(
 ) -> Result<(Machinery, BuildTimes), BuildError> {
     let mut times = BuildTimes::default();
     let since = || clock::monotonic_ns().saturating_sub(origin_ns) / 1000;
+    let entries = Entries::lasting(&registry);
     let registry = &mut registry;
     let kvm = claim(registry, descriptor::KVM, 0, DescriptorKind::Kvm)?;
     let ram_kind = match config.backing {
@@ -558,6 +562,7 @@ pub(crate) fn build(
         vcpus,
         inventory,
         console: Console::new(console, Arc::clone(&platform.serial)),
+        entries,
         vsock,
         balloon,
         platform,

@@ -41,12 +41,14 @@ use rustix::event::Timespec;
 use rustix::io::Errno;
 
 use crate::assembly::Machinery;
+use crate::devices::virtio::vsock;
 use crate::diagnostics::log;
 use crate::platform::Wake;
 use crate::reboot::Restored;
 use crate::rehearsal::ResetState;
 use crate::transfer::incoming::Incoming;
 use crate::transfer::main_channel::MainChannel;
+use crate::transfer::outgoing::Acceptance;
 use crate::transfer::outgoing::Outgoing;
 use crate::transfer::outgoing::Preview;
 use crate::transfer::outgoing::Progress;
@@ -334,11 +336,19 @@ impl Worker {
             };
         }
         let machinery = &self.machinery;
-        let preview = || Preview {
-            cpuid: machinery.cpuid.clone(),
-            pci: machinery.platform.pci.preview(),
+        let acceptance = |elsewhere: bool| {
+            let vsock = machinery.vsock.as_ref().filter(|_| elsewhere);
+            Acceptance {
+                preview: Preview {
+                    cpuid: machinery.cpuid.clone(),
+                    pci: machinery.platform.pci.preview(),
+                },
+                entries: machinery
+                    .entries
+                    .with(vsock.map(vsock::Link::entries).unwrap_or_default()),
+            }
         };
-        match self.outgoing.advance(&self.machine, preview) {
+        match self.outgoing.advance(&self.machine, acceptance) {
             Progress::Waiting => {}
             Progress::Agreed => self.report(Report::Agreed),
             Progress::Ended(reason) => self.fail("agree", reason),

@@ -46,6 +46,7 @@ use crate::rehearsal;
 use crate::rehearsal::RehearsalError;
 use crate::sections;
 use crate::signals;
+use crate::transfer::entries::EntryError;
 use crate::transfer::incoming;
 use crate::transfer::incoming::Incoming;
 use crate::transfer::incoming::IncomingError;
@@ -91,6 +92,9 @@ enum LifeError {
     /// The CPR state does not come.
     #[error("the CPR state has not come within {CPR_TIMEOUT:?}")]
     CprSilent,
+    /// Somebody has put another descriptor in a descriptor's place.
+    #[error(transparent)]
+    Entries(EntryError),
     #[error(transparent)]
     Incoming(#[from] IncomingError),
     #[error("{0}, and the upgrade is refused")]
@@ -122,7 +126,7 @@ impl LifeError {
             | Self::Poll(_)
             | Self::Signals(_) => "hello",
             Self::FirstOrder { .. } => "configure",
-            Self::Cpr(_) | Self::Header { .. } | Self::CprSilent => "hand-over",
+            Self::Cpr(_) | Self::Header { .. } | Self::CprSilent | Self::Entries(_) => "hand-over",
             Self::Incoming(_) | Self::Processor(_) => "agree",
             Self::Restore(_) => "restore",
             Self::Platform(_) | Self::Build(_) => "build",
@@ -192,15 +196,19 @@ fn grow_up(
         Some(main) => Source::Main(MainChannel::new(main)),
         None => Source::Kernel,
     };
-    let preview = match &mut source {
+    let (preview, entries) = match &mut source {
         Source::Main(main) => {
             let offer = sections::offer(machine.clone(), BUILD);
-            Some(incoming::agree(main, &offer, control.as_fd())?)
+            let (preview, entries) = incoming::agree(main, &offer, control.as_fd())?;
+            (Some(preview), Some(entries))
         }
-        Source::File(file) => Some(reboot::preview(file)?),
-        Source::Kernel => None,
+        Source::File(file) => (Some(reboot::preview(file)?), None),
+        Source::Kernel => (None, None),
     };
     let registry = descriptors(&cpr, control, &config)?;
+    entries
+        .map_or(Ok(()), |entries| entries.compare(&registry))
+        .map_err(LifeError::Entries)?;
     let wake = Arc::new(Wake::new()?);
     let trigger: Arc<dyn Trigger> = Arc::clone(&wake) as Arc<dyn Trigger>;
     let gap = match &source {

@@ -28,7 +28,7 @@ impl Worker {
     pub(crate) fn obey(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<(), Exit> {
         let main = if matches!(
             order,
-            Order::Transfer | Order::Vsock(_) | Order::Save | Order::Lend(..)
+            Order::Transfer { .. } | Order::Vsock(_) | Order::Save | Order::Lend(..)
         ) {
             descriptors.pop()
         } else {
@@ -91,11 +91,13 @@ impl Worker {
             (Order::Resize { slot, bytes }, Phase::Running | Phase::Paused) => {
                 self.resize(*slot, *bytes);
             }
-            (Order::Transfer, Phase::Running | Phase::Paused) => match main {
+            (Order::Transfer { elsewhere }, Phase::Running | Phase::Paused) => match main {
                 Some(_) if !matches!(self.outgoing, Outgoing::Idle) => {
                     self.fail("transfer", "an upgrade is under way already".to_owned());
                 }
-                Some(main) => self.outgoing = Outgoing::begin(MainChannel::new(main)),
+                Some(main) => {
+                    self.outgoing = Outgoing::begin(MainChannel::new(main), *elsewhere);
+                }
                 None => self.fail("transfer", "no main channel came with the order".to_owned()),
             },
             (Order::Park, Phase::Running | Phase::Paused) => {

@@ -222,7 +222,7 @@ fn an_order_that_does_not_fit_changes_nothing() {
     }
     worker.order(&Order::Park);
     worker.expect_failed("park");
-    worker.order(&Order::Transfer);
+    worker.order(&Order::Transfer { elsewhere: false });
     worker.expect_failed("transfer");
     harness::assert_goes_on(&vm, &before);
 }

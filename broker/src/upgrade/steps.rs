@@ -70,7 +70,7 @@ impl Broker {
             .as_mut()
             .ok_or_else(|| unfit("there is no worker", ""))?;
         old.phase = Phase::Transferring;
-        old.order_with(&Order::Transfer, &[old_end.as_fd()])
+        old.order_with(&Order::Transfer { elsewhere: false }, &[old_end.as_fd()])
             .doing("cannot tell the old worker")?;
         nascent.deadline = Instant::now() + self.deadlines.of(Step::Agree);
         // Both ends close here: each worker sees the other's end, and the broker can read neither.

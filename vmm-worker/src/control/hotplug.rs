@@ -12,6 +12,7 @@ use crate::assembly;
 use crate::control::Phase;
 use crate::control::Worker;
 use crate::sections;
+use crate::transfer::entries::Entries;
 
 impl Worker {
     /// A descriptor of the device that comes next.
@@ -39,11 +40,13 @@ impl Worker {
     }
 
     fn join(&mut self, config: &VirtioConfig, lent: Registry) -> Result<(), String> {
+        let entries = Entries::lasting(&lent);
         let parts = assembly::newcomer(config, lent).map_err(|error| error.to_string())?;
         self.machinery
             .platform
             .join(&self.machinery.pool, parts)
             .map_err(|error| error.to_string())?;
+        self.machinery.entries.join(entries);
         self.count_devices();
         Ok(())
     }
@@ -61,6 +64,7 @@ impl Worker {
         let machinery = &mut self.machinery;
         match machinery.platform.leave(&machinery.pool, slot) {
             Ok(()) => {
+                machinery.entries.leave(slot);
                 self.count_devices();
                 self.report(Report::Unplugged { slot });
             }

@@ -18,6 +18,7 @@ use rustix::event::Timespec;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::entries::Entries;
 use super::main_channel::MainChannel;
 use super::main_channel::MainError;
 use super::outgoing::Preview;
@@ -83,7 +84,7 @@ pub(crate) enum IncomingError {
     FailPoint(String),
 }
 
-/// Offers to take the guest over, and waits for the old worker's answer. `control` ends the wait: nothing belongs there
+/// Offers to take the guest over, and waits for the old worker's answer, which also names the descriptors that that one has. `control` ends the wait: nothing belongs there
 /// now but a hang-up.
 ///
 /// # Errors
@@ -93,7 +94,7 @@ pub(crate) fn agree(
     main: &mut MainChannel,
     offer: &Offer,
     control: BorrowedFd<'_>,
-) -> Result<Preview, IncomingError> {
+) -> Result<(Preview, Entries), IncomingError> {
     fail_point!(Agree).map_err(IncomingError::FailPoint)?;
     main.send(&Frame::encode(offer)?, SEND_TIMEOUT)?;
     let begun = Instant::now();
@@ -123,9 +124,10 @@ pub(crate) fn agree(
         match frame.push::<Answer>(bytes)? {
             None => {}
             Some(Answer::Refuse(reason)) => return Err(IncomingError::Refused(reason)),
-            Some(Answer::Accept { preview }) => {
-                return baton_ipc::channel::decode(&preview)
-                    .map_err(|e| IncomingError::Preview(e.to_string()));
+            Some(Answer::Accept { preview, entries }) => {
+                let preview = baton_ipc::channel::decode(&preview)
+                    .map_err(|e| IncomingError::Preview(e.to_string()))?;
+                return Ok((preview, Entries::said(entries)));
             }
         }
     }

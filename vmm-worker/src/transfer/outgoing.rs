@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+use baton_ipc::Description;
+use baton_ipc::DescriptorKey;
 use baton_ipc::state_stream::Answer;
 use baton_ipc::state_stream::Frame;
 use baton_ipc::state_stream::Machine;
@@ -38,9 +40,20 @@ pub(crate) enum Outgoing {
     /// No transfer.
     Idle,
     /// The offer has not come whole.
-    Offered(MainChannel, Frame),
+    Offered {
+        main: MainChannel,
+        frame: Frame,
+        /// The new worker has another broker.
+        elsewhere: bool,
+    },
     /// Both sides agree.
     Agreed(MainChannel),
+}
+
+/// What an accepted offer is answered with.
+pub(crate) struct Acceptance {
+    pub(crate) preview: Preview,
+    pub(crate) entries: Vec<(DescriptorKey, Description)>,
 }
 
 /// What came of bytes on the main channel.
@@ -55,26 +68,35 @@ pub(crate) enum Progress {
 }
 
 impl Outgoing {
-    /// Begins.
-    pub(crate) fn begin(main: MainChannel) -> Self {
-        Self::Offered(main, Frame::default())
+    /// Begins, with a worker of another broker if that is `elsewhere`.
+    pub(crate) fn begin(main: MainChannel, elsewhere: bool) -> Self {
+        Self::Offered {
+            main,
+            frame: Frame::default(),
+            elsewhere,
+        }
     }
 
     /// The main channel, while there is something to wait for on it.
     pub(crate) fn awaited(&self) -> Option<&MainChannel> {
         match self {
-            Self::Offered(main, _) => Some(main),
+            Self::Offered { main, .. } => Some(main),
             Self::Idle | Self::Agreed(_) => None,
         }
     }
 
-    /// Takes what has come. `preview` is asked for when the offer is accepted.
+    /// Takes what has come. `acceptance` is asked for when the offer is accepted, and told whether the new worker is elsewhere.
     pub(crate) fn advance(
         &mut self,
         ours: &Machine,
-        preview: impl FnOnce() -> Preview,
+        acceptance: impl FnOnce(bool) -> Acceptance,
     ) -> Progress {
-        let Self::Offered(main, frame) = self else {
+        let Self::Offered {
+            main,
+            frame,
+            elsewhere,
+        } = self
+        else {
             return Progress::Waiting;
         };
         let received = match main.receive() {
@@ -90,16 +112,19 @@ impl Outgoing {
             Err(error) => Err(error),
         };
         let answer = match &refused {
-            Ok(()) => postcard::to_stdvec(&preview())
-                .map(|preview| Answer::Accept { preview })
-                .map_err(|e| e.to_string()),
+            Ok(()) => {
+                let Acceptance { preview, entries } = acceptance(*elsewhere);
+                postcard::to_stdvec(&preview)
+                    .map(|preview| Answer::Accept { preview, entries })
+                    .map_err(|e| e.to_string())
+            }
             Err(reason) => Ok(Answer::Refuse(reason.clone())),
         };
         let sent = answer
             .and_then(|answer| Frame::encode(&answer).map_err(|e| e.to_string()))
             .and_then(|bytes| main.send(&bytes, SEND_TIMEOUT).map_err(|e| e.to_string()));
         match (refused.and(sent), std::mem::replace(self, Self::Idle)) {
-            (Ok(()), Self::Offered(main, _)) => {
+            (Ok(()), Self::Offered { main, .. }) => {
                 *self = Self::Agreed(main);
                 Progress::Agreed
             }

@@ -268,7 +268,7 @@ impl Worker {
         self.control
             .as_ref()
             .unwrap()
-            .send_with(&Order::Transfer, &[main.as_fd()])
+            .send_with(&Order::Transfer { elsewhere: false }, &[main.as_fd()])
             .unwrap();
     }
 

@@ -233,7 +233,7 @@ impl Granted {
                     self.more.extend(descriptors);
                     let found = match order {
                         Order::Start => "start",
-                        Order::Transfer => "transfer",
+                        Order::Transfer { .. } => "transfer",
                         Order::Rollback => "rollback",
                         _ => "another",
                     };

@@ -22,6 +22,7 @@ mod table;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -32,6 +33,10 @@ use std::sync::Weak;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
+use baton_ipc::Description;
+use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
+use baton_ipc::descriptor;
 use baton_ipc::worker::VsockConfig;
 use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::VsockReport;
@@ -180,6 +185,23 @@ impl Link {
     pub fn settle(&self) {
         let table = self.0.table();
         self.0.leave(table);
+    }
+
+    /// The sockets of the connections that there are, as the broker names them, and what they are.
+    #[must_use]
+    pub fn entries(&self) -> Vec<(DescriptorKey, Description)> {
+        let table = self.0.table();
+        let sockets = table.connections.values().filter_map(|one| {
+            let Socket { id, fd } = one.socket.as_ref()?;
+            let key = DescriptorKey::new(descriptor::VSOCK, *id).ok()?;
+            Some((
+                key,
+                Description::of(DescriptorKind::Stream, fd.as_fd()).ok()?,
+            ))
+        });
+        let entries = sockets.collect();
+        self.0.leave(table);
+        entries
     }
 
     /// The guest is this worker's: sockets that its state did not name have no connection any more.
