@@ -9,12 +9,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
 
+use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
 use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::transfer::GuestMachine;
 use baton_ipc::transfer::Hotplugged;
+use baton_ipc::worker::MAX_VSOCK_CONNECTIONS;
 use baton_ipc::worker::RamBacking;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -98,7 +100,7 @@ pub(crate) fn devices(
     all
 }
 
-/// Whether the descriptors are those that this machine has, no more and no fewer, each granted by policy and the very file
+/// Whether the descriptors are those that this machine has, no more and no fewer but connections of its vsock, each granted by policy and the very file
 /// that the VM file names. Kind, access, size, seals and identity were compared with their descriptions on arrival.
 pub(crate) fn check(
     vm: &VmFile,
@@ -112,8 +114,15 @@ pub(crate) fn check(
             .find(key, *kind)
             .map_err(|e| unfit(format_args!("the CPR state: {e}"), ""))?;
     }
+    let has_vsock = vm.vsock.is_some();
+    let connection = |key: &DescriptorKey, description: &Description| {
+        has_vsock
+            && key.name() == descriptor::VSOCK
+            && key.id() < MAX_VSOCK_CONNECTIONS
+            && description.kind == DescriptorKind::Stream
+    };
     for (key, description, fd) in registry.iter() {
-        if !wanted.contains_key(key) {
+        if !wanted.contains_key(key) && !connection(key, description) {
             return Err(unfit(
                 format_args!(
                     "the CPR state has a descriptor {key} that the VM file has no use for"
@@ -211,7 +220,7 @@ fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKi
                 let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
                 want(name, config.slot.into(), kind)?;
             }
-            // A VM with a vsock is refused before anything is compared.
+            // A vsock has as many as there are connections.
             VirtioKind::Entropy | VirtioKind::Balloon | VirtioKind::Vsock(_) => {}
         }
         for queue in 0..config.device.queues() {

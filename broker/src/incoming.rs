@@ -110,6 +110,8 @@ pub(crate) struct Incoming {
     console: Option<OwnedFd>,
     /// What keeps its taps from other VMs.
     claims: Vec<OwnedFd>,
+    /// Where programs of the host reach its vsock.
+    vsock: Option<OwnedFd>,
     /// The file that the console is copied to.
     file: Option<File>,
     paused: bool,
@@ -126,6 +128,7 @@ impl Incoming {
             offer: None,
             console: None,
             claims: Vec::new(),
+            vsock: None,
             file: None,
             paused: channels.paused,
             deadline: None,
@@ -338,6 +341,12 @@ impl Broker {
                                         "",
                                     ));
                                 }
+                            }
+                            None
+                        }
+                        Some((ToNew::VsockListener, listener)) => {
+                            if let Some(incoming) = &mut self.incoming {
+                                incoming.vsock = listener.into_iter().next();
                             }
                             None
                         }

@@ -9,6 +9,7 @@
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -47,7 +48,6 @@ use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
 use crate::upgrade::Upgrade;
-use crate::vm_file::VmFile;
 use crate::worker::Phase;
 use crate::worker::Worker;
 
@@ -148,8 +148,8 @@ impl Broker {
     ) -> Result<()> {
         let clock = PhaseClock::start(Instant::now());
         self.check_old()?;
-        refuse_vsock(&self.vm)?;
         self.refuse_loose_nodes()?;
+        self.check_vsock_place()?;
         if !matches!(main, Address::Unix(_)) {
             return Err(unfit(
                 format_args!("cannot connect to {main}"),
@@ -163,6 +163,20 @@ impl Broker {
         }
         begun?;
         self.hold_upgrade(hold);
+        Ok(())
+    }
+
+    /// A socket in the directory that the two brokers exchange would not be where it was.
+    fn check_vsock_place(&self) -> Result<()> {
+        let parent = self.vsock.as_ref().and_then(|vsock| vsock.path().parent());
+        let parent = parent.and_then(|parent| std::fs::metadata(parent).ok());
+        let parent = parent.map(|parent| (parent.dev(), parent.ino()));
+        if parent == Some(self.directory.identity()) {
+            return Err(unfit(
+                "vsock.socket lies in the VM's own run directory, which the other broker replaces",
+                "have it elsewhere",
+            ));
+        }
         Ok(())
     }
 
@@ -300,6 +314,12 @@ impl Broker {
             outgoing
                 .link
                 .send_with(&ToNew::Claim, &[claim.as_fd()])
+                .doing(cannot)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            outgoing
+                .link
+                .send_with(&ToNew::VsockListener, &[vsock.listener().as_fd()])
                 .doing(cannot)?;
         }
         let console = self.console.as_ref().map(crate::console::Console::guest);
@@ -441,6 +461,7 @@ impl Broker {
             uptime_us: micros(self.began.elapsed()),
             resets_asked: self.resets_asked,
             panicked: self.panicked,
+            connections: crate::vsock::handover::connections(&self.registry),
         };
         if let Err(error) = outgoing.link.send(&ToNew::Committed(committed)) {
             complain(&unfit(
@@ -459,15 +480,21 @@ impl Broker {
     ) {
         new.give_back();
         self.log.end();
-        let parts = self.console.take().map(crate::console::Console::into_parts);
+        let vsock = self.vsock.take().map(crate::vsock::Vsock::into_parts);
+        let vsock = vsock.into_iter().flatten();
+        let vsock = vsock
+            .map(|(part, socket)| (ToNew::Vsock(part), socket.into_iter().collect::<Vec<_>>()));
+        let console = self.console.take().map(crate::console::Console::into_parts);
+        let console = console.into_iter().flatten();
+        let console = console.map(|(part, descriptors)| (ToNew::Console(part), descriptors));
         let mut told = outgoing.link.send(&ToNew::Ended(Box::new(outcome.clone())));
-        for (part, descriptors) in parts.into_iter().flatten() {
+        for (part, descriptors) in vsock.chain(console) {
             if told.is_err() {
                 // The rest is closed, and its owners see that.
                 break;
             }
             let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-            told = outgoing.link.send_with(&ToNew::Console(part), &borrowed);
+            told = outgoing.link.send_with(&part, &borrowed);
         }
         if let Err(error) = told {
             complain(&unfit(
@@ -485,17 +512,6 @@ impl Broker {
         self.paused = false;
         self.state = VmState::Postmigrate;
         self.linger = Some(Instant::now() + LINGER);
-    }
-}
-
-/// A socket device has connections that its broker holds.
-pub(crate) fn refuse_vsock(vm: &VmFile) -> Result<()> {
-    match vm.vsock {
-        None => Ok(()),
-        Some(_) => Err(unfit(
-            "a VM with a vsock cannot go to another broker: its connections would be lost",
-            "`baton upgrade` replaces its worker and keeps them",
-        )),
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::path::PathBuf;
 
 use baton_audit::AuditLog;
 use baton_ipc::Access;
@@ -429,9 +430,19 @@ pub(crate) fn listen_vsock(
     policy: &Policy,
     log: &mut AuditLog,
 ) -> Result<Option<Vsock>> {
-    let Some(VsockSection { socket, .. }) = vsock else {
+    let Some(vsock) = vsock else {
         return Ok(None);
     };
+    let resolved = vsock_place(vsock, policy)?;
+    let listening = Vsock::listen(&resolved)?;
+    let record = json!({"descriptor": "vsock listener", "path": resolved});
+    log.write("open", &record).recorded()?;
+    Ok(Some(listening))
+}
+
+/// The path of a vsock's socket, without symbolic links in its directories, if policy grants it.
+pub(crate) fn vsock_place(vsock: &VsockSection, policy: &Policy) -> Result<PathBuf> {
+    let VsockSection { socket, .. } = vsock;
     let directory = socket.parent().unwrap_or(Path::new("/")).canonicalize();
     let directory = directory.map_err(|e| {
         unfit(
@@ -448,10 +459,7 @@ pub(crate) fn listen_vsock(
             "",
         ));
     }
-    let listening = Vsock::listen(&resolved)?;
-    let record = json!({"descriptor": "vsock listener", "path": resolved});
-    log.write("open", &record).recorded()?;
-    Ok(Some(listening))
+    Ok(resolved)
 }
 
 /// Opens a file for reading, without waiting for anybody at the other end of a pipe that lies there instead.

@@ -19,6 +19,11 @@ impl SocketFile {
             identity: identity_of(path)?,
         })
     }
+
+    /// Leaves it to another process.
+    pub(crate) fn leave(mut self) {
+        self.path = PathBuf::new();
+    }
 }
 
 impl Drop for SocketFile {
@@ -37,6 +42,15 @@ fn identity_of(path: &Path) -> std::io::Result<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_left_to_another_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        std::fs::write(&path, b"").unwrap();
+        SocketFile::at(&path).unwrap().leave();
+        assert!(path.exists());
+    }
 
     #[test]
     fn only_what_was_bound_is_removed() {

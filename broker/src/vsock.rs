@@ -7,6 +7,9 @@
 //!
 //! Policy permits each by its path, and so by its port. A worker gets connected sockets and nothing else. The registry has
 //! each for as long as the worker has not said that it is closed, so that it is in every CPR state.
+//! While the guest goes to another broker nobody accepts and nobody connects (`handover`).
+
+pub(crate) mod handover;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -66,7 +69,9 @@ pub(crate) struct Vsock {
     path: PathBuf,
     listener: OwnedFd,
     /// Goes with this.
-    _file: SocketFile,
+    file: SocketFile,
+    /// The guest is on its way to another broker: who wants a connection waits until somebody has it.
+    held: bool,
     callers: Vec<Caller>,
     /// What the guest has asked for: ticket and port.
     asked: VecDeque<(u32, u32)>,
@@ -141,11 +146,17 @@ impl Vsock {
                     "it has to be a path where this user can make a socket, and where nothing is yet",
                 )
             })?;
+        Self::resume(path, listener)
+    }
+
+    /// Listens on a socket that was bound at `path`, and owns that from now on.
+    pub(crate) fn resume(path: &Path, listener: OwnedFd) -> Result<Self> {
         let file = SocketFile::at(path).doing(format_args!("cannot examine {}", path.display()))?;
         Ok(Self {
             path: path.to_owned(),
             listener,
-            _file: file,
+            file,
+            held: false,
             callers: Vec::new(),
             asked: VecDeque::new(),
             allowance: BURST,
@@ -155,8 +166,9 @@ impl Vsock {
 
     /// What to poll for reading.
     pub(crate) fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let room = self.callers.len() < MAX_CALLERS;
+        let room = self.callers.len() < MAX_CALLERS && !self.held;
         let speaking = self.callers.iter().filter(|caller| caller.port.is_none());
+        let speaking = speaking.filter(|_| !self.held);
         let listener = room.then(|| self.listener.as_fd());
         listener
             .into_iter()
@@ -165,10 +177,23 @@ impl Vsock {
 
     /// When it is to be looked at without being ready.
     pub(crate) fn deadline(&self) -> Option<Instant> {
+        if self.held {
+            return None;
+        }
         let waiting = !self.asked.is_empty() || self.callers.iter().any(|one| one.port.is_some());
         let retry = waiting.then(|| Instant::now() + RETRY);
         let speaking = self.callers.iter().filter(|one| one.port.is_none());
         speaking.map(|one| one.by).chain(retry).min()
+    }
+
+    /// Lets everybody wait, or no longer.
+    fn hold(&mut self, held: bool) {
+        if self.held && !held {
+            // Nobody has listened to them meanwhile.
+            let by = Instant::now() + PATIENCE;
+            self.callers.iter_mut().for_each(|caller| caller.by = by);
+        }
+        self.held = held;
     }
 
     /// Takes in who is at the door, and hears what they want.
@@ -276,7 +301,12 @@ impl Broker {
 
     /// Makes the connections that the guest and the host's programs ask for.
     pub(crate) fn advance_vsock(&mut self) {
+        let leaving = self.upgrade.as_ref().and_then(Upgrade::outgoing).is_some();
         if let Some(vsock) = &mut self.vsock {
+            vsock.hold(leaving);
+            if leaving {
+                return;
+            }
             vsock.hear_callers();
         }
         // In other phases nobody takes orders. A guest that stands still finds its connections later.

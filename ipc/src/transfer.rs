@@ -8,7 +8,7 @@
 //! old broker                                              new broker
 //!   │ preamble + link + cpr                                  │  peers' user ids compared on both sides
 //!   │                                                  hello │
-//!   │ claim of each tap                                      │
+//!   │ claim of each tap; the vsock's listening socket        │
 //!   │ offer: nonce, VM, generation, machine; console         │
 //!   │ (cpr) every descriptor                                 │  compared with its own VM file, checked by fstat
 //!   │                                               deferred │  only until `migrate-incoming`
@@ -20,6 +20,7 @@
 //!   │ … the old broker alone arbitrates the pause over that socket …
 //!   │ committed                                              │  takes over name and listening paths
 //!   │ ended: the audit log is yours                          │
+//!   │ the vsock's callers                                    │
 //!   │ console bytes, listeners; hang-up                      │  reads the console from here on
 //! ```
 //!
@@ -41,7 +42,7 @@ use crate::worker::VirtioKind;
 /// The first bytes on the cpr socket.
 pub const MAGIC: [u8; 4] = crate::cpr::MAGIC;
 /// The version of this exchange, little-endian after the magic.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of the preamble: magic and version.
 pub const PREAMBLE: usize = 8;
 /// Bytes of the nonce by which the main connection is known to belong to the same transfer.
@@ -263,6 +264,8 @@ pub struct Committed {
     pub resets_asked: u32,
     /// It stands still because it has panicked.
     pub panicked: bool,
+    /// Connections of the vsock that were not closed since they were handed over: the ids of their descriptors.
+    pub connections: Vec<u32>,
 }
 
 /// A piece of the console.
@@ -278,6 +281,15 @@ pub enum ConsolePart {
     Behind(Vec<u8>),
 }
 
+/// Who wants a connection of the guest's vsock, and has none yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VsockPart {
+    /// A program of the host, with what was read of its line so far. Comes with its socket.
+    Caller(Vec<u8>),
+    /// The guest: the tickets by which its worker asks, and the ports of the host.
+    Asked(Vec<(u32, u32)>),
+}
+
 /// What the old broker says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToNew {
@@ -290,12 +302,17 @@ pub enum ToNew {
     Committed(Committed),
     /// A piece of the console.
     Console(ConsolePart),
+    /// Somebody at the vsock.
+    Vsock(VsockPart),
     /// The end of it: the audit log is yours, and this is what it says last.
     Ended(Box<UpgradeOutcome>),
     /// The transfer is off, and why. The old worker runs the guest.
     Cancelled(String),
     /// Before the offer, for each of the VM's taps: comes with what keeps that tap from other VMs.
     Claim,
+    /// Before the offer: comes with the socket on which programs of the host reach the guest's vsock. Whoever has the guest
+    /// accepts there; until the commit nobody does.
+    VsockListener,
 }
 
 /// What the new broker says.
@@ -408,7 +425,7 @@ mod tests {
         for (bytes, words) in [
             (*b"QCPR\0\0\0\x01", "QEMU"),
             (*b"HELO\x01\0\0\0", "bad magic 48454c4f"),
-            (*b"BCPR\x02\0\0\0", "version 2"),
+            (*b"BCPR\x01\0\0\0", "version 1"),
         ] {
             let error = check_preamble(bytes).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

@@ -108,7 +108,7 @@ fn a_qemu_a_probe_and_noise_are_refused_by_name_and_the_waiting_goes_on() {
         (&b"QCPR\0\0\0\x01\x01\0\0\0\x05"[..], "a QEMU's CPR state"),
         (b"HELO\0\0\0\x01", "bad magic 48454c4f"),
         (b"BCPR\x09\0\0\0", "version 9"),
-        (b"BCPR\x01\0\0\0", "link did not come"),
+        (b"BCPR\x02\0\0\0", "link did not come"),
         (b"BC", "too short"),
         (b"", "without a word"),
     ] {

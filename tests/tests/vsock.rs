@@ -21,9 +21,12 @@ use baton_guest::DriverState;
 use baton_guest::VsockReport;
 use baton_guest::layout;
 use baton_tests::Builder;
+use baton_tests::Qmp;
 use baton_tests::Site;
 use baton_tests::Vm;
+use baton_tests::transfer::channel;
 use baton_tests::until;
+use serde_json::json;
 
 /// The port of the host that the guest connects to.
 const PORT: u32 = 52;
@@ -234,6 +237,144 @@ fn connections_are_made_while_workers_are_replaced() {
     until("the worker has closed all", || {
         (audited(&vm) == 0).then_some(())
     });
+}
+
+#[test]
+fn connections_of_both_sides_stay_over_transfers_to_other_brokers() {
+    let mut accepted = None;
+    let mut vm = builder().start_in(|site| accepted = Some(listener(site)));
+    let (theirs, _) = accepted.unwrap().accept().unwrap();
+    let (ours, _) = call(&vm, 7);
+    let (theirs, ours) = (Talk::new(patient(theirs)), Talk::new(ours));
+    let upgrade_broker = |vm: &mut Vm| {
+        let old = vm.broker;
+        let document = vm.baton("upgrade", ["--broker"]).expect(0).json();
+        assert_eq!(document["outcome"], "committed", "{document}");
+        vm.broker = i32::try_from(document["broker_pid"].as_i64().unwrap()).unwrap();
+        until("the old broker ends", || {
+            (!baton_tests::is_alive(old)).then_some(())
+        });
+    };
+    for _ in 0..3 {
+        theirs.wait_for(500);
+        ours.wait_for(500);
+        vm.assert_transfers();
+        upgrade_broker(&mut vm);
+        // Whoever has the guest accepts at the same path.
+        let (mut third, _) = call(&vm, 8);
+        third.write_all(b"third").unwrap();
+        let mut back = [0; 5];
+        third.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"third");
+    }
+    vm.assert_upgrades();
+    theirs.wait_for(500);
+    ours.wait_for(500);
+    until("the third ones have ended", || {
+        (audited(&vm) == 2).then_some(())
+    });
+    assert!(theirs.finish() > 3_000 && ours.finish() > 3_000);
+    let report = wait_for(&vm, "the end of both", |vsock| vsock.open == 0);
+    assert_eq!((report.wrong, report.refused), (0, 0), "{report:?}");
+    until("the worker has closed both", || {
+        (audited(&vm) == 0).then_some(())
+    });
+    assert!(vm.site.path("v").exists());
+    vm.end().expect(0);
+    assert!(!vm.site.path("v").exists());
+}
+
+#[test]
+fn who_wants_a_connection_while_the_guest_moves_gets_it_from_whoever_has_the_guest() {
+    for completes in [true, false] {
+        let mut vm = builder().start();
+        wait_for(&vm, "a refusal", |vsock| vsock.refused == 1);
+        let listener = listener(&vm.site);
+        listener.set_nonblocking(true).unwrap();
+        // One has said half of what it wants, and one connection is closed on the way.
+        let mut early = patient(UnixStream::connect(vm.site.path("v")).unwrap());
+        early.write_all(b"CONN").unwrap();
+        let (closing, _) = call(&vm, 6);
+        let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
+        let name = format!("{}.incoming", vm.site.name);
+        let (mut old, mut new) = (Qmp::connect(&vm), Qmp::connect_to(&vm, &name));
+        old.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        old.done("migrate", json!({"channels": waiting.channels()}));
+        until("the new side has the CPR state", || {
+            let names = new.event_names_now();
+            names.contains(&"MIGRATION setup".to_owned()).then_some(())
+        });
+        early.write_all(b"ECT 7\n").unwrap();
+        drop(closing);
+        vm.ram.mail(layout::COMMAND_VSOCK_CONNECT);
+        let mut late = patient(UnixStream::connect(vm.site.path("v")).unwrap());
+        late.write_all(b"CONNECT 8\n").unwrap();
+        wait_for(&vm, "the end of the closed one", |vsock| vsock.open == 0);
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(listener.accept().is_err(), "nobody connects meanwhile");
+
+        if completes {
+            let channels = json!({"channels": [channel("main", &waiting.main)]});
+            new.done("migrate-incoming", channels);
+            assert_eq!(old.migrated()["status"], "completed");
+        } else {
+            old.done("migrate_cancel", json!({}));
+            assert_eq!(old.migrated()["status"], "cancelled");
+        }
+        drop((old, new));
+        if completes {
+            vm.assert_taken_over(&waiting);
+        } else {
+            vm.assert_nobody_waits(&waiting);
+        }
+        for stream in [&mut early, &mut late] {
+            let mut word = [0; 3];
+            stream.read_exact(&mut word).unwrap();
+            assert_eq!(&word, b"OK ");
+        }
+        let (mut asked, _) = until("the guest's connection", || listener.accept().ok());
+        asked.set_nonblocking(false).unwrap();
+        asked.write_all(b"hello").unwrap();
+        let mut back = [0; 5];
+        patient(asked.try_clone().unwrap())
+            .read_exact(&mut back)
+            .unwrap();
+        assert_eq!(&back, b"hello");
+        until("the closed one is gone", || {
+            (audited(&vm) == 3).then_some(())
+        });
+        vm.assert_transfers();
+    }
+}
+
+#[test]
+fn another_vsock_on_the_new_side_is_refused_and_the_socket_stays_the_old_ones() {
+    let mut vm = builder().start();
+    let before = vm.witness();
+    let file = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    let without = file.split_once("[vsock]").unwrap().0.to_owned();
+    for (text, words) in [
+        (
+            file.replace("socket = \"v\"", "socket = \"w\""),
+            "vsock.socket: the running VM has ",
+        ),
+        (file.replace("cid = 3", "cid = 4"), "device 1: "),
+        (without, "device 1: "),
+    ] {
+        assert_ne!(text, file);
+        vm.site.write("other.toml", text);
+        let waiting = vm.wait_from("other.toml", &[]);
+        let mut qmp = Qmp::connect(&vm);
+        let info = vm.migrate_to(&mut qmp, &waiting);
+        assert_eq!(info["status"], "failed", "{info}");
+        let reason = info["error-desc"].as_str().unwrap();
+        assert!(reason.contains(words), "{words}: {reason}");
+        vm.assert_nobody_waits(&waiting);
+        vm.assert_goes_on(&before);
+        // Still there, and still answered.
+        call(&vm, 9);
+    }
+    vm.assert_transfers();
 }
 
 #[test]

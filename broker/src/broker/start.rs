@@ -73,9 +73,6 @@ impl Broker {
                 "choose another console.kind, or run it without --detach",
             ));
         }
-        if options.incoming.is_some() {
-            crate::outgoing::refuse_vsock(&vm)?;
-        }
         let other = options
             .successor_of
             .as_ref()

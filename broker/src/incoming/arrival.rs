@@ -124,6 +124,13 @@ impl Broker {
         crate::guest_machine::check(&self.vm, &self.rules.policy, registry, machine)?;
         let claims = self.incoming.iter().flat_map(|one| &one.claims);
         crate::taps::check_claims(&self.vm.net.0, claims)?;
+        if let Some(vsock) = &self.vm.vsock {
+            let path = crate::resources::vsock_place(vsock, &self.rules.policy)?;
+            let listener = self.incoming.as_ref().and_then(|one| one.vsock.as_ref());
+            crate::vsock::handover::check_listener(listener, &path)?;
+            let record = json!({"descriptor": "vsock listener", "path": path});
+            self.log.write("received", &record).recorded()?;
+        }
         for (key, description, _) in registry.iter() {
             self.log
                 .write(

@@ -23,6 +23,7 @@ use crate::console::Console;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
+use crate::vsock::Vsock;
 use crate::worker::Phase;
 use crate::worker::Worker;
 
@@ -83,6 +84,8 @@ impl Broker {
             // It answers only when it has the guest.
             Ok(Some(Report::Status(_))) => {
                 let committed = Committed {
+                    // Which it has closed by now is not known; their ids are not used again.
+                    connections: crate::vsock::handover::connections(&self.registry),
                     paused: false,
                     uptime_us: 0,
                     resets_asked: 0,
@@ -134,7 +137,13 @@ impl Broker {
                 self.pausing = worker.order(&Order::Pause).is_ok();
             }
         }
+        crate::vsock::handover::forget_others(&mut self.registry, &committed.connections);
         let incoming = self.incoming.as_mut()?;
+        if let (Some(listener), Some(vsock)) = (incoming.vsock.take(), &self.vm.vsock) {
+            let resumed = crate::resources::vsock_place(vsock, &self.rules.policy)
+                .and_then(|path| Vsock::resume(&path, listener));
+            self.vsock = resumed.map_err(|refusal| complain(&refusal)).ok();
+        }
         let console = Console::resume(incoming.console.take()?, incoming.file.take());
         console.map_err(|refusal| complain(&refusal)).ok()
     }
@@ -155,6 +164,11 @@ impl Broker {
                     if let Some(console) = &mut console {
                         let taken = console.take_part(part, descriptors, self.directory.path());
                         taken.unwrap_or_else(|refusal| complain(&refusal));
+                    }
+                }
+                Ok(Received::Message(ToNew::Vsock(part), socket)) => {
+                    if let Some(vsock) = &mut self.vsock {
+                        vsock.take_part(part, socket.into_iter().next());
                     }
                 }
                 Ok(Received::Empty) if Instant::now() <= by => {

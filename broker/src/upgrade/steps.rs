@@ -201,6 +201,8 @@ impl Broker {
             // Whoever has it holds it; what is said of that comes with its event.
             (self.paused, self.panicked) = (true, true);
         }
+        // Which connections there are goes over with the name.
+        facts.vsock.iter().for_each(|said| self.vsock_said(*said));
         if let (PauseEnd::Committed, Some(outgoing)) = (&end, &mut outgoing) {
             self.hand_name_over(outgoing);
         }
@@ -241,7 +243,6 @@ impl Broker {
             None => {}
         }
         // Each of these whatever becomes of the others: the guest's fate is decided.
-        facts.vsock.iter().for_each(|said| self.vsock_said(*said));
         self.news.said = facts.balloon.or(self.news.said);
         let published = match handed_to {
             None => self.publish(),
