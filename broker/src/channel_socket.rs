@@ -1,8 +1,10 @@
 //! The sockets on which a migration's channels come in, and go out.
 //!
-//! Only this broker's own user is at the other end (SO_PEERCRED, unix(7)), whoever named the path: so nobody can have a guest
-//! handed to a socket of theirs.
+//! Only this broker's own user is at the other end of a Unix socket (SO_PEERCRED, unix(7)), whoever named the path: so nobody can
+//! have a guest handed to a socket of theirs. Of a TCP connection the kernel says only between which ports it is: both brokers
+//! compare that over their link ([`ends`]), before any of the guest's state goes over. The launcher makes those sockets.
 
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
@@ -22,6 +24,7 @@ use rustix::net::SocketType;
 use rustix::process::PidfdFlags;
 use rustix::process::PidfdGetfdFlags;
 
+use crate::launcher::Launcher;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refused;
@@ -34,12 +37,26 @@ pub(crate) struct Listener {
     socket: OwnedFd,
     /// Its path, if it was bound here; it goes with this.
     _file: Option<SocketFile>,
+    tcp: bool,
 }
 
 impl Listener {
-    /// Listens, for this user alone.
-    pub(crate) fn at(address: &Address) -> Result<Self> {
+    /// Listens: at a path, for this user alone.
+    pub(crate) fn at(address: &Address, launcher: &Launcher) -> Result<Self> {
         match address {
+            Address::Tcp(place) => {
+                let socket = launcher.listen(*place)?.map_err(|why| {
+                    unfit(
+                        format_args!("Failed to listen at {address}: {why}"),
+                        "name another port",
+                    )
+                })?;
+                Ok(Self {
+                    socket,
+                    _file: None,
+                    tcp: true,
+                })
+            }
             Address::Unix(path) => Self::bind(Path::new(path)),
             Address::Fd(number) => Self::inherited(*number),
         }
@@ -66,6 +83,7 @@ impl Listener {
         Ok(Self {
             socket,
             _file: Some(file),
+            tcp: false,
         })
     }
 
@@ -87,13 +105,17 @@ impl Listener {
         Ok(Self {
             socket,
             _file: None,
+            tcp: false,
         })
     }
 
-    /// Whoever has connected, if somebody has and is of this user.
+    /// Whoever has connected, if somebody has and is of this user, as far as that can be known.
     pub(crate) fn accept(&self) -> Option<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let stream = rustix::net::accept_with(&self.socket, flags).ok()?;
+        if self.tcp {
+            return Some(stream);
+        }
         check_peer(&stream).ok().map(|()| stream)
     }
 }
@@ -105,12 +127,19 @@ impl AsFd for Listener {
 }
 
 /// Connects without waiting. A relative path is one in `directory`; no component may be a symbolic link.
-pub(crate) fn connect(address: &Address, directory: &Path) -> Result<OwnedFd> {
-    let Address::Unix(path) = address else {
-        return Err(unfit(
-            format_args!("cannot connect to {address}"),
-            "name the path of a Unix socket",
-        ));
+pub(crate) fn connect(address: &Address, directory: &Path, launcher: &Launcher) -> Result<OwnedFd> {
+    let path = match address {
+        Address::Unix(path) => path,
+        Address::Tcp(place) => {
+            let failed = |why| unfit(format_args!("Failed to connect to '{place}': {why}"), "");
+            return launcher.connect(*place)?.map_err(failed);
+        }
+        Address::Fd(_) => {
+            return Err(unfit(
+                format_args!("cannot connect to {address}"),
+                "name the path of a Unix socket, or a TCP port",
+            ));
+        }
     };
     let failed = |e: Errno| {
         let why = match e {
@@ -139,6 +168,13 @@ pub(crate) fn connect(address: &Address, directory: &Path) -> Result<OwnedFd> {
         )
     })?;
     Ok(socket)
+}
+
+/// Between which ports a TCP connection is: this side's, and the other's. None for a socket of another kind.
+pub(crate) fn ends(stream: &OwnedFd) -> Option<(SocketAddr, SocketAddr)> {
+    let here = SocketAddr::try_from(rustix::net::getsockname(stream).ok()?).ok()?;
+    let there = SocketAddr::try_from(rustix::net::getpeername(stream).ok()??).ok()?;
+    Some((here, there))
 }
 
 /// A descriptor of the process that has connected; none when it is gone by now.

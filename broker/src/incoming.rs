@@ -39,6 +39,7 @@ use baton_ipc::worker::MAX_SLOTS;
 use crate::broker::Broker;
 use crate::channel_socket::Listener;
 use crate::console::Console;
+use crate::launcher::Launcher;
 use crate::nascent::Nascent;
 use crate::refusal::Doing;
 use crate::refusal::Result;
@@ -120,10 +121,17 @@ pub(crate) struct Incoming {
 
 impl Incoming {
     /// Listens.
-    pub(crate) fn listen(channels: &Channels) -> Result<Self> {
+    pub(crate) fn listen(channels: &Channels, launcher: &Launcher) -> Result<Self> {
+        if matches!(channels.cpr, Address::Tcp(_)) {
+            return Err(unfit(
+                "bad cpr channel socket type; must be unix or fd",
+                "descriptors go over a Unix socket only",
+            ));
+        }
+        let at = |address| Listener::at(address, launcher);
         Ok(Self {
-            stage: Stage::Waiting(Listener::at(&channels.cpr)?),
-            main: channels.main.as_ref().map(Listener::at).transpose()?,
+            stage: Stage::Waiting(at(&channels.cpr)?),
+            main: channels.main.as_ref().map(at).transpose()?,
             peer: None,
             offer: None,
             console: None,
@@ -257,9 +265,10 @@ impl Broker {
                 let path = self.directory.path().join(path);
                 Address::unix(&path.display().to_string()).doing("cannot listen")?
             }
+            Address::Tcp(address) => Address::Tcp(*address),
             Address::Fd(_) => return Err(refused("a descriptor's number says nothing here")),
         };
-        incoming.main = Some(Listener::at(&main)?);
+        incoming.main = Some(Listener::at(&main, &self.launcher)?);
         if let Stage::Deferred(_) = incoming.stage {
             if let Stage::Deferred(link) = std::mem::replace(&mut incoming.stage, Stage::Gone) {
                 incoming.stage = listening(link)?;

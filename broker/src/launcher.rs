@@ -12,18 +12,23 @@
 //!   │ Filters ────────────────────────────────►│ reads a thread's filters: of the broker, or of a child of the broker
 //!   │ Learn ──────────────────────────────────►│ starts what listens to a worker whose policy learns
 //!   │ Namespaces, Records ────────────────────►│ reads what /proc has of a child of the broker, and does not judge it
+//!   │ Permit, once ───────────────────────────►│ keeps the addresses that policy grants the main channel of a transfer
+//!   │ Listen, Connect ────────────────────────►│ makes a TCP socket there: the broker's filter knows no such
 //! ```
 //!
-//! One request at a time, each answered within a bound. No message has a path in it. The launcher parses nothing but these seven
+//! One request at a time, each answered within a bound. No message has a path in it. The launcher parses nothing but these
 //! words, and nobody but the broker can reach it. If it dies, the guest runs on, and what needs it is refused: the broker,
 //! confined by then, cannot start another.
 
 mod inspection;
 mod process;
 mod records;
+mod tcp;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -65,6 +70,12 @@ use crate::refusal::unfit;
 /// How long an answer may take beyond what was asked for takes by itself. It is ready within a millisecond.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The most addresses that policy can have granted.
+const MAX_ADDRESSES: usize = 64;
+
+/// A socket, or why there is none.
+pub(crate) type Made = std::result::Result<OwnedFd, String>;
+
 /// What the broker asks for.
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
@@ -87,6 +98,12 @@ enum Ask {
     Namespaces(u32),
     /// To read what else /proc shows of it.
     Records(u32),
+    /// To make TCP sockets at these addresses, and never at others: heard once, before the broker has heard anybody.
+    Permit(Vec<IpAddr>),
+    /// To listen there.
+    Listen(SocketAddr),
+    /// To connect there.
+    Connect(SocketAddr),
 }
 
 /// What the launcher answers.
@@ -104,6 +121,10 @@ enum Answer {
     Namespaces(BTreeMap<Namespace, Identity>),
     /// A part of its records; more messages follow, and at the end `Done`.
     Part(Vec<u8>),
+    /// A socket, which comes with this.
+    Socket,
+    /// There is none, and why.
+    NoSocket(String),
     /// It could not be done.
     Failed(String),
 }
@@ -246,6 +267,32 @@ impl Launcher {
         baton_ipc::decode(&bytes).map_err(|error| self.lose(error.to_string()))
     }
 
+    /// Has TCP sockets made at these addresses and at no others.
+    pub(crate) fn permit(&self, addresses: impl IntoIterator<Item = IpAddr>) -> Result<()> {
+        let addresses = addresses.into_iter().take(MAX_ADDRESSES).collect();
+        self.done(&Ask::Permit(addresses))
+    }
+
+    /// A socket that listens there, or why there is none.
+    pub(crate) fn listen(&self, address: SocketAddr) -> Result<Made> {
+        self.socket(&Ask::Listen(address))
+    }
+
+    /// A socket that is connected there, or why there is none.
+    pub(crate) fn connect(&self, address: SocketAddr) -> Result<Made> {
+        self.socket(&Ask::Connect(address))
+    }
+
+    fn socket(&self, ask: &Ask) -> Result<Made> {
+        self.send(ask, &[])?;
+        let (answer, descriptors) = self.answer_with(tcp::CONNECTING)?;
+        match (answer, descriptors.into_iter().next()) {
+            (Answer::Socket, Some(socket)) => Ok(Ok(socket)),
+            (Answer::NoSocket(why), None) => Ok(Err(why)),
+            (other, _) => Err(self.out_of_turn(&other)),
+        }
+    }
+
     fn done(&self, ask: &Ask) -> Result<()> {
         match self.ask(ask, &[], Duration::ZERO)? {
             Answer::Done => Ok(()),
@@ -254,15 +301,23 @@ impl Launcher {
     }
 
     fn ask(&self, ask: &Ask, descriptors: &[BorrowedFd<'_>], within: Duration) -> Result<Answer> {
+        self.send(ask, descriptors)?;
+        self.answer(within)
+    }
+
+    fn send(&self, ask: &Ask, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
         if let Some(why) = &self.state.borrow().lost {
             return Err(gone(why));
         }
         let sent = self.state.borrow().channel.send_with(ask, descriptors);
-        sent.map_err(|error| self.lose(error.to_string()))?;
-        self.answer(within)
+        sent.map_err(|error| self.lose(error.to_string()))
     }
 
     fn answer(&self, within: Duration) -> Result<Answer> {
+        self.answer_with(within).map(|(answer, _)| answer)
+    }
+
+    fn answer_with(&self, within: Duration) -> Result<(Answer, Vec<OwnedFd>)> {
         let deadline = Instant::now() + within + self.patience;
         loop {
             let received = self.state.borrow_mut().channel.receive();
@@ -270,7 +325,7 @@ impl Launcher {
                 Received::Message(Answer::Failed(reason), _) => {
                     return Err(unfit(reason, "`baton doctor` says what this host lacks"));
                 }
-                Received::Message(answer, _) => return Ok(answer),
+                Received::Message(answer, descriptors) => return Ok((answer, descriptors)),
                 Received::HungUp => return Err(self.lose("it has died".to_owned())),
                 Received::Empty => {}
             }

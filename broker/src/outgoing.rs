@@ -6,6 +6,7 @@
 //!                                                                                            ── ready ──► pause
 //! ```
 
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -150,9 +151,15 @@ impl Broker {
         self.check_old()?;
         self.refuse_loose_nodes()?;
         self.check_vsock_place()?;
-        if !matches!(main, Address::Unix(_)) {
+        if matches!(main, Address::Fd(_)) {
             return Err(unfit(
                 format_args!("cannot connect to {main}"),
+                "name the path of a Unix socket, or a TCP port",
+            ));
+        }
+        if !matches!(cpr, Address::Unix(_)) {
+            return Err(unfit(
+                "bad cpr channel address; must be unix",
                 "name the path of a Unix socket",
             ));
         }
@@ -187,7 +194,7 @@ impl Broker {
         asked_by: &Actor,
         mut clock: PhaseClock,
     ) -> Result<()> {
-        let stream = channel_socket::connect(cpr, self.directory.path())?;
+        let stream = channel_socket::connect(cpr, self.directory.path(), &self.launcher)?;
         let mut nonce = [0; transfer::NONCE];
         rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose a nonce")?;
@@ -280,7 +287,7 @@ impl Broker {
                 Ok(())
             }
             (Stage::Offered | Stage::Deferred, ToOld::Listening) => self.connect_main(),
-            (Stage::Connected, ToOld::Greeting) => self.introduce(),
+            (Stage::Connected, ToOld::Greeting { ends }) => self.introduce(ends),
             (Stage::Building, ToOld::Ready(ready)) => self.other_ready(ready, descriptors),
             _ => Err(out_of_turn()),
         }
@@ -346,7 +353,7 @@ impl Broker {
         let Some(outgoing) = self.upgrade.as_mut().and_then(Upgrade::outgoing_mut) else {
             return Ok(());
         };
-        let socket = channel_socket::connect(&outgoing.main, &directory)?;
+        let socket = channel_socket::connect(&outgoing.main, &directory, &self.launcher)?;
         let sent = rustix::net::send(&socket, &outgoing.nonce, SendFlags::NOSIGNAL)
             .doing("cannot begin the main channel")?;
         if sent != outgoing.nonce.len() {
@@ -359,7 +366,7 @@ impl Broker {
     }
 
     /// S3: the new worker has its end of the main channel; so gets the old one.
-    fn introduce(&mut self) -> Result<()> {
+    fn introduce(&mut self, ends: Option<(SocketAddr, SocketAddr)>) -> Result<()> {
         let bound = self.deadlines.of(Step::Agree);
         #[cfg(feature = "fail-points")]
         {
@@ -377,6 +384,14 @@ impl Broker {
             .outgoing_mut()
             .and_then(|outgoing| outgoing.main_socket.take())
             .ok_or_else(out_of_turn)?;
+        // As it is seen from the other side.
+        let seen = ends.map(|(there, here)| (here, there));
+        if channel_socket::ends(&main) != seen {
+            return Err(unfit(
+                "the main channel does not lead to the other broker: somebody else listens there",
+                "name the port that the other side listens at",
+            ));
+        }
         upgrade.enter(Step::Agree);
         old.phase = Phase::Transferring;
         old.order_with(&Order::Transfer { elsewhere: true }, &[main.as_fd()])

@@ -92,11 +92,11 @@ fn channel(text: &str) -> Result<(Kind, Place), String> {
             let place = place.map_err(|e: baton_ipc::AddressError| e.to_string())?;
             Ok((Kind::Main, Place::File(place)))
         }
-        Some(("fd", _)) => text
+        Some(("fd" | "tcp", _)) => text
             .parse()
             .map(|address| (Kind::Main, Place::Socket(address)))
             .map_err(|e: baton_ipc::AddressError| e.to_string()),
-        Some((protocol @ ("tcp" | "vsock" | "exec" | "rdma"), _)) => {
+        Some((protocol @ ("vsock" | "exec" | "rdma"), _)) => {
             Err(format!("'{protocol}' is not supported by this VMM"))
         }
         _ => Err(format!("unknown migration protocol: {text}")),
@@ -146,7 +146,9 @@ fn of_json(channel: &Value) -> Result<(Kind, Place), String> {
     let transport = text(addr, "transport")?;
     let bad = match kind {
         Kind::Cpr => "bad cpr channel socket type; must be unix or fd".to_owned(),
-        Kind::Main => format!("'{transport}' is not supported by this VMM; use a unix socket"),
+        Kind::Main => {
+            format!("'{transport}' is not supported by this VMM; use a unix or an inet socket")
+        }
     };
     if (kind, transport.as_str()) == (Kind::Main, "file") {
         let offset = match addr.get("offset") {
@@ -163,6 +165,9 @@ fn of_json(channel: &Value) -> Result<(Kind, Place), String> {
     }
     let address = match text(addr, "type")?.as_str() {
         "unix" => unix(&text(addr, "path")?)?,
+        "inet" if kind == Kind::Main => {
+            Address::tcp(&text(addr, "host")?, &text(addr, "port")?).map_err(|e| e.to_string())?
+        }
         "fd" => format!("fd:{}", text(addr, "str")?)
             .parse()
             .map_err(|e: baton_ipc::AddressError| e.to_string())?,
@@ -236,6 +241,22 @@ mod tests {
     }
 
     #[test]
+    fn the_main_channel_may_be_a_tcp_port_in_each_of_them() {
+        let expected = Incoming::Broker {
+            cpr: Address::Unix("/run/c".into()),
+            main: Some("tcp:127.0.0.1:4444".parse().unwrap()),
+        };
+        for main in [
+            "tcp:localhost:4444",
+            "tcp:127.0.0.1:4444",
+            "main,addr.transport=socket,addr.type=inet,addr.host=localhost,addr.port=4444",
+            r#"{"channel-type":"main","addr":{"transport":"socket","type":"inet","host":"127.0.0.1","port":"4444"}}"#,
+        ] {
+            assert_eq!(parse(&[main, DOTTED]).unwrap().unwrap(), expected);
+        }
+    }
+
+    #[test]
     fn a_guest_comes_out_of_a_file_in_qemus_forms() {
         let place = |offset| Incoming::File(Some(FileAddress::new("/var/s", offset).unwrap()));
         for (text, expected) in [
@@ -261,7 +282,9 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (texts, words) in [
             (&["unix:/run/m"][..], "cpr channel is missing"),
-            (&["tcp:localhost:0"], "'tcp' is not supported"),
+            (&["tcp:localhost:0"], "port 0"),
+            (&["tcp:example.org:1"], "no name is looked up"),
+            (&["rdma:h:1"], "'rdma' is not supported"),
             (&["/run/m"], "unknown migration protocol"),
             (
                 &["cpr,addr.transport=socket,addr.type=inet,addr.host=h,addr.port=1"],

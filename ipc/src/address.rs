@@ -1,6 +1,10 @@
 //! Where a channel of a migration comes in, in QEMU's words: `unix:PATH`, `tcp:HOST:PORT`, `fd:NUMBER`.
 
 use std::fmt;
+use std::net::IpAddr;
+use std::net::Ipv4Addr;
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::str::FromStr;
 
 use serde::Deserialize;
@@ -17,14 +21,24 @@ pub enum Address {
     Unix(String),
     /// A listening socket that a process has inherited, by its number there.
     Fd(u32),
+    /// A TCP port of this host. Hosts are given in digits, or as `localhost`, which is 127.0.0.1: nothing is looked up.
+    Tcp(SocketAddr),
 }
 
 /// Why a text is no address.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AddressError {
     /// Neither of the forms.
-    #[error("{0:?} is no address of a channel: unix:PATH or fd:NUMBER")]
+    #[error("{0:?} is no address of a channel: unix:PATH, tcp:HOST:PORT or fd:NUMBER")]
     Form(String),
+    /// A host that would have to be looked up.
+    #[error("{0:?} is no numeric IP address, nor localhost: no name is looked up here")]
+    Host(String),
+    /// A port that is none, or stands for any.
+    #[error(
+        "{0:?} is no port: 1 to 65535 (port 0, which stands for any, says nothing to the other side)"
+    )]
+    Port(String),
     /// A path that no socket has.
     #[error("a Unix socket's path has 1 to {MAX_PATH} bytes and no NUL; {0:?} has {length}", length = .0.len())]
     Path(String),
@@ -49,6 +63,40 @@ impl Address {
             return Err(AddressError::Path(path.chars().take(MAX_PATH).collect()));
         }
         Ok(Self::Unix(path.to_owned()))
+    }
+
+    /// The address of a TCP port.
+    ///
+    /// # Errors
+    ///
+    /// [`AddressError::Host`] and [`AddressError::Port`].
+    pub fn tcp(host: &str, port: &str) -> Result<Self, AddressError> {
+        let short = |text: &str| text.chars().take(MAX_PATH).collect();
+        let ip = match host {
+            "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            host => host.parse().map_err(|_| AddressError::Host(short(host)))?,
+        };
+        let number = port.parse::<NonZeroU16>();
+        let number = number.map_err(|_| AddressError::Port(short(port)))?;
+        Ok(Self::Tcp(SocketAddr::new(ip, number.get())))
+    }
+
+    /// The address in `HOST:PORT`, where an IPv6 address has brackets.
+    ///
+    /// # Errors
+    ///
+    /// As [`Address::tcp`].
+    fn host_and_port(text: &str) -> Result<Self, AddressError> {
+        let form = || AddressError::Form(text.chars().take(MAX_PATH).collect());
+        let (host, port) = text.rsplit_once(':').ok_or_else(form)?;
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'));
+        // Without them its last group could not be told from a port.
+        if bare.is_none() && host.contains(':') {
+            return Err(form());
+        }
+        Self::tcp(bare.unwrap_or(host), port)
     }
 }
 
@@ -119,6 +167,7 @@ impl FromStr for Address {
         let form = || AddressError::Form(text.chars().take(MAX_PATH).collect());
         match text.split_once(':') {
             Some(("unix", path)) => Self::unix(path),
+            Some(("tcp", place)) => Self::host_and_port(place),
             Some(("fd", number)) => number.parse().map(Self::Fd).map_err(|_| form()),
             _ => Err(form()),
         }
@@ -129,6 +178,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix:{path}"),
+            Self::Tcp(address) => write!(f, "tcp:{address}"),
             Self::Fd(number) => write!(f, "fd:{number}"),
         }
     }
@@ -140,8 +190,32 @@ mod tests {
 
     #[test]
     fn addresses_are_what_they_print() {
-        for text in ["unix:/run/main.sock", "unix:a:b", "fd:7"] {
+        for text in [
+            "unix:/run/main.sock",
+            "unix:a:b",
+            "tcp:127.0.0.1:4444",
+            "tcp:[::1]:1",
+            "fd:7",
+        ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn localhost_is_an_address_and_no_other_name_is() {
+        let local: Address = "tcp:localhost:4444".parse().unwrap();
+        assert_eq!(local.to_string(), "tcp:127.0.0.1:4444");
+        for (text, words) in [
+            ("tcp:example.org:1", "no name is looked up"),
+            ("tcp::4444", "no name is looked up"),
+            ("tcp:127.0.0.1:0", "is no port"),
+            ("tcp:127.0.0.1:65536", "is no port"),
+            ("tcp:127.0.0.1:4444,ipv4=on", "is no port"),
+            ("tcp:::1:4444", "is no address"),
+            ("tcp:4444", "is no address"),
+        ] {
+            let error = text.parse::<Address>().unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
         }
     }
 

@@ -26,6 +26,8 @@
 //!
 //! Either side says why it gives up ([`ToNew::Cancelled`], [`ToOld::Failed`]); a hang-up without a word is the peer's death.
 
+use std::net::SocketAddr;
+
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -332,7 +334,11 @@ pub enum ToOld {
     /// It listens for the main channel.
     Listening,
     /// The new worker is confirmed, and has its end of the main channel.
-    Greeting,
+    Greeting {
+        /// Where that connection ends on this side and on the other, if it is over TCP, where the kernel says nothing of the
+        /// peer: it is the old broker's only if that one has the same to say.
+        ends: Option<(SocketAddr, SocketAddr)>,
+    },
     /// The new worker is built and confirmed. Comes with its pidfd and its control socket.
     Ready(Ready),
     /// It cannot, and why.

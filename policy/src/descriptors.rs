@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,8 @@ pub struct Grant {
     pub count: u32,
     /// Where it may be opened from. Empty: the broker makes it, no path is opened.
     pub paths: Vec<PathPattern>,
+    /// Addresses of this host between which it may be a TCP connection. Empty: it is none.
+    pub addresses: BTreeSet<IpAddr>,
     /// The reason.
     pub why: String,
     /// The line of the file, from 1.
@@ -438,6 +441,7 @@ mod tests {
             seals: [Seal::Grow, Seal::Shrink].into(),
             count: 2,
             paths: vec![PathPattern::new("/srv/*").unwrap()],
+            addresses: BTreeSet::new(),
             why: String::new(),
             line: 1,
         };

@@ -387,6 +387,14 @@ impl Changes {
         for path in paths_beyond(&new.paths, &old.paths) {
             self.add(Direction::Widens, subject, format!("{name} from {path}"));
         }
+        for address in new.addresses.difference(&old.addresses) {
+            let what = format!("{name} over TCP at {address}");
+            self.add(Direction::Widens, subject, what);
+        }
+        for address in old.addresses.difference(&new.addresses) {
+            let what = format!("{name} no longer over TCP at {address}");
+            self.add(Direction::Narrows, subject, what);
+        }
         for path in paths_beyond(&old.paths, &new.paths) {
             self.add(
                 Direction::Narrows,

@@ -299,6 +299,10 @@ impl Policy {
             if !paths.is_empty() {
                 text += &format!(", from {}", paths.join(", "));
             }
+            if !grant.addresses.is_empty() {
+                let addresses: Vec<_> = grant.addresses.iter().map(ToString::to_string).collect();
+                text += &format!(", over TCP at {}", addresses.join(", "));
+            }
             format!("{text}: {}.", grant.why)
         };
         self.descriptors.iter().map(sentence).collect()

@@ -102,10 +102,17 @@ impl Broker {
             "learns": rules.policy.learn, "uid": ids.ids.uid, "cgroup": cgroup.as_ref().map(Cgroup::path), "found": directory.notes,
         }))
         .recorded()?;
+        // Before anybody is heard: from now on it makes no socket elsewhere.
+        let granted = rules.policy.grant("main");
+        launcher.permit(
+            granted
+                .iter()
+                .flat_map(|grant| grant.addresses.iter().copied()),
+        )?;
         let mut incoming = options
             .incoming
             .as_ref()
-            .map(Incoming::listen)
+            .map(|channels| Incoming::listen(channels, &launcher))
             .transpose()?;
         resources::check_console(&vm.console, &rules.policy, &mut log)?;
         if let Some(incoming) = &mut incoming {

@@ -17,6 +17,7 @@ use super::cancelled;
 use super::hear;
 use super::hung_up;
 use crate::broker::Broker;
+use crate::channel_socket;
 use crate::launch::Begun;
 use crate::launch::Program;
 use crate::nascent::Advance;
@@ -116,9 +117,11 @@ impl Broker {
                     crate::fail_point::act_at(Step::Spawn, None, nascent.worker());
                     nascent.arm(crate::fail_point::for_new());
                 }
+                let ends = main.as_ref().and_then(channel_socket::ends);
                 nascent.configure(main.take()).map_err(fault)?;
                 nascent.deadline = Instant::now() + self.deadlines.of(Step::Build);
-                link.send(&ToOld::Greeting).doing("the old broker")?;
+                link.send(&ToOld::Greeting { ends })
+                    .doing("the old broker")?;
                 #[cfg(feature = "fail-points")]
                 crate::fail_point::act_at(Step::Agree, None, nascent.worker());
                 Ok((main, nascent, None))

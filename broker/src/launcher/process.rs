@@ -25,6 +25,7 @@ use super::Ask;
 use super::inspection::Inspection;
 use super::records;
 use super::records::Records;
+use super::tcp::Permitted;
 use crate::ids::HostIds;
 
 /// A thread that did not stop in time is asked about again after so long, in nanoseconds.
@@ -42,6 +43,7 @@ struct Process {
     stages: BTreeMap<u32, (Child, HostIds)>,
     inspection: Inspection,
     learners: Vec<Child>,
+    permitted: Permitted,
 }
 
 /// Serves the broker on standard input, until that hangs up.
@@ -68,6 +70,7 @@ pub(crate) fn run() -> ExitCode {
         stages: BTreeMap::new(),
         inspection: Inspection::default(),
         learners: Vec::new(),
+        permitted: Permitted::default(),
     };
     while process.turn() {}
     ExitCode::SUCCESS
@@ -88,8 +91,18 @@ impl Process {
             Ok(Received::Empty) => return true,
             Ok(Received::HungUp) | Err(_) => return false,
         };
-        let answer = self.serve(ask, descriptors).unwrap_or_else(Answer::Failed);
-        self.say(&answer)
+        let made = match ask {
+            Ask::Listen(address) => self.permitted.listen(address),
+            Ask::Connect(address) => self.permitted.connect(address),
+            ask => {
+                let answer = self.serve(ask, descriptors).unwrap_or_else(Answer::Failed);
+                return self.say(&answer, None);
+            }
+        };
+        match made {
+            Ok(socket) => self.say(&Answer::Socket, Some(&socket)),
+            Err(why) => self.say(&Answer::NoSocket(why), None),
+        }
     }
 
     fn serve(&mut self, ask: Ask, descriptors: Vec<OwnedFd>) -> Done {
@@ -109,7 +122,7 @@ impl Process {
                 self.may_inspect(tid)?;
                 let (filters, stood) = self.inspection.filters(tid, count, within)?;
                 for filter in filters {
-                    self.say(&Answer::Filter(filter));
+                    self.say(&Answer::Filter(filter), None);
                 }
                 Ok(Answer::Read(stood))
             }
@@ -129,10 +142,16 @@ impl Process {
                     return Err(format!("its records take {} bytes", bytes.len()));
                 }
                 for part in bytes.chunks(PART) {
-                    self.say(&Answer::Part(part.to_vec()));
+                    self.say(&Answer::Part(part.to_vec()), None);
                 }
                 Ok(Answer::Done)
             }
+            Ask::Permit(addresses) => {
+                self.permitted.set(addresses)?;
+                Ok(Answer::Done)
+            }
+            // They have answers of their own.
+            Ask::Listen(_) | Ask::Connect(_) => Err("it is a socket that is asked for".to_owned()),
         }
     }
 
@@ -209,9 +228,10 @@ impl Process {
     }
 
     /// Whether the broker is there to hear it. It reads answers as they come.
-    fn say(&self, answer: &Answer) -> bool {
+    fn say(&self, answer: &Answer, socket: Option<&OwnedFd>) -> bool {
+        let sockets: Vec<_> = socket.iter().map(AsFd::as_fd).collect();
         loop {
-            match self.channel.send(answer) {
+            match self.channel.send_with(answer, &sockets) {
                 Ok(()) => return true,
                 Err(ChannelError::Socket(SocketError::Full)) => {
                     let mut fds = [PollFd::new(&self.channel, PollFlags::OUT)];

@@ -48,7 +48,7 @@ pub(crate) fn of(
         let all = std::iter::once(&channels.cpr).chain(&channels.main);
         all.filter_map(|address| match address {
             Address::Unix(path) => parent(Path::new(path)),
-            Address::Fd(_) => None,
+            Address::Fd(_) | Address::Tcp(_) => None,
         })
     });
     let mut records = vec!["/proc".into()];

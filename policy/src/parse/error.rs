@@ -131,6 +131,9 @@ pub enum Problem {
         "{0:?} is no absolute path pattern (no empty, \".\" or \"..\" component, \"**\" only as a whole component)"
     )]
     BadPath(String),
+    /// No numeric IP address.
+    #[error("{0:?} is no IP address; name one of this host in digits, as in \"127.0.0.1\"")]
+    BadAddress(String),
     /// A digest that is not one.
     #[error(transparent)]
     Digest(#[from] DigestError),

@@ -128,6 +128,8 @@ pub(super) struct FileGrant {
     pub(super) count: NonZeroU32,
     #[serde(default)]
     pub(super) paths: Vec<Spanned<String>>,
+    #[serde(default)]
+    pub(super) addresses: Vec<Spanned<String>>,
     pub(super) why: Spanned<String>,
 }
 

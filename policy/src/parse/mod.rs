@@ -273,8 +273,14 @@ fn grant(source: &Source<'_>, file: FileGrant, before: &[Grant]) -> Result<Grant
             source.error(pattern.span(), Problem::BadPath(pattern.get_ref().clone()))
         })
     });
+    let addresses = file.addresses.iter().map(|address| {
+        let text = address.get_ref();
+        text.parse()
+            .map_err(|_| source.error(address.span(), Problem::BadAddress(text.clone())))
+    });
     Ok(Grant {
         name,
+        addresses: addresses.collect::<Result<_, _>>()?,
         kinds,
         access: file.access,
         seals: file.seals,

@@ -70,9 +70,9 @@ fn main_address(addr: &Value) -> Result<Address, Failure> {
             "Migration requires streamable transport (eg unix)",
         ));
     }
-    unix(addr).unwrap_or_else(|| {
+    unix(addr).or_else(|| inet(addr)).unwrap_or_else(|| {
         Err(Failure::generic(
-            "bad main channel address; this VMM takes a unix socket",
+            "bad main channel address; this VMM takes a unix or an inet socket",
         ))
     })
 }
@@ -83,6 +83,17 @@ fn unix(addr: &Value) -> Option<Result<Address, Failure>> {
     match (text("transport"), text("type"), text("path")) {
         (Some("socket"), Some("unix"), Some(path)) => {
             Some(Address::unix(path).map_err(Failure::generic))
+        }
+        _ => None,
+    }
+}
+
+/// The address of a TCP port; `None` for anything else.
+fn inet(addr: &Value) -> Option<Result<Address, Failure>> {
+    let text = |key: &str| addr.get(key).and_then(Value::as_str);
+    match (text("transport"), text("type"), text("host"), text("port")) {
+        (Some("socket"), Some("inet"), Some(host), Some(port)) => {
+            Some(Address::tcp(host, port).map_err(Failure::generic))
         }
         _ => None,
     }
@@ -127,10 +138,11 @@ pub(crate) fn incoming(arguments: &Object) -> Result<Place, Failure> {
                 let address = Address::unix(path).map_err(Failure::generic)?;
                 Ok(Place::Socket(address))
             }
+            Some(("tcp", _)) => uri.parse().map(Place::Socket).map_err(Failure::generic),
             Some(("file", place)) => place.parse().map(Place::File).map_err(Failure::generic),
-            Some((protocol @ ("tcp" | "vsock" | "fd" | "exec" | "rdma"), _)) => {
+            Some((protocol @ ("vsock" | "fd" | "exec" | "rdma"), _)) => {
                 Err(Failure::generic(format_args!(
-                    "'{protocol}' is not supported by this VMM; use a unix socket"
+                    "'{protocol}' is not supported by this VMM; use a unix or an inet socket"
                 )))
             }
             _ => Err(Failure::generic(format_args!(
