@@ -194,6 +194,21 @@ impl Incoming {
         }
     }
 
+    /// What is waited for.
+    pub(crate) fn awaits(&self) -> &'static str {
+        match &self.stage {
+            Stage::Waiting(_) => "another broker on the cpr channel",
+            Stage::Greeting(..) => "the other broker's first bytes",
+            Stage::Offered { .. } => "the CPR state",
+            Stage::Deferred(_) => "`migrate-incoming`",
+            Stage::Listening(..) => "the other broker on the main channel",
+            Stage::Building { .. } => "the new worker to be built",
+            Stage::Lent(..) => "the other broker to hand the guest over",
+            Stage::Asked(_) => "the new worker's word",
+            Stage::Settling(..) | Stage::Gone => "what follows the guest",
+        }
+    }
+
     /// The worker in the making.
     pub(crate) fn nascent(&self) -> Option<&Nascent> {
         match &self.stage {

@@ -106,6 +106,11 @@ impl Outgoing {
         self.link.as_fd()
     }
 
+    /// What is waited for.
+    pub(crate) fn awaits(&self) -> &'static str {
+        self.stage.awaits()
+    }
+
     /// The new worker, built and lent, once it is there.
     pub(crate) fn take_ready(&mut self) -> Option<Worker> {
         self.ready.take()

@@ -148,6 +148,17 @@ impl Upgrade {
         self.nascent.as_ref().and_then(Nascent::heir)
     }
 
+    /// What it waits for.
+    pub(crate) fn awaits(&self) -> &'static str {
+        match (&self.aborting, self.hold, &self.outgoing) {
+            (Some(_), ..) => "the old worker to go on",
+            (None, Hold::Holds, _) => "`migrate-continue`",
+            (None, _, Some(outgoing)) => outgoing.awaits(),
+            (None, _, None) if self.saving.is_some() => "the guest's state in the file",
+            (None, _, None) => "the new worker to be built",
+        }
+    }
+
     pub(crate) fn deadline(&self) -> Instant {
         match (&self.aborting, &self.nascent) {
             (Some(abort), _) => abort.by,

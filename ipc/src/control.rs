@@ -462,6 +462,17 @@ pub struct VmStatus {
     pub balloon: Option<u64>,
     /// The names of its devices that other processes implement.
     pub vhost_user: Vec<String>,
+    /// What an upgrade that is under way, or a broker without a guest, waits for.
+    pub awaits: Option<Awaited>,
+}
+
+/// What is waited for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// In words.
+    pub what: String,
+    /// For so many milliseconds yet; none if for as long as it takes.
+    pub left_ms: Option<u64>,
 }
 
 /// A disk, as its description says.

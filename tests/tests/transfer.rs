@@ -210,7 +210,17 @@ fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
     let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
     let mut old = Qmp::connect(&vm);
     let mut new = Qmp::connect_to(&vm, &format!("{}.incoming", vm.site.name));
+    // Before there is a CPR state: it can be asked, configured and told to quit.
     assert_eq!(new.status(), "inmigrate");
+    let awaits = |qmp: &mut Qmp| {
+        let info = qmp.returns("query-migrate", json!({}));
+        let what = info["__org.baton_awaits"].as_str().map(str::to_owned);
+        (what, info["__org.baton_awaits-ms"].as_u64())
+    };
+    let (what, left) = awaits(&mut new);
+    assert_eq!(what.as_deref(), Some("another broker on the cpr channel"));
+    assert_eq!(left, None);
+    assert_eq!(awaits(&mut old), (None, None));
     new.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
     let waits = new.refused("migrate", json!({}));
     assert_eq!(waits, "Guest is waiting for an incoming migration");
@@ -229,6 +239,15 @@ fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
     });
     vm.assert_goes_on(&before);
     assert_eq!(old.returns("query-migrate", json!({}))["status"], "setup");
+    // Both say what is missing, and how long they wait for it: for ten minutes, not for the seconds of any other step.
+    for (qmp, whose) in [
+        (&mut old, "`migrate-incoming` on the other side"),
+        (&mut new, "`migrate-incoming`"),
+    ] {
+        let (what, left) = awaits(qmp);
+        assert_eq!(what.as_deref(), Some(whose));
+        assert!(left.is_some_and(|ms| ms > 60_000), "{left:?}");
+    }
     let main = json!({"channels": [baton_tests::transfer::channel("main", &waiting.main)]});
     new.done("migrate-incoming", main.clone());
     assert_eq!(old.migrated()["status"], "completed");
@@ -242,6 +261,9 @@ fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
     assert!(at("MIGRATION setup") < at("RESUME"), "{names:?}");
     assert!(at("RESUME") < at("MIGRATION completed"), "{names:?}");
     assert_eq!(new.status(), "running");
+    until("nothing is waited for", || {
+        (awaits(&mut new).0.is_none()).then_some(())
+    });
     drop(old);
     vm.assert_taken_over(&waiting);
     vm.assert_goes_on(&before);
@@ -281,6 +303,74 @@ fn a_transfer_is_cancelled_and_tried_again() {
         drop(qmp);
         vm.assert_transfers();
     }
+}
+
+/// Why the broker that waited has given up.
+fn last_words(vm: &baton_tests::Vm) -> String {
+    let log = format!(".audit/{}.incoming.jsonl", vm.site.name);
+    let text = std::fs::read_to_string(vm.site.run_dir().join(log)).unwrap();
+    let mut failed = text.lines().filter(|line| line.contains("\"failed\""));
+    failed.next_back().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn the_waiting_side_is_told_of_the_end_wherever_it_is() {
+    let mut vm = Builder::release().start();
+    let (before, old) = (vm.witness(), vm.worker());
+    let name = format!("{}.incoming", vm.site.name);
+    // It has the CPR state; it has a worker, built and lent.
+    for (arguments, hold) in [(&["--incoming", "defer"][..], false), (&[], true)] {
+        let waiting = vm.wait_from("vm.toml", arguments);
+        let mut qmp = Qmp::connect(&vm);
+        let hold = json!([{"capability": "pause-before-switchover", "state": hold}]);
+        qmp.done("migrate-set-capabilities", json!({"capabilities": hold}));
+        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        qmp.done("migrate", json!({"channels": waiting.channels()}));
+        let awaited = if arguments.is_empty() {
+            "`migrate-continue`"
+        } else {
+            "`migrate-incoming` on the other side"
+        };
+        until("it waits", || {
+            let info = qmp.returns("query-migrate", json!({}));
+            (info["__org.baton_awaits"] == awaited).then_some(())
+        });
+        qmp.done("migrate_cancel", json!({}));
+        assert_eq!(qmp.migrated()["status"], "cancelled");
+        vm.assert_nobody_waits(&waiting);
+        let words = last_words(&vm);
+        assert!(
+            words.contains("the old broker gave up: the operator cancelled it"),
+            "{words}"
+        );
+        for path in [&waiting.main, &waiting.cpr] {
+            assert!(!path.exists(), "{}", path.display());
+        }
+        vm.assert_only_runner(old);
+        vm.assert_goes_on(&before);
+    }
+    // The other way round: its operator has it quit while the old side waits for it.
+    let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
+    let (mut qmp, mut new) = (Qmp::connect(&vm), Qmp::connect_to(&vm, &name));
+    let hold = json!([{"capability": "pause-before-switchover", "state": false}]);
+    qmp.done("migrate-set-capabilities", json!({"capabilities": hold}));
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    qmp.done("migrate", json!({"channels": waiting.channels()}));
+    until("it has the CPR state", || {
+        new.event_names_now()
+            .contains(&"MIGRATION setup".to_owned())
+            .then_some(())
+    });
+    new.done("quit", json!({}));
+    let info = qmp.migrated();
+    assert_eq!(info["status"], "failed", "{info}");
+    let reason = info["error-desc"].as_str().unwrap();
+    assert!(reason.contains("the other broker hung up"), "{reason}");
+    drop((qmp, new));
+    vm.assert_nobody_waits(&waiting);
+    vm.assert_only_runner(old);
+    vm.assert_goes_on(&before);
+    vm.assert_transfers();
 }
 
 #[test]

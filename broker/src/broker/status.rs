@@ -1,7 +1,10 @@
 //! How the VM is, for those who ask, and for those who find no broker.
 
+use std::time::Instant;
+
 use baton_ipc::Registry;
 use baton_ipc::StartMode;
+use baton_ipc::control::Awaited;
 use baton_ipc::control::DiskStatus;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
@@ -105,6 +108,7 @@ impl Broker {
             vhost_user: (self.vm.vhost_user.0.iter())
                 .map(|device| device.id.0.clone())
                 .collect(),
+            awaits: self.awaits(),
         }
     }
 
@@ -146,6 +150,21 @@ impl Broker {
             .recorded()?;
         }
         Ok(())
+    }
+
+    /// What is waited for, on either side of an upgrade.
+    fn awaits(&self) -> Option<Awaited> {
+        let (what, by) = match (&self.upgrade, &self.incoming) {
+            (Some(upgrade), _) => (upgrade.awaits(), Some(upgrade.deadline())),
+            (None, Some(incoming)) => (incoming.awaits(), incoming.deadline()),
+            (None, None) if self.awaits_file() => ("`migrate-incoming`", None),
+            (None, None) => return None,
+        };
+        let left = by.map(|by| by.saturating_duration_since(Instant::now()));
+        Some(Awaited {
+            what: what.to_owned(),
+            left_ms: left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+        })
     }
 
     pub(crate) fn record_grants(&mut self, generation: u32, mode: StartMode) -> Result<()> {

@@ -68,6 +68,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         vm_file,
         balloon,
         vhost_user,
+        awaits,
     } = status;
     json!({
         "name": name,
@@ -90,6 +91,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "vm_file": vm_file,
         "balloon": balloon,
         "vhost_user": vhost_user,
+        "awaits": awaits.as_ref().map(|awaited| &awaited.what),
     })
 }
 

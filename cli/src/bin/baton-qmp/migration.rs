@@ -10,6 +10,7 @@
 //! The broker's events move it, whoever asked for the upgrade. `completed` is said when the new worker runs the guest, `failed`
 //! and `cancelled` when the old one does.
 
+use baton_ipc::control::Awaited;
 use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
@@ -149,12 +150,20 @@ impl Migration {
         }
     }
 
-    /// `MigrationInfo`, with what is in the way of the mode that is set.
+    /// `MigrationInfo`, with what is in the way of the mode that is set, and what is waited for.
     pub(crate) fn info_of(&self, vm: &VmStatus) -> Value {
         let mut info = self.info();
         let blockers = self.blockers(vm);
-        if let (false, Some(members)) = (blockers.is_empty(), info.as_object_mut()) {
+        let Some(members) = info.as_object_mut() else {
+            return info;
+        };
+        if !blockers.is_empty() {
             members.insert("blocked-reasons".to_owned(), json!(blockers));
+        }
+        if let Some(Awaited { what, left_ms }) = &vm.awaits {
+            members.insert("__org.baton_awaits".to_owned(), json!(what));
+            let left = left_ms.map(|left| json!(left));
+            members.extend(left.map(|left| ("__org.baton_awaits-ms".to_owned(), left)));
         }
         info
     }

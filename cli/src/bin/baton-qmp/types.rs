@@ -481,6 +481,16 @@ object!(
             Str,
             "The step that failed, as in `baton status`."
         ),
+        optional(
+            "__org.baton_awaits",
+            Str,
+            "What is waited for, in words, on whichever side this is."
+        ),
+        optional(
+            "__org.baton_awaits-ms",
+            Int,
+            "For how many milliseconds yet, if there is a deadline."
+        ),
     ]
 );
 
