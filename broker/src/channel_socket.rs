@@ -12,10 +12,10 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use baton_ipc::Address;
+use baton_ipc::control::Refusal;
+use baton_policy::Policy;
 use nix::sys::socket::sockopt::PeerPidfd;
 use rustix::fs::Mode;
-use rustix::fs::OFlags;
-use rustix::fs::ResolveFlags;
 use rustix::io::Errno;
 use rustix::net::AddressFamily;
 use rustix::net::SocketAddrUnix;
@@ -24,11 +24,15 @@ use rustix::net::SocketType;
 use rustix::process::PidfdFlags;
 use rustix::process::PidfdGetfdFlags;
 
+use crate::channel_path::Place;
+use crate::channel_path::Unreachable;
+use crate::channel_path::Which;
 use crate::launcher::Launcher;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
+use crate::run_dir::VmDirectory;
 use crate::socket_file::SocketFile;
 
 /// A listening socket.
@@ -41,45 +45,28 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Listens: at a path, for this user alone.
-    pub(crate) fn at(address: &Address, launcher: &Launcher) -> Result<Self> {
-        match address {
-            Address::Tcp(place) => {
-                let socket = launcher.listen(*place)?.map_err(|why| {
-                    unfit(
-                        format_args!("Failed to listen at {address}: {why}"),
-                        "name another port",
-                    )
-                })?;
-                Ok(Self {
-                    socket,
-                    _file: None,
-                    tcp: true,
-                })
-            }
-            Address::Unix(path) => Self::bind(Path::new(path)),
-            Address::Fd(number) => Self::inherited(*number),
-        }
-    }
-
-    fn bind(path: &Path) -> Result<Self> {
-        let shown = path.display();
+    fn bind(path: &str, place: std::result::Result<Place, Unreachable>) -> Result<Self> {
+        let failed = |why: Unreachable| {
+            let remedy = match why {
+                Unreachable(Errno::ACCESS) => crate::own::OUT_OF_REACH,
+                _ => "remove what is there, or name another path",
+            };
+            unfit(
+                format_args!("Failed to bind socket to {path}: {why}"),
+                remedy,
+            )
+        };
+        let place = place.map_err(failed)?;
         let socket = stream_socket()?;
-        let address = unix_address(path)?;
-        rustix::net::bind(&socket, &address)
-            .and_then(|()| rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR))
+        let address = unix_address(&place.door())?;
+        // Its file has this mode from its first moment (unix(7): of the socket, less the umask).
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
+            .and_then(|()| rustix::net::bind(&socket, &address))
             .and_then(|()| rustix::net::listen(&socket, 1))
-            .map_err(|e| {
-                let remedy = match e {
-                    Errno::ACCESS => crate::own::OUT_OF_REACH,
-                    _ => "remove what is there, or name another path",
-                };
-                unfit(
-                    format_args!("Failed to bind socket to {shown}: {}", words(e)),
-                    remedy,
-                )
-            })?;
-        let file = SocketFile::at(path).doing(format_args!("cannot examine {shown}"))?;
+            .map_err(|e| failed(e.into()))?;
+        let (directory, name) = place.into_parts();
+        let file = SocketFile::in_directory(directory, name)
+            .doing(format_args!("cannot examine {path}"))?;
         Ok(Self {
             socket,
             _file: Some(file),
@@ -126,48 +113,90 @@ impl AsFd for Listener {
     }
 }
 
-/// Connects without waiting. A relative path is one in `directory`; no component may be a symbolic link.
-pub(crate) fn connect(address: &Address, directory: &Path, launcher: &Launcher) -> Result<OwnedFd> {
-    let path = match address {
-        Address::Unix(path) => path,
-        Address::Tcp(place) => {
-            let failed = |why| unfit(format_args!("Failed to connect to '{place}': {why}"), "");
-            return launcher.connect(*place)?.map_err(failed);
+/// Whatever decides where a channel may lead.
+#[derive(Clone, Copy)]
+pub(crate) struct Doors<'a> {
+    pub(crate) directory: &'a VmDirectory,
+    pub(crate) policy: &'a Policy,
+    pub(crate) launcher: &'a Launcher,
+}
+
+impl Doors<'_> {
+    /// Listens: at a path, for this user alone.
+    pub(crate) fn listen(&self, address: &Address, which: Which) -> Result<Listener> {
+        match address {
+            Address::Tcp(_) if which == Which::Cpr => Err(unfit(
+                "bad cpr channel socket type; must be unix or fd",
+                "descriptors go over a Unix socket only",
+            )),
+            Address::Tcp(place) => {
+                let socket = self.launcher.listen(*place)?.map_err(|why| {
+                    unfit(
+                        format_args!("Failed to listen at {address}: {why}"),
+                        "name another port",
+                    )
+                })?;
+                Ok(Listener {
+                    socket,
+                    _file: None,
+                    tcp: true,
+                })
+            }
+            Address::Unix(path) => {
+                let place = Place::of(path, which, self.directory, self.policy)?;
+                Listener::bind(path, place)
+            }
+            Address::Fd(number) => Listener::inherited(*number),
         }
-        Address::Fd(_) => {
-            return Err(unfit(
-                format_args!("cannot connect to {address}"),
-                "name the path of a Unix socket, or a TCP port",
-            ));
+    }
+
+    /// Whether one could connect there, as far as that can be known before.
+    pub(crate) fn check(&self, address: &Address, which: Which) -> Result<()> {
+        match address {
+            Address::Unix(path) => Place::of(path, which, self.directory, self.policy).map(drop),
+            Address::Tcp(_) => Ok(()),
+            Address::Fd(_) => Err(Self::no_address(address)),
         }
-    };
-    let failed = |e: Errno| {
-        let why = match e {
-            Errno::AGAIN => "nobody accepts there, and its backlog is full".to_owned(),
-            Errno::LOOP => "a symbolic link lies in the path".to_owned(),
-            e => words(e),
-        };
-        unfit(format_args!("Failed to connect to '{path}': {why}"), "")
-    };
-    let place = rustix::fs::openat2(
-        rustix::fs::CWD,
-        directory.join(path),
-        // Without O_NOFOLLOW, with which a link at the path's end would be opened itself (openat2(2)).
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-    )
-    .map_err(failed)?;
-    let socket = stream_socket()?;
-    let address = unix_address(Path::new(&format!("/proc/self/fd/{}", place.as_raw_fd())))?;
-    rustix::net::connect(&socket, &address).map_err(failed)?;
-    check_peer(&socket).map_err(|uid| {
-        refused(
-            format_args!("user {uid} listens at '{path}'"),
-            "a guest goes to a broker of the same user only",
+    }
+
+    fn no_address(address: &Address) -> Refusal {
+        unfit(
+            format_args!("cannot connect to {address}"),
+            "name the path of a Unix socket, or a TCP port",
         )
-    })?;
-    Ok(socket)
+    }
+
+    /// Connects without waiting, or but for so long as the launcher does.
+    pub(crate) fn connect(&self, address: &Address, which: Which) -> Result<OwnedFd> {
+        let path = match address {
+            Address::Unix(path) => path,
+            Address::Tcp(place) if which == Which::Main => {
+                let failed = |why| unfit(format_args!("Failed to connect to '{place}': {why}"), "");
+                return self.launcher.connect(*place)?.map_err(failed);
+            }
+            Address::Tcp(_) => {
+                return Err(unfit(
+                    "bad cpr channel address; must be unix",
+                    "name the path of a Unix socket",
+                ));
+            }
+            Address::Fd(_) => return Err(Self::no_address(address)),
+        };
+        let failed =
+            |why: Unreachable| unfit(format_args!("Failed to connect to '{path}': {why}"), "");
+        let place = Place::of(path, which, self.directory, self.policy)?;
+        let held = place.and_then(|place| place.hold()).map_err(failed)?;
+        let socket = stream_socket()?;
+        let address = unix_address(Path::new(&format!("/proc/self/fd/{}", held.as_raw_fd())))?;
+        rustix::net::connect(&socket, &address).map_err(|e| failed(e.into()))?;
+        check_peer(&socket).map_err(|uid| {
+            refused(
+                format_args!("user {uid} listens at '{path}'"),
+                "a guest goes to a broker of the same user only",
+            )
+        })?;
+        Ok(socket)
+    }
 }
 
 /// Between which ports a TCP connection is: this side's, and the other's. None for a socket of another kind.

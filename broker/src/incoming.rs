@@ -37,9 +37,10 @@ use baton_ipc::transfer::ToOld;
 use baton_ipc::worker::MAX_SLOTS;
 
 use crate::broker::Broker;
+use crate::channel_path::Which;
+use crate::channel_socket::Doors;
 use crate::channel_socket::Listener;
 use crate::console::Console;
-use crate::launcher::Launcher;
 use crate::nascent::Nascent;
 use crate::refusal::Doing;
 use crate::refusal::Result;
@@ -121,17 +122,13 @@ pub(crate) struct Incoming {
 
 impl Incoming {
     /// Listens.
-    pub(crate) fn listen(channels: &Channels, launcher: &Launcher) -> Result<Self> {
-        if matches!(channels.cpr, Address::Tcp(_)) {
-            return Err(unfit(
-                "bad cpr channel socket type; must be unix or fd",
-                "descriptors go over a Unix socket only",
-            ));
-        }
-        let at = |address| Listener::at(address, launcher);
+    pub(crate) fn listen(channels: &Channels, doors: Doors<'_>) -> Result<Self> {
+        let main = channels.main.as_ref();
         Ok(Self {
-            stage: Stage::Waiting(at(&channels.cpr)?),
-            main: channels.main.as_ref().map(at).transpose()?,
+            stage: Stage::Waiting(doors.listen(&channels.cpr, Which::Cpr)?),
+            main: main
+                .map(|main| doors.listen(main, Which::Main))
+                .transpose()?,
             peer: None,
             offer: None,
             console: None,
@@ -275,15 +272,15 @@ impl Broker {
         if incoming.main.is_some() {
             return Err(refused(STARTED));
         }
-        let main = match main {
-            Address::Unix(path) => {
-                let path = self.directory.path().join(path);
-                Address::unix(&path.display().to_string()).doing("cannot listen")?
-            }
-            Address::Tcp(address) => Address::Tcp(*address),
-            Address::Fd(_) => return Err(refused("a descriptor's number says nothing here")),
+        if matches!(main, Address::Fd(_)) {
+            return Err(refused("a descriptor's number says nothing here"));
+        }
+        let doors = Doors {
+            directory: &self.directory,
+            policy: &self.rules.policy,
+            launcher: &self.launcher,
         };
-        incoming.main = Some(Listener::at(&main, &self.launcher)?);
+        incoming.main = Some(doors.listen(main, Which::Main)?);
         if let Stage::Deferred(_) = incoming.stage {
             if let Stage::Deferred(link) = std::mem::replace(&mut incoming.stage, Stage::Gone) {
                 incoming.stage = listening(link)?;

@@ -7,6 +7,7 @@ mod balloon;
 mod binary;
 mod broker;
 mod cgroup;
+mod channel_path;
 mod channel_socket;
 mod clients;
 mod console;

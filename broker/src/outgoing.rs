@@ -40,7 +40,9 @@ use rustix::net::SendFlags;
 use serde_json::json;
 
 use crate::broker::Broker;
+use crate::channel_path::Which;
 use crate::channel_socket;
+use crate::channel_socket::Doors;
 use crate::phase_clock::PhaseClock;
 use crate::phase_clock::micros;
 use crate::refusal::Doing;
@@ -156,18 +158,7 @@ impl Broker {
         self.check_old()?;
         self.refuse_loose_nodes()?;
         self.check_vsock_place()?;
-        if matches!(main, Address::Fd(_)) {
-            return Err(unfit(
-                format_args!("cannot connect to {main}"),
-                "name the path of a Unix socket, or a TCP port",
-            ));
-        }
-        if !matches!(cpr, Address::Unix(_)) {
-            return Err(unfit(
-                "bad cpr channel address; must be unix",
-                "name the path of a Unix socket",
-            ));
-        }
+        self.doors().check(&main, Which::Main)?;
         self.log.reserve().recorded()?;
         let begun = self.admit_transfer(main, cpr, asked_by, clock);
         if self.upgrade.is_none() {
@@ -192,6 +183,14 @@ impl Broker {
         Ok(())
     }
 
+    fn doors(&self) -> Doors<'_> {
+        Doors {
+            directory: &self.directory,
+            policy: &self.rules.policy,
+            launcher: &self.launcher,
+        }
+    }
+
     fn admit_transfer(
         &mut self,
         main: Address,
@@ -199,7 +198,7 @@ impl Broker {
         asked_by: &Actor,
         mut clock: PhaseClock,
     ) -> Result<()> {
-        let stream = channel_socket::connect(cpr, self.directory.path(), &self.launcher)?;
+        let stream = self.doors().connect(cpr, Which::Cpr)?;
         let mut nonce = [0; transfer::NONCE];
         rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())
             .doing("cannot choose a nonce")?;
@@ -353,12 +352,16 @@ impl Broker {
     }
 
     fn connect_main(&mut self) -> Result<()> {
-        let directory = self.directory.path().to_owned();
         let bound = self.deadlines.of(Step::Spawn);
         let Some(outgoing) = self.upgrade.as_mut().and_then(Upgrade::outgoing_mut) else {
             return Ok(());
         };
-        let socket = channel_socket::connect(&outgoing.main, &directory, &self.launcher)?;
+        let doors = Doors {
+            directory: &self.directory,
+            policy: &self.rules.policy,
+            launcher: &self.launcher,
+        };
+        let socket = doors.connect(&outgoing.main, Which::Main)?;
         let sent = rustix::net::send(&socket, &outgoing.nonce, SendFlags::NOSIGNAL)
             .doing("cannot begin the main channel")?;
         if sent != outgoing.nonce.len() {

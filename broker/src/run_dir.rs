@@ -185,6 +185,11 @@ impl VmDirectory {
         self.run_dir.join(incoming(&self.name))
     }
 
+    /// Whether that is this directory, or the one in which a broker waits for this VM.
+    pub(crate) fn is_this_or_beside(&self, path: &Path) -> bool {
+        path == self.path || path == self.beside()
+    }
+
     /// Whether the directory of this identity waits beside this one.
     pub(crate) fn is_beside(&self, identity: (u64, u64)) -> bool {
         identity_of(&self.beside()) == Some(identity)

@@ -1,42 +1,65 @@
 //! The file of a listening socket, removed with this value if it is still the same one: nobody removes another's.
 
-use std::os::unix::fs::MetadataExt;
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::path::PathBuf;
 
-/// A path, and the device and inode that were there when the socket was bound.
+use rustix::fs::AtFlags;
+use rustix::fs::CWD;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+/// A name in a directory, and the device and inode that were there when the socket was bound.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
+    directory: OwnedFd,
+    name: OsString,
+    /// None when it is left to another process.
+    identity: Option<(u64, u64)>,
 }
 
 impl SocketFile {
     /// What lies there now.
-    pub(crate) fn at(path: &Path) -> std::io::Result<Self> {
-        Ok(Self {
-            path: path.to_owned(),
-            identity: identity_of(path)?,
-        })
+    pub(crate) fn at(path: &Path) -> Result<Self, Errno> {
+        let name = path.file_name().ok_or(Errno::ISDIR)?.to_owned();
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(CWD, parent, flags, Mode::empty())?;
+        Self::in_directory(directory, name)
+    }
+
+    /// What lies there by this name now.
+    pub(crate) fn in_directory(directory: OwnedFd, name: OsString) -> Result<Self, Errno> {
+        let mut file = Self {
+            directory,
+            name,
+            identity: None,
+        };
+        file.identity = Some(file.found()?);
+        Ok(file)
     }
 
     /// Leaves it to another process.
     pub(crate) fn leave(mut self) {
-        self.path = PathBuf::new();
+        self.identity = None;
+    }
+
+    fn found(&self) -> Result<(u64, u64), Errno> {
+        let there = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok((there.st_dev, there.st_ino))
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity_of(&self.path).is_ok_and(|there| there == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
+        if self.identity.is_some() && self.found().ok() == self.identity {
+            let _ = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty());
         }
     }
-}
-
-fn identity_of(path: &Path) -> std::io::Result<(u64, u64)> {
-    let there = std::fs::symlink_metadata(path)?;
-    Ok((there.dev(), there.ino()))
 }
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ use super::Broker;
 use super::Options;
 use crate::balloon::BalloonNews;
 use crate::cgroup::Cgroup;
+use crate::channel_socket::Doors;
 use crate::clients::Clients;
 use crate::console::Console;
 use crate::deadlines::Deadlines;
@@ -112,7 +113,14 @@ impl Broker {
         let mut incoming = options
             .incoming
             .as_ref()
-            .map(|channels| Incoming::listen(channels, &launcher))
+            .map(|channels| {
+                let doors = Doors {
+                    directory: &directory,
+                    policy: &rules.policy,
+                    launcher: &launcher,
+                };
+                Incoming::listen(channels, doors)
+            })
             .transpose()?;
         resources::check_console(&vm.console, &rules.policy, &mut log)?;
         if let Some(incoming) = &mut incoming {
