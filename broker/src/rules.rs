@@ -87,7 +87,7 @@ pub(crate) fn worker_binary(
         WorkerAllowList::load(policy, beside)
             .map(|allowed| allowed.permits(digest))
             .map_err(|e| {
-                let what = format_args!("cannot read the allow-list of workers: {e}");
+                let what = format!("cannot read the allow-list of workers: {e}");
                 unfit(what, crate::own::remedy(&e, ""))
             })
     })?;

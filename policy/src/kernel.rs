@@ -92,7 +92,7 @@ pub fn seccomp_next(listener: BorrowedFd<'_>) -> io::Result<Report> {
     Ok(Report {
         id: report.id,
         tid: report.pid,
-        number: report.data.nr.cast_unsigned(),
+        number: u32::try_from(report.data.nr).unwrap_or(u32::MAX),
         arguments: report.data.args,
     })
 }

@@ -2,7 +2,6 @@
 //! rules they had no use for.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::Child;
@@ -163,10 +162,7 @@ fn start(learn: &Learn, globals: &Globals, vm: &str) -> Result<Option<Child>, Re
     command.env("BATON_RUN_DIR", run_dir.path());
     command.spawn().map(Some).map_err(|error| {
         unfit(
-            format!(
-                "cannot execute {}: {error}",
-                OsString::from(program).display()
-            ),
+            format!("cannot execute {}: {error}", Path::new(program).display()),
             "",
         )
     })
