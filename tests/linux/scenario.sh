@@ -82,26 +82,6 @@ pass "$upgrades upgrades are committed, and the guest counts on after each"
 is_confined
 clock_is_the_hosts
 
-# qmp COMMAND [ARGUMENTS]: what it returns is in /tmp/qmp.
-qmp() {
-    baton qmp $vm "{\"execute\": \"$1\"${2:+, \"arguments\": $2}}" >/tmp/qmp 2>&1 || give_up "$1: $(cat /tmp/qmp)"
-}
-shows() { grep -q "$1" "$console"; }
-has_let_go() { qmp query-block && ! grep -q '"qdev"' /tmp/qmp; }
-
-dd if=/dev/zero of=/tmp/spare.img bs=1M count=4 2>/dev/null
-qmp blockdev-add '{"driver": "file", "node-name": "spare", "filename": "/tmp/spare.img"}'
-qmp device_add '{"driver": "virtio-blk-pci", "id": "late", "drive": "spare", "num-queues": 2}'
-patiently 240 "the guest finds a disk that comes" shows '\[vdc\] 8192 512-byte'
-upgrade 1 $number
-number=$((number + 1))
-qmp block_resize '{"node-name": "spare", "size": 8388608}'
-patiently 240 "the guest sees its size change" shows '\[vdc\] new size: 16384 512-byte'
-qmp device_del '{"id": "late"}'
-patiently 240 "the guest lets it go" has_let_go
-qmp blockdev-del '{"node-name": "spare"}'
-pass "a disk comes, changes its size and goes while the guest runs"
-
 order reboot
 patiently 240 "boot 2 reaches user space" has_ticks 2 3
 pass "reboots in a worker that came by an upgrade"
