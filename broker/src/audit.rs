@@ -18,12 +18,12 @@ use rustix::fs::SealFlags;
 use serde_json::json;
 
 use crate::broker::Broker;
-use crate::launcher::DescriptorRecord;
-use crate::launcher::Records;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::worker::Worker;
+use crate::worker::launcher::DescriptorRecord;
+use crate::worker::launcher::Records;
 
 /// How many descriptors an answer lists.
 const MAX_LISTED: usize = 256;
@@ -84,7 +84,7 @@ impl Broker {
             (Evidence::Counted, Some(why)) => (format!("by construction: {why}"), Some("unknown")),
             (Evidence::Counted, None) => ("not compared".to_owned(), Some("unknown")),
         };
-        let tids = crate::proof::threads_of(pid);
+        let tids = crate::worker::proof::threads_of(pid);
         let threads = tids
             .into_iter()
             .map(|tid| AuditThread {
@@ -108,11 +108,11 @@ impl Broker {
             .map(|finding| finding_of(pid, finding))
             .collect();
         let limits = self.rules.policy.rlimits(u32::from(self.vm.cpus.count.0));
-        let executable = crate::evidence::Executable {
+        let executable = crate::worker::evidence::Executable {
             identity: worker.executable,
             digest: worker.digest,
         };
-        let (mut checks, wrong) = crate::evidence::process(
+        let (mut checks, wrong) = crate::worker::evidence::process(
             pid,
             &records,
             &executable,
@@ -120,12 +120,12 @@ impl Broker {
             Some(&limits),
         );
         findings.extend(wrong.iter().map(|finding| finding_of(pid, finding)));
-        checks.extend(crate::evidence::threads(&self.rules, &verdict));
+        checks.extend(crate::worker::evidence::threads(&self.rules, &verdict));
         let (own, wrong) = self.compare_own();
         checks.extend(own);
         let wrong = wrong
             .into_iter()
-            .map(|what| crate::proof::other(None, what));
+            .map(|what| crate::worker::proof::other(None, what));
         findings.extend(wrong.map(|finding| finding_of(pid, &finding)));
         findings.extend(self.rules.policy.learn.iter().map(|why| Finding {
             rule: "learn".to_owned(),
@@ -163,7 +163,7 @@ impl Broker {
             worker_digest: worker.digest.to_string(),
             policy: self.vm.policy.display().to_string(),
             policy_digest: self.rules.policy.digest.to_string(),
-            pause_us: crate::phase_clock::micros(self.prover.stood.get()),
+            pause_us: crate::upgrade::phase_clock::micros(self.prover.stood.get()),
             checks,
             threads,
             descriptors,

@@ -38,36 +38,36 @@ use rustix::event::PollFlags;
 use rustix::time::Timespec;
 use serde_json::json;
 
-use crate::balloon::BalloonNews;
-use crate::cgroup::Cgroup;
 use crate::clients::Awaiting;
 use crate::clients::Clients;
-use crate::console::Console;
-use crate::deadlines::Deadlines;
-use crate::front::Front;
-use crate::hotplug::Device;
-use crate::ids::VmIds;
-use crate::incoming::Channels;
-use crate::incoming::Incoming;
-use crate::launcher::Launcher;
-use crate::nascent::Nascent;
-use crate::nodes::Node;
+use crate::clients::front::Front;
+use crate::devices::balloon::BalloonNews;
+use crate::devices::console::Console;
+use crate::devices::hotplug::Device;
+use crate::devices::nodes::Node;
+use crate::devices::resizing::Resizing;
+use crate::devices::vsock::Vsock;
 use crate::notify::Manager;
 use crate::own::Own;
-use crate::proof::Prover;
+use crate::reboot::restoring::Restore;
+use crate::reboot::restoring::Restoring;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
-use crate::resizing::Resizing;
-use crate::restoring::Restore;
-use crate::restoring::Restoring;
 use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
+use crate::transfer::incoming::Channels;
+use crate::transfer::incoming::Incoming;
 use crate::upgrade::Upgrade;
+use crate::upgrade::deadlines::Deadlines;
 use crate::vm_file::VmFile;
-use crate::vsock::Vsock;
 use crate::worker::Worker;
+use crate::worker::cgroup::Cgroup;
+use crate::worker::ids::VmIds;
+use crate::worker::launcher::Launcher;
+use crate::worker::nascent::Nascent;
+use crate::worker::proof::Prover;
 
 /// How many messages of one worker are taken before everybody else is looked after again.
 pub(crate) const MESSAGES: u32 = 32;
@@ -305,7 +305,7 @@ impl Broker {
         }
         self.console.iter_mut().for_each(Console::pump);
         self.retired.retain(|worker| worker.reap().is_none());
-        crate::cgroup::remove(&mut self.remains);
+        crate::worker::cgroup::remove(&mut self.remains);
         self.first_worker()?;
         self.running_worker()?;
         self.advance_incoming()?;
@@ -373,7 +373,7 @@ impl Broker {
             .chain(self.front.processes())
             .chain(i32::try_from(self.launcher.pid()))
             .collect();
-        for child in crate::process::children()
+        for child in crate::worker::process::children()
             .into_iter()
             .filter(|child| !known.contains(child))
         {
@@ -435,7 +435,7 @@ impl Broker {
         self.upgrade = None;
         self.incoming = None;
         self.retired.clear();
-        crate::cgroup::remove_when_empty(std::mem::take(&mut self.remains));
+        crate::worker::cgroup::remove_when_empty(std::mem::take(&mut self.remains));
         self.front.end();
     }
 

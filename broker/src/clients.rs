@@ -1,5 +1,9 @@
 //! Those who talk to the broker over its control socket, and the one table of what they may ask and when.
 
+pub(crate) mod events;
+pub(crate) mod front;
+pub(crate) mod socket_file;
+
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;

@@ -147,7 +147,7 @@ mod armed {
                 Act::StopNew => new.into_iter().for_each(Worker::stop),
                 Act::KillOtherBroker => {
                     let parent = new
-                        .and_then(|new| crate::process::parent(new.process.pid))
+                        .and_then(|new| crate::worker::process::parent(new.process.pid))
                         .and_then(rustix::process::Pid::from_raw);
                     if let Some(parent) = parent {
                         kill(parent);

@@ -22,12 +22,12 @@ use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_policy::Policy;
 
+use crate::devices::resources::check_grant;
+use crate::devices::taps;
+use crate::devices::vhost_user;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
-use crate::resources::check_grant;
-use crate::taps;
-use crate::vhost_user;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::slots::Plugged;

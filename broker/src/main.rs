@@ -3,54 +3,22 @@
 #![forbid(unsafe_code)]
 
 mod audit;
-mod balloon;
-mod binary;
 mod broker;
-mod cgroup;
-mod channel_path;
-mod channel_socket;
 mod clients;
-mod console;
-mod deadlines;
-mod disks;
-mod events;
-mod evidence;
+mod devices;
 mod fail_point;
-mod front;
-mod granted_socket;
 mod guest_machine;
-mod hotplug;
-mod ids;
-mod incoming;
-mod launch;
-mod launcher;
-mod learner;
-mod nascent;
-mod nodes;
 mod notify;
-mod outgoing;
 mod own;
-mod pause;
-mod phase_clock;
-mod process;
-mod proof;
-mod ram_file;
+mod reboot;
 mod refusal;
-mod resizing;
-mod resources;
-mod restoring;
 mod rules;
 mod run_dir;
-mod saving;
 mod serve;
 mod signals;
-mod socket_file;
-mod state_file;
-mod taps;
+mod transfer;
 mod upgrade;
-mod vhost_user;
 mod vm_file;
-mod vsock;
 mod worker;
 
 use std::os::fd::AsFd;
@@ -70,11 +38,14 @@ use rustix::net::SocketType;
 
 use crate::broker::Broker;
 use crate::broker::Options;
-use crate::incoming::Channels;
-use crate::launcher::Launcher;
+use crate::reboot::restoring::Restore;
 use crate::refusal::Doing;
 use crate::refusal::Result;
-use crate::restoring::Restore;
+use crate::transfer::incoming::Channels;
+use crate::worker::launch;
+use crate::worker::launcher;
+use crate::worker::launcher::Launcher;
+use crate::worker::learner;
 
 /// What clients are told this is.
 pub(crate) const BUILD: &str = concat!("baton-broker ", env!("CARGO_PKG_VERSION"));

@@ -13,7 +13,6 @@ use baton_policy::diff::Difference;
 use serde_json::Value;
 use serde_json::json;
 
-use crate::binary::WorkerBinary;
 use crate::broker::Options;
 use crate::broker::Rules;
 use crate::refusal::Doing;
@@ -21,6 +20,7 @@ use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
 use crate::vm_file::VmFile;
+use crate::worker::binary::WorkerBinary;
 
 /// Reads and compiles the VM's policy. A file has to belong to root or this user, and nobody else may write it.
 ///

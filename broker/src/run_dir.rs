@@ -32,12 +32,12 @@ use rustix::fs::RenameFlags;
 use serde::Deserialize;
 use serde::Serialize;
 
-use crate::process::ProcessId;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::vm_file::Name;
+use crate::worker::process::ProcessId;
 
 /// What `state.json` tells those who find no broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,7 +215,7 @@ impl VmDirectory {
             let text = fs::read_to_string(self.path.join("state.json")).unwrap_or_default();
             let state: Option<StateFile> = serde_json::from_str(&text).ok();
             if let Some(cgroup) = state.and_then(|state| state.cgroup) {
-                remains = crate::cgroup::everywhere(&cgroup);
+                remains = crate::worker::cgroup::everywhere(&cgroup);
             }
             // Whoever had the name is dead: its lock is gone, and its guest runs here.
             if let Ok(handle) = open_directory(&self.path) {
@@ -272,7 +272,7 @@ impl VmDirectory {
                 ));
             }
             if let Some(cgroup) = &found.cgroup {
-                crate::cgroup::remove_when_empty(crate::cgroup::everywhere(cgroup));
+                crate::worker::cgroup::remove_when_empty(crate::worker::cgroup::everywhere(cgroup));
             }
             self.notes.push(format!(
                 "cleared what a dead broker (process {}) had left of {}, whose worker is dead too",

@@ -209,7 +209,7 @@ impl Broker {
                 if self.upgrade_can_be_cancelled() {
                     self.happened(Happening::UpgradeCancelled);
                 }
-                self.upgrade_refused(crate::pause::CANCELLED)?;
+                self.upgrade_refused(crate::upgrade::pause::CANCELLED)?;
                 self.clients.reply(client, &Reply::Done);
             }
             Request::Console => match self.attach_console() {

@@ -10,7 +10,10 @@
 //! synced, after the guest runs again and before anybody is told.
 
 mod confirm;
+pub(crate) mod deadlines;
 mod ending;
+pub(crate) mod pause;
+pub(crate) mod phase_clock;
 mod steps;
 
 use std::fs::File;
@@ -30,24 +33,24 @@ use baton_ipc::worker::WorkerConfig;
 use baton_policy::Confinement;
 use serde_json::json;
 
-use crate::binary::WorkerBinary;
 use crate::broker::Broker;
 use crate::broker::Rules;
-use crate::launch::Begun;
-use crate::launch::Program;
-use crate::nascent::Advance;
-use crate::nascent::Nascent;
-use crate::outgoing::Outgoing;
-use crate::pause::PauseFacts;
-use crate::phase_clock::PhaseClock;
-use crate::process::is_stopped;
+use crate::reboot::saving::Saving;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::rules::Approved;
-use crate::saving::Saving;
+use crate::transfer::outgoing::Outgoing;
+use crate::upgrade::pause::PauseFacts;
+use crate::upgrade::phase_clock::PhaseClock;
 use crate::worker::Phase;
 use crate::worker::Worker;
+use crate::worker::binary::WorkerBinary;
+use crate::worker::launch::Begun;
+use crate::worker::launch::Program;
+use crate::worker::nascent::Advance;
+use crate::worker::nascent::Nascent;
+use crate::worker::process::is_stopped;
 
 /// An upgrade under way.
 #[derive(Debug)]
@@ -267,7 +270,7 @@ impl Broker {
             cgroup.check(self.vm.cgroup_limits(&rules.policy))?;
         }
         for (key, description, _) in self.registry.iter() {
-            crate::resources::check_grant(&rules.policy, key, description, None)?;
+            crate::devices::resources::check_grant(&rules.policy, key, description, None)?;
         }
         let config = self.config(
             self.generation() + 1,

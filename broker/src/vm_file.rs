@@ -340,7 +340,7 @@ impl VmFile {
         let shown = path.display();
         let unreadable =
             |e: std::io::Error| unfit(format_args!("cannot read the VM file {shown}: {e}"), "");
-        let file = crate::resources::open_image(path).map_err(unreadable)?;
+        let file = crate::devices::resources::open_image(path).map_err(unreadable)?;
         let metadata = file.metadata().map_err(unreadable)?;
         if !metadata.is_file() || metadata.len() > MAX_FILE {
             return Err(unfit(

@@ -1,5 +1,16 @@
 //! One worker process as its broker sees it: what it may say in which phase, and the fence.
 
+pub(crate) mod binary;
+pub(crate) mod cgroup;
+pub(crate) mod evidence;
+pub(crate) mod ids;
+pub(crate) mod launch;
+pub(crate) mod launcher;
+pub(crate) mod learner;
+pub(crate) mod nascent;
+pub(crate) mod process;
+pub(crate) mod proof;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -21,15 +32,15 @@ use rustix::process::WaitId;
 use rustix::process::WaitIdOptions;
 use thiserror::Error;
 
-use crate::binary::WorkerBinary;
-use crate::ids::HostIds;
-use crate::launch::Launched;
-use crate::process::ProcessId;
-use crate::process::is_exiting;
-use crate::process::is_wholly_stopped;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::worker::binary::WorkerBinary;
+use crate::worker::ids::HostIds;
+use crate::worker::launch::Launched;
+use crate::worker::process::ProcessId;
+use crate::worker::process::is_exiting;
+use crate::worker::process::is_wholly_stopped;
 
 /// How far a worker has come. What it may report depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,7 +184,7 @@ impl Worker {
         digest: Digest,
         build: String,
     ) -> Result<Self> {
-        let process = crate::process::of_pidfd(pidfd.as_fd())
+        let process = crate::worker::process::of_pidfd(pidfd.as_fd())
             .ok_or_else(|| unfit("the other broker's worker is not there", ""))?;
         Ok(Self {
             process,

@@ -34,34 +34,34 @@ use serde_json::json;
 
 use super::Broker;
 use super::Options;
-use crate::balloon::BalloonNews;
-use crate::cgroup::Cgroup;
-use crate::channel_socket::Doors;
 use crate::clients::Clients;
-use crate::console::Console;
-use crate::deadlines::Deadlines;
-use crate::front::Front;
-use crate::ids::VmIds;
-use crate::incoming::Incoming;
-use crate::launch::Begun;
-use crate::launch::Program;
-use crate::launcher::Launcher;
-use crate::nascent::Advance;
+use crate::clients::front::Front;
+use crate::devices::balloon::BalloonNews;
+use crate::devices::console::Console;
+use crate::devices::resources;
+use crate::devices::resources::Resources;
 use crate::notify::Manager;
 use crate::own::Own;
-use crate::proof::Prover;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
-use crate::resources;
-use crate::resources::Resources;
 use crate::run_dir::VmDirectory;
 use crate::signals::Signals;
+use crate::transfer::channel_socket::Doors;
+use crate::transfer::incoming::Incoming;
+use crate::upgrade::deadlines::Deadlines;
 use crate::vm_file::VmFile;
 use crate::worker::Phase;
+use crate::worker::cgroup::Cgroup;
+use crate::worker::ids::VmIds;
+use crate::worker::launch::Begun;
+use crate::worker::launch::Program;
+use crate::worker::launcher::Launcher;
+use crate::worker::nascent::Advance;
+use crate::worker::proof::Prover;
 
 impl Broker {
     /// Opens everything that the VM file names, and launches the first worker.
@@ -266,7 +266,7 @@ impl Broker {
             unfit(fault, "the worker's diagnostics are in the audit log")
         };
         match advance.map_err(|fault| match fault {
-            crate::nascent::NascentFault::Launch(refusal) => refusal,
+            crate::worker::nascent::NascentFault::Launch(refusal) => refusal,
             fault => failed(&fault),
         })? {
             Advance::Waiting if late => return Err(failed(&"the first worker took too long")),
@@ -321,7 +321,7 @@ impl Broker {
         self.start_by = None;
         self.log.note(
             "running",
-            &json!({"generation": generation, "mode": mode, "start_us": crate::phase_clock::micros(self.began.elapsed())}),
+            &json!({"generation": generation, "mode": mode, "start_us": crate::upgrade::phase_clock::micros(self.began.elapsed())}),
         );
         self.restored();
         self.say_started();
@@ -342,7 +342,7 @@ impl Broker {
             worker_pid: worker.process.pid.unsigned_abs(),
             generation: worker.generation,
             directory: self.directory.path().display().to_string(),
-            start_us: crate::phase_clock::micros(self.began.elapsed()),
+            start_us: crate::upgrade::phase_clock::micros(self.began.elapsed()),
             notes: self.directory.notes.clone(),
         };
         self.release_standard_error();

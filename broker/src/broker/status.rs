@@ -12,7 +12,6 @@ use baton_ipc::worker::Pages;
 use serde_json::json;
 
 use super::Broker;
-use crate::process::ProcessId;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -21,6 +20,7 @@ use crate::run_dir::StateFile;
 use crate::run_dir::Successor;
 use crate::vm_file::slots::Plugged;
 use crate::worker::Worker;
+use crate::worker::process::ProcessId;
 
 impl Broker {
     pub(crate) fn generation(&self) -> u32 {
@@ -97,7 +97,7 @@ impl Broker {
             vsock: self.vm.vsock.is_some(),
             disks: self.disks(),
             vcpu_threads: worker.map_or_else(Vec::new, |worker| {
-                crate::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
+                crate::worker::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
             }),
             tsc_khz: self.status.tsc_khz,
             console_dropped: self.status.console_dropped,

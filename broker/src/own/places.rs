@@ -52,7 +52,7 @@ pub(crate) fn of(
         })
     });
     let mut records = vec!["/proc".into()];
-    records.extend(crate::cgroup::controllers());
+    records.extend(crate::worker::cgroup::controllers());
     let is_file = vm.policy.as_os_str() != "default";
     Ok(Places::from([
         (Place::Records, records),
@@ -63,8 +63,8 @@ pub(crate) fn of(
             Place::AuditDirectory,
             parent(directory.audit_log()).into_iter().collect(),
         ),
-        (Place::Cgroups, crate::cgroup::parents()),
-        (Place::IdLocks, vec![crate::ids::LOCKS.into()]),
+        (Place::Cgroups, crate::worker::cgroup::parents()),
+        (Place::IdLocks, vec![crate::worker::ids::LOCKS.into()]),
         (
             Place::Policy,
             is_file

@@ -7,12 +7,12 @@ use serde_json::json;
 
 use crate::broker::Broker;
 use crate::broker::Rules;
-use crate::nascent::Nascent;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::worker::Worker;
+use crate::worker::nascent::Nascent;
 
 impl Broker {
     /// Confirms a worker from the kernel's records before it is given anything.

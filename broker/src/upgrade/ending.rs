@@ -15,13 +15,13 @@ use super::Abort;
 use super::Upgrade;
 use crate::broker::Broker;
 use crate::clients::Awaiting;
-use crate::nascent::Nascent;
-use crate::pause::PauseFacts;
-use crate::phase_clock::PhaseClock;
 use crate::refusal::Result;
 use crate::refusal::complain;
+use crate::upgrade::pause::PauseFacts;
+use crate::upgrade::phase_clock::PhaseClock;
 use crate::worker::Phase;
 use crate::worker::Worker;
+use crate::worker::nascent::Nascent;
 
 impl Broker {
     /// Kills a worker that does not hold the guest, and forgets it when it is gone.

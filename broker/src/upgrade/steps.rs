@@ -17,17 +17,17 @@ use serde_json::json;
 use super::Upgrade;
 use crate::broker::Broker;
 use crate::clients::Awaiting;
-use crate::pause;
-use crate::pause::PauseEnd;
-use crate::pause::Standing;
-use crate::process::is_stopped;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
+use crate::upgrade::pause;
+use crate::upgrade::pause::PauseEnd;
+use crate::upgrade::pause::Standing;
 use crate::worker::Phase;
 use crate::worker::Worker;
+use crate::worker::process::is_stopped;
 
 impl Broker {
     /// S3: the new worker is confirmed; both are told of each other.
@@ -188,7 +188,7 @@ impl Broker {
                 // One that is dead cannot take the guest; later it is found by its worker.
                 outgoing
                     .as_mut()
-                    .map_or(Ok(()), crate::outgoing::Outgoing::still_there)?;
+                    .map_or(Ok(()), crate::transfer::outgoing::Outgoing::still_there)?;
                 log.write(
                     "commit-intent",
                     &json!({"generation": generation, "state_digest": digest.to_string()}),

@@ -1,0 +1,227 @@
+//! What comes over the cpr and main channels: taken only when it is what the VM file and policy say.
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use baton_audit::quoted;
+use baton_ipc::FdSocket;
+use baton_ipc::Registry;
+use baton_ipc::control::Happening;
+use baton_ipc::control::Step;
+use baton_ipc::cpr::CprReceiver;
+use baton_ipc::transfer;
+use baton_ipc::transfer::Offer;
+use baton_ipc::transfer::ToOld;
+use rustix::io::Errno;
+use rustix::net::RecvAncillaryBuffer;
+use rustix::net::RecvAncillaryMessage;
+use rustix::net::RecvFlags;
+use serde_json::json;
+
+use super::Link;
+use super::Stage;
+use super::hear;
+use super::hung_up;
+use super::listening;
+use crate::broker::Broker;
+use crate::refusal::Doing;
+use crate::refusal::Recorded;
+use crate::refusal::Result;
+use crate::refusal::complain;
+use crate::refusal::unfit;
+use crate::transfer::channel_socket;
+use crate::transfer::channel_socket::Listener;
+use crate::transfer::outgoing::DEFERRED;
+
+impl Broker {
+    /// Reads the first bytes. Whoever sends others, or none, is forgotten, and the next one is waited for.
+    pub(super) fn greet(&mut self, listener: Listener, stream: OwnedFd, by: Instant) -> Stage {
+        let greeted = match receive_preamble(&stream) {
+            Ok(None) if Instant::now() <= by => return Stage::Greeting(listener, stream, by),
+            Ok(None) => Err("it said nothing".to_owned()),
+            Ok(Some(ends)) => Ok(ends),
+            Err(reason) => Err(reason),
+        };
+        let (link, state) = match greeted {
+            Ok(ends) => ends,
+            Err(reason) => {
+                self.log
+                    .note("incoming-refused", &json!({"reason": quoted(&reason)}));
+                return Stage::Waiting(listener);
+            }
+        };
+        let link = Link::new(FdSocket::from(link));
+        let hello = ToOld::Hello {
+            build: crate::BUILD.to_owned(),
+            directory: self.directory.identity(),
+            process: std::process::id(),
+        };
+        if let Err(error) = link.send(&hello) {
+            complain(&unfit(format_args!("the old broker: {error}"), ""));
+            return Stage::Waiting(listener);
+        }
+        if let Some(incoming) = &mut self.incoming {
+            incoming.peer = channel_socket::peer_process(&stream);
+            incoming.deadline = Some(Instant::now() + self.deadlines.of(Step::Build));
+        }
+        // Here the path goes: nobody else is taken.
+        Stage::Offered {
+            link,
+            state: FdSocket::from(state),
+            receiver: CprReceiver::default(),
+            offer: None,
+            registry: None,
+        }
+    }
+
+    pub(super) fn take_state(
+        &mut self,
+        link: Link,
+        offer: Box<Offer>,
+        registry: Registry,
+    ) -> Result<Stage> {
+        let checked = self.check_state(&offer, &registry).and_then(|()| {
+            self.virtio.clone_from(&offer.machine.virtio);
+            self.adopt_devices(&offer.hotplugged, &registry)
+        });
+        match checked {
+            Ok(()) => {
+                self.id = offer.vm;
+                self.registry = registry;
+                let bound = self.deadlines.of(Step::Build);
+                let Some(incoming) = &mut self.incoming else {
+                    return Ok(Stage::Gone);
+                };
+                self.claims = std::mem::take(&mut incoming.claims);
+                incoming.offer = Some(offer);
+                let deferred = incoming.main.is_none();
+                incoming.deadline = Some(Instant::now() + if deferred { DEFERRED } else { bound });
+                self.happened(Happening::UpgradeBegan { dry_run: false });
+                if deferred {
+                    link.send(&ToOld::Deferred).doing("the old broker")?;
+                    return Ok(Stage::Deferred(link));
+                }
+                listening(link)
+            }
+            Err(refusal) => {
+                let _ = link.send(&ToOld::Failed(refusal.reason.clone()));
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Compares what has come with this broker's VM file and policy.
+    pub(super) fn check_state(&mut self, offer: &Offer, registry: &Registry) -> Result<()> {
+        let machine = &offer.machine;
+        let devices = crate::guest_machine::devices(&self.vm, &machine.virtio, &offer.hotplugged);
+        let ours = crate::guest_machine::of(&self.vm, &devices);
+        if let Some(difference) = machine.first_difference(&ours) {
+            return Err(unfit(
+                difference,
+                "start the new side from the same VM file",
+            ));
+        }
+        crate::guest_machine::check(&self.vm, &self.rules.policy, registry, machine)?;
+        let claims = self.incoming.iter().flat_map(|one| &one.claims);
+        crate::devices::taps::check_claims(&self.vm.net.0, claims)?;
+        if let Some(vsock) = &self.vm.vsock {
+            let path = crate::devices::resources::vsock_place(vsock, &self.rules.policy)?;
+            let listener = self.incoming.as_ref().and_then(|one| one.vsock.as_ref());
+            crate::devices::vsock::handover::check_listener(listener, &path)?;
+            let record = json!({"descriptor": "vsock listener", "path": path});
+            self.log.write("received", &record).recorded()?;
+        }
+        for (key, description, _) in registry.iter() {
+            self.log
+                .write(
+                    "received",
+                    &json!({"descriptor": key.name(), "id": key.id(), "what": description}),
+                )
+                .recorded()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the one connection that begins with the nonce.
+    pub(super) fn await_main(&mut self, mut link: Link, mut guests: Vec<OwnedFd>) -> Result<Stage> {
+        if hear(&mut link)?.is_some() {
+            return Err(hung_up());
+        }
+        let Some((incoming, nonce)) = self.incoming.as_mut().and_then(|incoming| {
+            let nonce = incoming.offer.as_ref()?.nonce;
+            Some((incoming, nonce))
+        }) else {
+            return Ok(Stage::Gone);
+        };
+        if let Some(stream) = incoming.main.as_ref().and_then(Listener::accept) {
+            guests.push(stream);
+        }
+        let mut main = None;
+        guests.retain_mut(|stream| {
+            let mut found = [0; transfer::NONCE];
+            // All of it or nothing: it was sent whole, into an empty buffer.
+            match rustix::net::recv(&*stream, &mut found, RecvFlags::DONTWAIT) {
+                Err(Errno::AGAIN | Errno::INTR) => true,
+                Ok((_, count)) if count == found.len() && found == nonce => {
+                    main = stream.try_clone().ok();
+                    false
+                }
+                _ => false,
+            }
+        });
+        guests.truncate(4);
+        let Some(main) = main else {
+            return Ok(Stage::Listening(link, guests));
+        };
+        // Its path goes: nobody else is taken.
+        incoming.main = None;
+        match self.launch_successor() {
+            Ok(nascent) => Ok(Stage::Building {
+                link,
+                main: Some(main),
+                nascent: Box::new(nascent),
+            }),
+            Err(refusal) => {
+                let _ = link.send(&ToOld::Failed(refusal.reason.clone()));
+                Err(refusal)
+            }
+        }
+    }
+}
+
+/// The two connections that come with the preamble; `None` while it has not come.
+fn receive_preamble(stream: &OwnedFd) -> std::result::Result<Option<(OwnedFd, OwnedFd)>, String> {
+    let mut bytes = [0; transfer::PREAMBLE];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::net::recvmsg(
+        stream,
+        &mut [std::io::IoSliceMut::new(&mut bytes)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    );
+    let received = match received {
+        Ok(received) => received,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    let mut ends = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(rights) => Some(rights),
+            _ => None,
+        })
+        .flatten();
+    let ends = (ends.next(), ends.next(), ends.next());
+    if received.bytes == 0 {
+        return Err("it left without a word".to_owned());
+    }
+    if received.bytes < bytes.len() {
+        return Err("not a migration stream (it is too short)".to_owned());
+    }
+    transfer::check_preamble(bytes).map_err(|e| e.to_string())?;
+    match ends {
+        (Some(link), Some(state), None) => Ok(Some((link, state))),
+        _ => Err("the brokers' link did not come with it".to_owned()),
+    }
+}

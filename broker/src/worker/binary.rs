@@ -1,0 +1,185 @@
+//! The worker's binary: read once, checked against the allow-list, and executed from the sealed copy that was checked.
+
+use std::fs::File;
+use std::io::Read;
+use std::io::Seek;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use baton_policy::Declaration;
+use baton_policy::Digest;
+use rustix::fs::MemfdFlags;
+use rustix::fs::SealFlags;
+
+use crate::refusal::Doing;
+use crate::refusal::Result;
+use crate::refusal::refused;
+use crate::refusal::unfit;
+
+/// The largest binary, in bytes.
+const MAX_SIZE: u64 = 64 << 20;
+/// How much of it is searched for an interpreter, in bytes. Linkers put the program headers right behind the ELF header.
+const HEAD: usize = 16 << 10;
+
+/// A checked, sealed copy.
+#[derive(Debug)]
+pub(crate) struct WorkerBinary {
+    memfd: OwnedFd,
+    /// SHA-256 of its bytes.
+    pub(crate) digest: Digest,
+}
+
+impl WorkerBinary {
+    /// Opens a worker by the path that the VM file or the broker's own place names.
+    pub(crate) fn open(path: &Path) -> Result<File> {
+        crate::devices::resources::open_image(path).map_err(|e| {
+            unfit(
+                format_args!("cannot open the worker {}: {e}", path.display()),
+                crate::own::remedy(
+                    &e,
+                    "name one in the VM file's `worker`, or install baton-worker beside baton-broker",
+                ),
+            )
+        })
+    }
+
+    /// Copies a binary into a memfd that nobody can change, if `permits` says so of that copy's digest.
+    pub(crate) fn admit(file: File, permits: impl FnOnce(&Digest) -> Result<bool>) -> Result<Self> {
+        let metadata = file
+            .metadata()
+            .doing("cannot examine the worker's binary")?;
+        if !metadata.is_file() || metadata.size() > MAX_SIZE {
+            return Err(unfit(
+                format_args!(
+                    "the worker's binary is no regular file of at most {} MiB",
+                    MAX_SIZE >> 20
+                ),
+                "",
+            ));
+        }
+        let memfd = rustix::fs::memfd_create(
+            "baton-worker",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::EXEC,
+        )
+        .doing("cannot make a memfd for the worker's binary")?;
+        // Copied, sealed, and only then looked at: never the whole of it in this process's memory.
+        let mut copy = File::from(memfd);
+        let size = std::io::copy(&mut file.take(MAX_SIZE + 1), &mut copy)
+            .doing("cannot copy the worker's binary")?;
+        if size > MAX_SIZE {
+            return Err(unfit("the worker's binary grew while it was read", ""));
+        }
+        rustix::fs::fcntl_add_seals(
+            &copy,
+            SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
+        )
+        .doing("cannot seal the worker's binary")?;
+        copy.rewind()
+            .and_then(|()| Digest::of_reader(&mut copy))
+            .doing("cannot read the worker's binary")
+            .and_then(|digest| Self::admit_copy(copy, digest, permits))
+    }
+
+    fn admit_copy(
+        copy: File,
+        digest: Digest,
+        permits: impl FnOnce(&Digest) -> Result<bool>,
+    ) -> Result<Self> {
+        if !permits(&digest)? {
+            return Err(refused(
+                format_args!("the worker {digest} is not on the policy's allow-list"),
+                "install its digest (`sha256sum`) in a file of the policy's workers.directory, then try again",
+            ));
+        }
+        let mut head = Vec::with_capacity(HEAD);
+        (&copy)
+            .rewind()
+            .and_then(|()| (&copy).take(HEAD as u64).read_to_end(&mut head))
+            .doing("cannot read the worker's binary")?;
+        if !is_static_elf(&head) {
+            return Err(unfit(
+                format_args!("{digest} is no worker: not a static x86-64 ELF executable"),
+                "build it with `cargo build --release -p baton-worker`",
+            ));
+        }
+        // The writing descriptor goes; a process that executes a file open for writing gets ETXTBSY.
+        let memfd = rustix::fs::open(
+            format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy)),
+            rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        )
+        .doing("cannot reopen the worker's binary")?;
+        Ok(Self { memfd, digest })
+    }
+
+    /// What this build says that it needs.
+    pub(crate) fn declaration(&self) -> Result<Declaration> {
+        let copy = self
+            .memfd
+            .try_clone()
+            .doing("cannot hold the worker's binary")?;
+        Declaration::read(&File::from(copy)).map_err(|e| {
+            unfit(
+                format_args!("{} is no worker of this broker: {e}", self.digest),
+                "every baton-worker carries the policy that it was built and tested under; see docs/threat-model.md",
+            )
+        })
+    }
+
+    /// Device and inode, which /proc/PID/exe of every process that executes it has.
+    pub(crate) fn identity(&self) -> Option<(u64, u64)> {
+        let stat = rustix::fs::fstat(&self.memfd).ok()?;
+        Some((stat.st_dev, stat.st_ino))
+    }
+}
+
+impl AsFd for WorkerBinary {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+}
+
+/// A 64-bit little-endian x86-64 ELF without an interpreter (System V gABI, "ELF Header" and "Program Header"): what can
+/// run in an empty root at all. Anything else about it shows when it runs, confined.
+fn is_static_elf(bytes: &[u8]) -> bool {
+    const PT_INTERP: [u8; 4] = 3_u32.to_le_bytes();
+    let field = |at: usize, length: usize| bytes.get(at..at.checked_add(length)?);
+    let number = |at: usize, length: usize| {
+        let mut value = [0; 8];
+        value.get_mut(..length)?.copy_from_slice(field(at, length)?);
+        usize::try_from(u64::from_le_bytes(value)).ok()
+    };
+    let segments = || -> Option<bool> {
+        let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        for index in 0..count {
+            let at = table.checked_add(index.checked_mul(size)?)?;
+            if field(at, 4)? == PT_INTERP {
+                return Some(false);
+            }
+        }
+        Some(count > 0)
+    };
+    field(0, 6) == Some(b"\x7fELF\x02\x01")
+        && field(18, 2) == Some(&[0x3e, 0])
+        && segments() == Some(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_static_elf_is_a_worker() {
+        // This test binary is a static-pie, as the worker is.
+        let me = std::fs::read("/proc/self/exe").unwrap();
+        assert!(is_static_elf(&me));
+        assert!(!is_static_elf(&me[..60]));
+        assert!(!is_static_elf(b"#!/bin/sh\n"));
+        if let Ok(dynamic) = std::fs::read("/bin/sh") {
+            assert!(!is_static_elf(&dynamic));
+        }
+    }
+}
