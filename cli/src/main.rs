@@ -13,6 +13,7 @@ mod demo;
 mod doctor;
 mod failure;
 mod incoming;
+mod outcome;
 mod output;
 mod process;
 mod report;

@@ -4,7 +4,6 @@ use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 
 use crate::arguments::Demo;
-use crate::commands::upgrade;
 use crate::demo;
 use crate::demo::Event;
 use crate::demo::Plan;
@@ -13,6 +12,7 @@ use crate::doctor;
 use crate::doctor::Host;
 use crate::doctor::Level;
 use crate::failure::unfit;
+use crate::outcome;
 use crate::output::Output;
 use crate::output::Style;
 use crate::signals::Signals;
@@ -112,7 +112,7 @@ impl Teller<'_> {
                 if *step == Some(baton_ipc::control::Step::Request) {
                     self.begun = std::time::Instant::now();
                 }
-                let line = upgrade::progress_line(
+                let line = outcome::progress_line(
                     &format!("{number} of {}", self.upgrades),
                     self.step,
                     self.begun,

@@ -3,6 +3,7 @@
 //! The worker is opened once, so that every VM gets the same file whatever happens to its path meanwhile.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -24,8 +25,9 @@ use serde_json::json;
 
 use crate::arguments::Upgrade;
 use crate::client::Plan;
-use crate::commands::upgrade;
 use crate::failure::severity;
+use crate::failure::unfit;
+use crate::outcome;
 use crate::output::Output;
 use crate::output::Style;
 use crate::output::Table;
@@ -179,25 +181,29 @@ impl Fleet<'_> {
     }
 
     fn one(&self, directory: &VmDirectory) -> End {
-        let outcome = self
-            .worker
-            .map(upgrade::reopen)
-            .transpose()
-            .and_then(|worker| {
-                let plan = Plan {
-                    dry_run: self.dry_run,
-                    approve: self.approve,
-                    worker: worker.as_ref(),
-                };
-                directory
-                    .broker()?
-                    .upgrade(&plan, None, &mut |_| {}, &mut || {})
-            });
+        let outcome = self.worker.map(reopen).transpose().and_then(|worker| {
+            let plan = Plan {
+                dry_run: self.dry_run,
+                approve: self.approve,
+                worker: worker.as_ref(),
+            };
+            directory
+                .broker()?
+                .upgrade(&plan, None, &mut |_| {}, &mut || {})
+        });
         match outcome {
             Ok(outcome) => End::Ended(Box::new(outcome)),
             Err(refusal) => End::Refused(refusal),
         }
     }
+}
+
+/// The same file with a file position of its own, so that many brokers can read it at once.
+fn reopen(worker: &OwnedFd) -> Result<OwnedFd, Refusal> {
+    use std::os::fd::AsRawFd;
+    File::open(format!("/proc/self/fd/{}", worker.as_raw_fd()))
+        .map(OwnedFd::from)
+        .map_err(|error| unfit(format!("cannot open the worker again: {error}"), ""))
 }
 
 /// A thread that panicked has aborted the process, so the lock is never poisoned; and if it were, what it guards is whole.
@@ -210,7 +216,7 @@ fn report(entries: &[Entry], output: &Output) -> Result<Exit, Refusal> {
     let (mut good, mut failed, mut skipped) = (0, 0, 0);
     for entry in entries {
         let end = match &entry.result {
-            End::Ended(outcome) => upgrade::exit_of(outcome.outcome),
+            End::Ended(outcome) => outcome::exit_of(outcome.outcome),
             End::Refused(refusal) => refusal.exit,
             End::Skipped => {
                 skipped += 1;
@@ -253,7 +259,7 @@ fn report(entries: &[Entry], output: &Output) -> Result<Exit, Refusal> {
 
 fn document(entry: &Entry) -> Value {
     let mut value = match &entry.result {
-        End::Ended(outcome) => upgrade::document(outcome),
+        End::Ended(outcome) => outcome::document(outcome),
         End::Refused(refusal) => {
             json!({ "outcome": "refused", "error": crate::output::error(refusal) })
         }
@@ -270,14 +276,14 @@ fn cells(entry: &Entry) -> Vec<(Option<Style>, String)> {
     let name = (None, entry.name.clone());
     match &entry.result {
         End::Ended(outcome) => {
-            let (style, result) = upgrade::outcome_name(outcome.outcome);
+            let (style, result) = outcome::outcome_name(outcome.outcome);
             vec![
                 name,
                 (Some(style), result.to_owned()),
                 (None, outcome.generation.to_string()),
                 (None, units::microseconds(outcome.blackout_us)),
                 (None, format!("{} ms", outcome.total_ms)),
-                (None, upgrade::why(outcome).trim_start().to_owned()),
+                (None, outcome::why(outcome).trim_start().to_owned()),
             ]
         }
         End::Refused(refusal) => vec![

@@ -8,7 +8,7 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::arguments::Globals;
-use crate::commands::upgrade;
+use crate::outcome;
 use crate::output::Output;
 use crate::output::Style;
 use crate::output::printable;
@@ -87,7 +87,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "vcpu_threads": vcpu_threads,
         "tsc_khz": tsc_khz,
         "console_dropped": console_dropped,
-        "last_upgrade": last_upgrade.as_ref().map(upgrade::document),
+        "last_upgrade": last_upgrade.as_ref().map(outcome::document),
         "vm_file": vm_file,
         "balloon": balloon,
         "vhost_user": vhost_user,
@@ -144,7 +144,7 @@ fn person(status: &VmStatus, output: &Output) -> String {
         lines.push(format!(
             "{}{}",
             label(output, "last upgrade"),
-            upgrade::sentence(last, output)
+            outcome::sentence(last, output)
         ));
     }
     lines.join("\n")

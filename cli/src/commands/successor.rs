@@ -17,8 +17,8 @@ use serde_json::json;
 
 use crate::broker_binary;
 use crate::commands::run::Broker;
-use crate::commands::upgrade;
 use crate::failure::unfit;
+use crate::outcome;
 use crate::output::Output;
 use crate::run_dir::RunDir;
 use crate::signals::Signals;
@@ -63,7 +63,7 @@ pub(crate) fn upgrade(
         successor.abandon(ENDING)?;
         return Err(refusal);
     }
-    let outcome = upgrade::followed(&directory, vm, output, |progress, interrupted| {
+    let outcome = outcome::followed(&directory, vm, output, |progress, interrupted| {
         client.transfer(main.clone(), cpr.clone(), signals, progress, interrupted)
     });
     drop(client);
@@ -72,7 +72,7 @@ pub(crate) fn upgrade(
         Ok(outcome) => {
             // It was told, and ends by itself.
             successor.end(ENDING)?;
-            return upgrade::say(vm, &outcome, &upgrade::document(&outcome), output);
+            return outcome::say(vm, &outcome, &outcome::document(&outcome), output);
         }
         Err(refusal) => {
             // The old broker may have died after the commit: then the new one has the guest, and goes on.
@@ -86,9 +86,9 @@ pub(crate) fn upgrade(
             format!("see what became of it: baton status {vm}"),
         )
     })?;
-    let mut document = upgrade::document(&outcome);
+    let mut document = outcome::document(&outcome);
     if let Some(document) = document.as_object_mut() {
         document.insert("broker_pid".to_owned(), json!(started.broker_pid));
     }
-    upgrade::say(vm, &outcome, &document, output)
+    outcome::say(vm, &outcome, &document, output)
 }

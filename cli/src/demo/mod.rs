@@ -15,11 +15,11 @@ use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
 
 use crate::arguments::Starting;
-use crate::commands::upgrade;
 use crate::demo::guest::Guest;
 use crate::demo::guest::Health;
 use crate::demo::machine::Machine;
 use crate::failure::failure;
+use crate::outcome;
 use crate::signals::Signals;
 
 /// What to do.
@@ -139,10 +139,10 @@ pub(crate) fn run(
             }
             _ => {
                 return Err(failure(
-                    upgrade::exit_of(outcome.outcome),
+                    outcome::exit_of(outcome.outcome),
                     format!(
                         "upgrade {number} did not go through{}",
-                        upgrade::why(&outcome)
+                        outcome::why(&outcome)
                     ),
                     "more with --log",
                 ));
@@ -186,6 +186,6 @@ impl Run {
 
     /// The exit status: findings of the audit are the demo's.
     pub(crate) fn exit(&self) -> Exit {
-        crate::commands::audit::exit(&self.audit)
+        crate::report::exit(&self.audit)
     }
 }

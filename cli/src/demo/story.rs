@@ -13,14 +13,14 @@ use baton_policy::Syscall;
 use serde_json::Value;
 use serde_json::json;
 
-use crate::commands::audit;
-use crate::commands::upgrade;
 use crate::demo::Replacement;
 use crate::demo::Run;
+use crate::outcome;
 use crate::output::Output;
 use crate::output::Style;
 use crate::output::bar;
 use crate::output::printable;
+use crate::report;
 use crate::units;
 
 /// What people ask about first: what it would take to reach beyond the guest.
@@ -41,7 +41,7 @@ const TELLING: [(&str, &[&str]); 7] = [
 pub(crate) fn document(run: &Run) -> Result<Value, Refusal> {
     let health = &run.health;
     let upgrades = run.upgrades.iter().map(|replacement| {
-        let mut document = upgrade::document(&replacement.outcome);
+        let mut document = outcome::document(&replacement.outcome);
         if let Some(object) = document.as_object_mut() {
             object.insert("guest_gap_us".to_owned(), replacement.guest_gap_us.into());
         }
@@ -49,7 +49,7 @@ pub(crate) fn document(run: &Run) -> Result<Value, Refusal> {
     });
     Ok(json!({
         "upgrades": upgrades.collect::<Vec<_>>(),
-        "aborts": run.aborts.iter().map(upgrade::document).collect::<Vec<_>>(),
+        "aborts": run.aborts.iter().map(outcome::document).collect::<Vec<_>>(),
         "blackout_us": run.blackouts(),
         "guest_gap_us": run.guest_gap_us(),
         "quiet_gap_us": run.quiet_gap_us,
@@ -62,7 +62,7 @@ pub(crate) fn document(run: &Run) -> Result<Value, Refusal> {
             "errors": health.errors,
             "backwards": health.backwards,
         },
-        "audit": audit::document(&run.audit)?,
+        "audit": report::document(&run.audit)?,
     }))
 }
 
@@ -83,7 +83,7 @@ pub(crate) fn abort(outcome: &UpgradeOutcome) -> String {
     format!(
         "  generation {:>3}  runs on: the upgrade was aborted{}",
         outcome.generation,
-        upgrade::why(outcome)
+        outcome::why(outcome)
     )
 }
 
@@ -138,7 +138,7 @@ pub(crate) fn person(run: &Run, output: &Output) -> String {
 }
 
 fn confinement(report: &AuditReport, output: &Output) -> Vec<String> {
-    let mut lines = vec![match audit::exit(report) {
+    let mut lines = vec![match report::exit(report) {
         Exit::Done => format!(
             "The last worker is audited from the kernel's own records: {}. {} threads, {} descriptors, all as declared.",
             output.paint(Style::Good, "proven"),

@@ -68,7 +68,7 @@ fn objects(descriptors: &[AuditDescriptor]) -> Vec<Object> {
             name
         };
         let detail = match kind {
-            Group::Granted => crate::commands::audit::word(&descriptor.kind),
+            Group::Granted => crate::report::word(&descriptor.kind),
             _ => String::new(),
         };
         let same = objects

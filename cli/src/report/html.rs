@@ -14,7 +14,7 @@ use baton_policy::explain::RoleAnswer;
 use super::Audited;
 use super::drawing;
 use super::timeline;
-use crate::commands::audit::word;
+use crate::report::word;
 use crate::units;
 
 const STYLE: &str = include_str!("style.css");

@@ -1,23 +1,30 @@
-//! What an audit found, for other readers than a terminal's: SARIF for tools, one HTML page for people.
+//! What an audit found: tables for a terminal, JSON for scripts, SARIF for tools, one HTML page for people.
 
 mod drawing;
 mod html;
+mod json;
 mod sarif;
+mod table;
 mod timeline;
 
 use std::path::Path;
 
 use baton_audit::segments;
 use baton_ipc::control::AuditReport;
+use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
+use baton_ipc::control::Verdict;
 use baton_policy::Policy;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::failure::file;
 use crate::run_dir::RunDir;
 
 pub(crate) use html::page;
+pub(crate) use json::document;
 pub(crate) use sarif::log;
+pub(crate) use table::table;
 
 /// How many upgrades a page shows, of the last.
 const UPGRADES: usize = 20;
@@ -70,7 +77,23 @@ impl Audited {
 
     /// Whether nothing disagrees.
     pub(crate) fn is_proven(&self) -> bool {
-        crate::commands::audit::exit(&self.report) == baton_ipc::control::Exit::Done
+        exit(&self.report) == Exit::Done
+    }
+}
+
+/// Proven only if the broker says so and names nothing against it.
+pub(crate) fn exit(report: &AuditReport) -> Exit {
+    match report.verdict {
+        Verdict::Proven if report.findings.is_empty() => Exit::Done,
+        _ => Exit::Findings,
+    }
+}
+
+/// What a unit variant is called in JSON; `-` for none.
+pub(crate) fn word(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(word)) => word,
+        _ => "-".to_owned(),
     }
 }
 
