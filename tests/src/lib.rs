@@ -58,5 +58,6 @@ pub use transfer::Waiting;
 pub use verdict::Faulted;
 pub use vm::Builder;
 pub use vm::Vm;
+pub use wire::Flood;
 pub use wire::Wire;
 pub use witness::Witness;

@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use baton_guest::NetPeer;
+use baton_guest::layout::NET_FRAME_HEADER;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::event::Timespec;
@@ -82,6 +83,46 @@ impl Wire {
 impl Drop for Wire {
     fn drop(&mut self) {
         self.end.store(true, Ordering::SeqCst);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Sends frames in a thread, as fast as it goes, until it is dropped.
+#[derive(Debug)]
+pub struct Flood {
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flood {
+    /// Of that many bytes, to whoever is at the other end of this interface of the host.
+    ///
+    /// # Panics
+    ///
+    /// Without CAP_NET_RAW, or when there is no such interface.
+    #[must_use]
+    pub fn new(interface: &str, bytes: usize) -> Self {
+        let socket = packet_socket(interface).unwrap();
+        let mut frame = NET_FRAME_HEADER.to_vec();
+        frame.resize(bytes, 0);
+        let end = Arc::new(AtomicBool::new(false));
+        let own_end = Arc::clone(&end);
+        let thread = std::thread::spawn(move || {
+            while !own_end.load(Ordering::Relaxed) {
+                // One that the tap has no room for is lost, as on any wire.
+                let _ = rustix::io::write(&socket, &frame);
+            }
+        });
+        Self {
+            end,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }

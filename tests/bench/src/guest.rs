@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
 use baton_guest::DiskReport;
+use baton_guest::LoadReport;
 use baton_guest::NetReport;
 use baton_guest::Report;
 use baton_guest::VsockReport;
@@ -37,6 +39,14 @@ impl Guest {
         Ok(Self(file.with_context(|| format!("cannot open {path}"))?))
     }
 
+    /// Opens guest RAM that is a file, and begins at address 0.
+    pub(crate) fn of_file(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        Ok(Self(file.with_context(|| {
+            format!("cannot open {}", path.display())
+        })?))
+    }
+
     fn bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0; layout::REPORT_SIZE];
         self.0.read_exact_at(&mut bytes, layout::REPORT_ADDRESS)?;
@@ -61,6 +71,11 @@ impl Guest {
     /// What it says of its socket device.
     pub(crate) fn vsock(&self) -> Result<VsockReport> {
         Ok(VsockReport::parse(&self.bytes()?))
+    }
+
+    /// What it says of the device that it loads.
+    pub(crate) fn load(&self) -> Result<LoadReport> {
+        Ok(LoadReport::parse(&self.bytes()?))
     }
 
     /// Waits until the report is as wished.

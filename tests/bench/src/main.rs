@@ -8,6 +8,7 @@
 mod clock;
 mod footprint;
 mod guest;
+mod io;
 mod measure;
 mod peers;
 mod qemu;
@@ -29,6 +30,7 @@ use crate::measure::Plan;
 #[derive(Debug, Parser)]
 #[command(
     version,
+    args_conflicts_with_subcommands = true,
     after_help = "\
 Blackout   from the first vCPU's exit in the old worker to the last vCPU's first KVM_RUN in the new
 Pause      the broker's own view of it: \"park\" sent to \"running\" received
@@ -40,11 +42,12 @@ Examples:
   baton-bench
   baton-bench --memory 256M,4G --cpus 1,4 --upgrades 100 --qemu 10
   baton-bench --memory 256M --no-walk --busy --upgrades 1000 --starts 1
+  baton-bench io --seconds 3 --rounds 5
   baton-bench --json | jq '.cases[0].blackout_us.p50'"
 )]
 struct Arguments {
     /// Where baton, baton-broker and baton-worker are [default: beside this program]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", global = true)]
     binaries: Option<PathBuf>,
     /// The guests' memory sizes
     #[arg(
@@ -89,6 +92,14 @@ struct Arguments {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
+    #[command(subcommand)]
+    other: Option<Other>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Other {
+    /// Measures disk and network of a guest instead, under Baton and under QEMU in turns
+    Io(io::Plan),
 }
 
 fn main() -> ExitCode {
@@ -102,14 +113,18 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    let binaries = match &arguments.binaries {
+        Some(directory) => directory.clone(),
+        None => std::env::current_exe()?
+            .parent()
+            .context("this program lies in no directory")?
+            .to_owned(),
+    };
+    if let Some(Other::Io(plan)) = &arguments.other {
+        return io::measure(&binaries, plan);
+    }
     let plan = Plan {
-        binaries: match &arguments.binaries {
-            Some(directory) => directory.clone(),
-            None => std::env::current_exe()?
-                .parent()
-                .context("this program lies in no directory")?
-                .to_owned(),
-        },
+        binaries,
         upgrades: arguments.upgrades,
         sweeps: arguments.sweeps,
         audits: arguments.audits,

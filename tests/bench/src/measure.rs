@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use baton_guest::CommandLine;
 use baton_guest::Report;
 use serde::Serialize;
 
@@ -126,9 +127,10 @@ struct Samples {
 pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
     let directory = tempfile::Builder::new().prefix("baton-bench-").tempdir()?;
     let (mut to_guest, mut to_running, mut to_return) = (Vec::new(), Vec::new(), Vec::new());
+    let mut line = CommandLine::new().cpus(usize::from(case.cpus));
     for _ in 0..plan.starts {
         // Without the walk: what it does is no part of a start.
-        let vm = Vm::start(&plan.binaries, directory.path(), case, false, None)?;
+        let vm = Vm::start(&plan.binaries, directory.path(), case, &line, "")?;
         to_guest.push(first_instruction_us(&vm)?);
         to_running.push(vm.start_us as f64);
         to_return.push(us(vm.returned));
@@ -138,13 +140,14 @@ pub(crate) fn case(plan: &Plan, case: &Case) -> Result<Figures> {
         .busy
         .then(|| Peers::new(directory.path()))
         .transpose()?;
-    let vm = Vm::start(
-        &plan.binaries,
-        directory.path(),
-        case,
-        plan.walk,
-        peers.as_ref(),
-    )?;
+    if plan.walk {
+        line = line.walk();
+    }
+    if peers.is_some() {
+        line = Peers::words(line);
+    }
+    let devices = peers.as_ref().map(Peers::tables).unwrap_or_default();
+    let vm = Vm::start(&plan.binaries, directory.path(), case, &line, &devices)?;
     let guest = Guest::open(vm.broker)?;
     let patient = guest.until("to boot on all its vCPUs", SWEEP, |report| {
         report.vcpus_running == usize::from(case.cpus)

@@ -25,7 +25,7 @@ use crate::measure::Case;
 
 /// KVM, as ours.
 pub(crate) const ACCELERATOR: &str = "kvm";
-const PROGRAM: &str = "qemu-system-x86_64";
+pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The smallest ROM that QEMU takes, in bytes.
 const ROM: usize = 64 << 10;
@@ -41,7 +41,8 @@ pub(crate) struct Transfer {
 }
 
 /// A QEMU. Dropped, it is killed.
-struct Qemu(Child);
+#[derive(Debug)]
+pub(crate) struct Qemu(pub(crate) Child);
 
 impl Drop for Qemu {
     fn drop(&mut self) {

@@ -32,7 +32,6 @@ use serde_json::Value;
 
 use crate::clock;
 use crate::measure::Case;
-use crate::peers::Peers;
 
 /// The VM's name.
 const NAME: &str = "bench";
@@ -62,33 +61,23 @@ pub(crate) struct Upgraded {
 }
 
 impl Vm {
-    /// Starts one in `directory`, with the embedded guest.
+    /// Starts one in `directory`, with the embedded guest, that command line and those devices.
     pub(crate) fn start(
         binaries: &Path,
         directory: &Path,
         case: &Case,
-        walk: bool,
-        peers: Option<&Peers>,
+        line: &CommandLine,
+        devices: &str,
     ) -> Result<Self> {
         let kernel = directory.join("guest.elf");
         if !kernel.exists() {
             std::fs::write(&kernel, baton_guest::ELF)?;
         }
-        let mut line = CommandLine::new().cpus(usize::from(case.cpus));
-        if walk {
-            line = line.walk();
-        }
-        if peers.is_some() {
-            line = Peers::words(line);
-        }
         let file = directory.join("bench.toml");
         let text = format!(
             "schema = 1\nname = \"{NAME}\"\n[cpus]\ncount = {}\n[memory]\nsize = \"{}\"\npages = \"{}\"\n\
-             [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n{}",
-            case.cpus,
-            case.memory,
-            case.pages,
-            peers.map(Peers::tables).unwrap_or_default()
+             [boot]\nkernel = \"guest.elf\"\ncmdline = \"{line}\"\n{devices}",
+            case.cpus, case.memory, case.pages,
         );
         std::fs::write(&file, text)?;
         let (baton, run_dir) = (binaries.join("baton"), directory.join("run"));

@@ -114,11 +114,9 @@ impl Disk {
         if !function.agree(FEATURES) {
             return fail(DRIVER_REFUSED);
         }
-        let Function {
-            bar, common, msix, ..
-        } = function;
+        let Function { common, msix, .. } = function;
         if irq {
-            let table = bar + u64::from(read::<u32>(msix + 4) & !7);
+            let table = function.msix_table();
             let vectors = [interrupts::DISK_VECTOR, interrupts::DISK_CHANGE_VECTOR];
             for (entry, vector) in (0..).zip(vectors) {
                 for (at, value) in (0..).zip([MESSAGE_ADDRESS, 0, vector, 0]) {

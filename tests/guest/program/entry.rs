@@ -12,11 +12,36 @@
 use core::arch::global_asm;
 
 use crate::interrupts::{AREA_SIZE, AREAS, IDT_LIMIT};
-use crate::layout::{MAX_VCPUS, TRAMPOLINE_ADDRESS};
+use crate::layout::{BARE_ZERO_PAGE, MAX_VCPUS, TRAMPOLINE_ADDRESS};
 
 global_asm!(
     r#"
     .section .text.entry, "ax"
+    // Without firmware: 32-bit protected mode, flat. As `trampoline`, and then as a boot loader would.
+    .code32
+bare:
+    cli
+    mov eax, 0x620
+    mov cr4, eax
+    mov eax, offset pml4
+    mov cr3, eax
+    mov ecx, 0xc0000080             // EFER
+    mov eax, 0x100                  // LME
+    xor edx, edx
+    wrmsr
+    mov eax, 0x80010033
+    mov cr0, eax
+    lgdt [gdt_pointer]
+    .byte 0xea                      // far jump to the 64-bit code segment
+    .long bare_long
+    .word 0x10
+    .code64
+bare_long:
+    mov eax, 0x18
+    mov ss, eax
+    mov esi, {bare_zero_page}
+    jmp _start
+
     .code64
     .globl _start
 _start:
@@ -186,6 +211,7 @@ starting_vcpu:
     area_size = const AREA_SIZE,
     idt = sym crate::interrupts::IDT,
     idt_limit = const IDT_LIMIT,
+    bare_zero_page = const BARE_ZERO_PAGE,
     vcpus = const MAX_VCPUS,
     trampoline_address = const TRAMPOLINE_ADDRESS,
     boot_main = sym crate::boot_main,

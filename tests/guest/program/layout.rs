@@ -11,6 +11,8 @@ pub const REPORT_ADDRESS: u64 = 0x10_0000;
 pub const REPORT_SIZE: usize = 0x2000;
 /// First byte of the image, in guest-physical bytes (`link.ld`).
 pub const IMAGE_ADDRESS: u64 = 0x20_0000;
+/// Where the zero page is when there is no firmware, in guest-physical bytes.
+pub const BARE_ZERO_PAGE: u64 = 0x7000;
 /// First guest-physical byte that the memory walker touches; the image ends and the vCPUs' stacks end below it.
 pub const WALK_ADDRESS: u64 = 0x40_0000;
 /// Guest-physical page that holds the start-up code of the other vCPUs, in bytes. Written before they are started,
@@ -183,6 +185,15 @@ pub const FS_ADDRESS: u64 = BALLOON_RINGS + (1 << 20);
 pub const fn fs_place(lane: u64, number: u64) -> u64 {
     lane + FS_LANES as u64 * (number % FS_LANE_RECORDS)
 }
+
+/// Header: how far the guest is with the device that it loads ([`DRIVER_WORKING`] and kin), with `load`.
+pub const LOAD_STATE_OFFSET: usize = 0x500;
+/// Header: requests or frames that are done.
+pub const LOAD_DONE_OFFSET: usize = 0x508;
+/// Header: requests that the device said had failed.
+pub const LOAD_ERRORS_OFFSET: usize = 0x510;
+/// Rings and buffers, of a guest of 256 MiB.
+pub const LOAD_ADDRESS: u64 = 128 << 20;
 
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;

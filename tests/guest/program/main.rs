@@ -24,10 +24,12 @@ mod hotplug;
 mod interrupts;
 #[expect(dead_code, reason = "some of it only the host side reads")]
 mod layout;
+mod load;
 mod memory;
 mod net;
 mod options;
 mod paging;
+mod pci;
 mod power;
 mod processors;
 mod report;
@@ -72,6 +74,9 @@ extern "C" fn boot_main(zero_page: u64) -> ! {
     let memory = parameters.usable_memory(options.walk);
     for range in memory.iter() {
         paging::map(range.start, range.end);
+    }
+    if options.bare {
+        pci::set_up();
     }
     let nonce = boot::nonce(start);
     report::boot(&report::Boot {
@@ -139,8 +144,16 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut load = if vcpu == 0 {
+        load::Load::new(&machine.options)
+    } else {
+        None
+    };
     loop {
         let turn = heart.turn();
+        if let Some(load) = &mut load {
+            load.step();
+        }
         walker.step(&turn);
         interrupts.step(&turn);
         if let Some(console) = &mut console {

@@ -2,6 +2,17 @@
 
 use crate::layout::MAX_VCPUS;
 
+/// I/O as fast as it goes; none of 0 bytes.
+pub struct Load {
+    /// Of a request, or of a frame.
+    pub bytes: u64,
+    pub depth: u64,
+    pub write: bool,
+    pub random: bool,
+    pub send: bool,
+    pub receive: bool,
+}
+
 /// What the words say; defaults where they say nothing.
 pub struct Options {
     pub vcpus: usize,
@@ -23,6 +34,9 @@ pub struct Options {
     pub vsock: Option<u64>,
     pub balloon: bool,
     pub fs: bool,
+    pub load: Load,
+    /// The machine has no firmware.
+    pub bare: bool,
 }
 
 impl Options {
@@ -46,6 +60,15 @@ impl Options {
             vsock: None,
             balloon: false,
             fs: false,
+            load: Load {
+                bytes: 0,
+                depth: 32,
+                write: false,
+                random: false,
+                send: false,
+                receive: false,
+            },
+            bare: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -60,6 +83,13 @@ impl Options {
                 (b"vsock", Some(Some(port))) => options.vsock = Some(port),
                 (b"balloon", None) => options.balloon = true,
                 (b"fs", None) => options.fs = true,
+                (b"load", Some(Some(bytes))) => options.load.bytes = bytes,
+                (b"load_depth", Some(Some(depth))) => options.load.depth = depth,
+                (b"load_write", None) => options.load.write = true,
+                (b"load_random", None) => options.load.random = true,
+                (b"load_send", None) => options.load.send = true,
+                (b"load_receive", None) => options.load.receive = true,
+                (b"bare", None) => options.bare = true,
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"hotplug", None) => options.hotplug = true,

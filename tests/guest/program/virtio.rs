@@ -6,12 +6,12 @@ use core::ptr;
 use core::sync::atomic::{Ordering, fence};
 
 /// The machine's PCI Express configuration space, and bits of a BAR that are no address.
-const ECAM: u64 = 0xe000_0000;
-const SLOTS: u64 = 32;
+pub const ECAM: u64 = 0xe000_0000;
+pub const SLOTS: u64 = 32;
 const BAR_FLAGS: u32 = 0xf;
 /// Offsets in configuration space; memory space and bus master in the command register.
 const COMMAND: u64 = 0x04;
-const BAR0: u64 = 0x10;
+pub const BAR0: u64 = 0x10;
 const CAPABILITIES: u64 = 0x34;
 const ENABLE_DEVICE: u32 = 0b110;
 /// Capability ids, and types of virtio's.
@@ -44,12 +44,15 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 pub const NO_NOTIFY: u16 = 1;
+/// Flag of the available ring: the driver looks by itself.
+const NO_INTERRUPT: u16 = 1;
 
 /// Addresses of a device's parts.
 pub struct Function {
     /// Its PCI device number.
     pub slot: u64,
-    pub bar: u64,
+    /// Its configuration space.
+    function: u64,
     pub common: u64,
     pub device: u64,
     notify: u64,
@@ -81,10 +84,9 @@ impl Function {
             return None;
         }
         write(function + COMMAND, ENABLE_DEVICE);
-        let bar = u64::from(read::<u32>(function + BAR0) & !BAR_FLAGS);
         let mut found = Self {
             slot,
-            bar,
+            function,
             common: 0,
             device: 0,
             notify: 0,
@@ -94,12 +96,12 @@ impl Function {
         let mut capability = u64::from(read::<u8>(function + CAPABILITIES));
         while capability != 0 {
             let at = function + capability;
-            let region = bar + u64::from(read::<u32>(at + 8));
+            let region = || found.bar(read::<u8>(at + 4)) + u64::from(read::<u32>(at + 8));
             match (read::<u8>(at), read::<u8>(at + 3)) {
-                (VENDOR_SPECIFIC, COMMON) => found.common = region,
-                (VENDOR_SPECIFIC, DEVICE) => found.device = region,
+                (VENDOR_SPECIFIC, COMMON) => found.common = region(),
+                (VENDOR_SPECIFIC, DEVICE) => found.device = region(),
                 (VENDOR_SPECIFIC, NOTIFY) => {
-                    found.notify = region;
+                    found.notify = region();
                     found.notify_step = u64::from(read::<u32>(at + 16));
                 }
                 (MSIX, _) => found.msix = at,
@@ -109,6 +111,17 @@ impl Function {
         }
         let parts = [found.common, found.notify, found.device, found.msix];
         parts.iter().all(|part| *part != 0).then_some(found)
+    }
+
+    /// Where that BAR is. All are below 4 GiB.
+    fn bar(&self, number: u8) -> u64 {
+        u64::from(read::<u32>(self.function + BAR0 + 4 * u64::from(number)) & !BAR_FLAGS)
+    }
+
+    /// Where its MSI-X table is (PCI 3.0, 6.8.2.4): an offset, and the BAR in the low three bits.
+    pub fn msix_table(&self) -> u64 {
+        let word = read::<u32>(self.msix + 4);
+        self.bar((word & 7) as u8) + u64::from(word & !7)
     }
 
     /// Resets it and agrees on features. Whether it takes them.
@@ -200,6 +213,11 @@ impl Ring {
             next_available: 0,
             next_used: 0,
         })
+    }
+
+    /// The driver looks by itself.
+    pub fn refuse_interrupts(&self) {
+        write(self.at + AVAILABLE, NO_INTERRUPT);
     }
 
     /// Where the descriptor of that number is.

@@ -126,6 +126,42 @@ impl CommandLine {
         self.word("fs".into())
     }
 
+    /// Loads the first virtio disk with requests of that many bytes, `depth` at once (1 to 85), one place after the other.
+    #[must_use]
+    pub fn load_disk(self, bytes: u32, depth: u16) -> Self {
+        self.word(format!("load={bytes} load_depth={depth}"))
+    }
+
+    /// Those requests write.
+    #[must_use]
+    pub fn load_writing(self) -> Self {
+        self.word("load_write".into())
+    }
+
+    /// Those requests are for random places.
+    #[must_use]
+    pub fn load_random(self) -> Self {
+        self.word("load_random".into())
+    }
+
+    /// Sends frames of that many bytes (14 to 1514), as many as the first network interface takes.
+    #[must_use]
+    pub fn load_sending(self, bytes: u16) -> Self {
+        self.word(format!("load={bytes} load_send"))
+    }
+
+    /// Counts the frames that the first network interface receives.
+    #[must_use]
+    pub fn load_receiving(self) -> Self {
+        self.word("load=1 load_receive".into())
+    }
+
+    /// Does what firmware would do, on a machine of QEMU's that has none.
+    #[must_use]
+    pub fn bare(self) -> Self {
+        self.word("bare".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

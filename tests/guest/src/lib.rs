@@ -19,6 +19,9 @@
 //! [`layout::TRAMPOLINE_ADDRESS`], whether e820 says so or not. A reset may leave RAM as it is, but has to load the image
 //! again.
 //!
+//! Without firmware it is entered in 32-bit protected mode at [`layout::IMAGE_ADDRESS`], flat, with the zero page at
+//! [`layout::BARE_ZERO_PAGE`] and the word `bare` in its command line.
+//!
 //! # What it does
 //!
 //! It leaves CPL0 after some fifty instructions, because kvm-pvm emulates that ring, and each vCPU then takes turns at
@@ -45,6 +48,7 @@ mod driver_state;
 mod fs;
 #[path = "../program/layout.rs"]
 pub mod layout;
+mod load;
 mod net;
 mod report;
 mod vsock;
@@ -55,6 +59,7 @@ pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
 pub use disk::DiskReport;
 pub use driver_state::DriverState;
 pub use fs::FsReport;
+pub use load::LoadReport;
 pub use net::{NetPeer, NetReport};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
