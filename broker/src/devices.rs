@@ -6,6 +6,7 @@ pub(crate) mod disks;
 pub(crate) mod granted_socket;
 pub(crate) mod hotplug;
 pub(crate) mod nodes;
+pub(crate) mod planned;
 pub(crate) mod ram_file;
 pub(crate) mod resizing;
 pub(crate) mod resources;

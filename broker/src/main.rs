@@ -22,6 +22,7 @@ mod vm_file;
 mod worker;
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -62,10 +63,6 @@ struct Arguments {
 }
 
 #[derive(Debug, Subcommand)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "there is one, for the length of one match"
-)]
 enum Command {
     /// Run a VM, and serve its control socket until it ends.
     Serve {
@@ -117,6 +114,12 @@ enum Command {
         /// The worker's process.
         pid: i32,
     },
+    /// What a VM file comes to, as JSON.
+    #[command(hide = true)]
+    Plan {
+        /// The VM file.
+        vm: PathBuf,
+    },
     /// A stage of a worker's launch.
     #[command(hide = true)]
     Launch {
@@ -131,6 +134,7 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Launcher => launcher::run(),
         Command::Learner { pid } => learner::run(pid),
+        Command::Plan { vm } => plan(&vm),
         Command::Launch { confine: false } => launch::unshare(),
         Command::Launch { confine: true } => launch::confine(),
         Command::Serve {
@@ -171,6 +175,15 @@ fn main() -> ExitCode {
             };
             serve(options, began)
         }
+    }
+}
+
+/// Tells `baton policy explain` what a VM file comes to: the plan, or the refusal.
+fn plan(vm: &Path) -> ExitCode {
+    let plan = devices::planned::of_file(vm);
+    match serde_json::to_writer(std::io::stdout().lock(), &plan) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -176,7 +176,8 @@ FILE is a policy, or `default` for the built-in one.
 
 Examples:
   baton policy check my-policy.toml
-  baton policy explain --call ioctl
+  baton policy explain --syscall ioctl
+  baton policy explain --vm web1.toml         before it runs
   baton policy diff default my-policy.toml    exit status 1 when it allows more
   baton policy dump --format bpf --role vcpu > vcpu.bpf"
     )]
@@ -263,19 +264,7 @@ pub(crate) enum PolicyCommand {
         #[arg(default_value = "default")]
         file: PathBuf,
     },
-    /// What each kind of thread may do, and why
-    #[command(after_help = "\
-Examples:
-  baton policy explain
-  baton policy explain my-policy.toml --call mmap")]
-    Explain {
-        /// The policy
-        #[arg(default_value = "default")]
-        file: PathBuf,
-        /// Only this system call, with reasons
-        #[arg(long, value_name = "NAME")]
-        call: Option<String>,
-    },
+    Explain(Explain),
     /// What could be left out of it without a change of what it permits
     #[command(after_help = "\
 Exit status 0: nothing. 1: what is printed. It says nothing of what a workload needs.
@@ -335,6 +324,30 @@ pub(crate) enum DumpFormat {
     Json,
     /// One filter's bytes, as the kernel takes them
     Bpf,
+}
+
+/// What each kind of thread may do, and why; with --vm, what that VM would be granted
+#[derive(Debug, Args)]
+#[command(after_help = "\
+With --vm, nothing is opened and nobody is asked but the policy: the VM's own, or
+POLICY. Exit status 0: all that the VM file names would be granted. 30: policy
+refuses some of it. 3: some of it is not there.
+
+Examples:
+  baton policy explain
+  baton policy explain my-policy.toml --syscall mmap
+  baton policy explain --vm web1.toml
+  baton policy explain my-policy.toml --vm web1.toml    if it had this policy")]
+pub(crate) struct Explain {
+    /// The policy [default: the VM's, or `default`]
+    #[arg(value_name = "POLICY")]
+    pub(crate) file: Option<PathBuf>,
+    /// What this VM would be granted
+    #[arg(long, value_name = "VM.toml", conflicts_with = "syscall")]
+    pub(crate) vm: Option<PathBuf>,
+    /// Only this system call: who may make it, and with which arguments
+    #[arg(long, value_name = "NAME", alias = "call")]
+    pub(crate) syscall: Option<String>,
 }
 
 /// Run a VM without its filters, and say what its workers called that the policy does not permit, and what they had no use for

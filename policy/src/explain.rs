@@ -7,6 +7,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::bounds;
+use crate::descriptors::{Grant, PathPattern};
 use crate::policy::{Policy, Role, Violation};
 use crate::syscalls::Syscall;
 
@@ -280,32 +281,33 @@ impl Policy {
     }
 
     fn descriptor_sentences(&self) -> Vec<String> {
-        let sentence = |grant: &crate::Grant| {
-            let kinds: Vec<String> = grant.kinds.iter().map(ToString::to_string).collect();
-            let paths: Vec<&str> = grant.paths.iter().map(crate::PathPattern::as_str).collect();
-            let seals: Vec<String> = grant.seals.iter().map(ToString::to_string).collect();
-            let mut text = format!(
-                "{}: {} for {}",
-                grant.name,
-                kinds.join(" or "),
-                grant.access
-            );
-            if grant.count > 1 {
-                text += &format!(", up to {}", grant.count);
-            }
-            if !seals.is_empty() {
-                text += &format!(", with the seals {}", seals.join(", "));
-            }
-            if !paths.is_empty() {
-                text += &format!(", from {}", paths.join(", "));
-            }
-            if !grant.addresses.is_empty() {
-                let addresses: Vec<_> = grant.addresses.iter().map(ToString::to_string).collect();
-                text += &format!(", over TCP at {}", addresses.join(", "));
-            }
-            format!("{text}: {}.", grant.why)
-        };
+        let sentence = |grant: &Grant| format!("{}: {}", grant.name, grant.sentence());
         self.descriptors.iter().map(sentence).collect()
+    }
+}
+
+impl Grant {
+    /// What may be handed out under its name, and why.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        let kinds: Vec<String> = self.kinds.iter().map(ToString::to_string).collect();
+        let paths: Vec<&str> = self.paths.iter().map(PathPattern::as_str).collect();
+        let seals: Vec<String> = self.seals.iter().map(ToString::to_string).collect();
+        let mut text = format!("{} for {}", kinds.join(" or "), self.access);
+        if self.count > 1 {
+            text += &format!(", up to {}", self.count);
+        }
+        if !seals.is_empty() {
+            text += &format!(", with the seals {}", seals.join(", "));
+        }
+        if !paths.is_empty() {
+            text += &format!(", from {}", paths.join(", "));
+        }
+        if !self.addresses.is_empty() {
+            let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
+            text += &format!(", over TCP at {}", addresses.join(", "));
+        }
+        format!("{text}: {}.", self.why)
     }
 }
 
@@ -322,9 +324,39 @@ impl Outcome {
     }
 }
 
+impl CallExplanation {
+    /// Who may make the call, in one sentence: a worker that was taken over may, if any of its settled threads may.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let of = |wanted: fn(&Outcome) -> bool| -> Vec<&str> {
+            let answers = self.answers.iter().filter(|one| wanted(&one.outcome));
+            answers.map(|one| one.role.name()).collect()
+        };
+        let may = of(|outcome| matches!(outcome, Outcome::Allowed { .. }));
+        let refused = of(|outcome| matches!(outcome, Outcome::Refused { .. }));
+        let violation = of(|outcome| matches!(outcome, Outcome::Violation { .. }));
+        let mut by = Vec::new();
+        if !refused.is_empty() {
+            by.push(format!("an error in {}", refused.join(", ")));
+        }
+        if !violation.is_empty() {
+            by.push(format!("the filter of {}", violation.join(", ")));
+        }
+        match (may.is_empty(), by.is_empty()) {
+            (true, _) => format!("nobody may; refused by {}.", by.join(" and by ")),
+            (false, true) => "every thread may.".to_owned(),
+            (false, false) => format!(
+                "{} may; refused by {}.",
+                may.join(", "),
+                by.join(" and by ")
+            ),
+        }
+    }
+}
+
 impl fmt::Display for CallExplanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} ({})", self.call, self.number)?;
+        writeln!(f, "{} ({}): {}", self.call, self.number, self.summary())?;
         for RoleAnswer { role, outcome } in &self.answers {
             match outcome {
                 Outcome::Allowed { rules } => {

@@ -41,6 +41,7 @@ pub mod proof;
 pub mod rlimits;
 pub mod syscalls;
 mod trusted;
+pub mod vm_plan;
 pub mod workers;
 
 pub use capabilities::Capabilities;

@@ -49,7 +49,7 @@ impl Site {
         fs::write(directory.path().join("guest.elf"), baton_guest::ELF).unwrap();
         let wrapper = directory.path().join("broker");
         let script = format!(
-            "#!/bin/sh\nexec {} \"$@\" --slow-host {slowness}\n",
+            "#!/bin/sh\n[ \"$1\" != serve ] || set -- \"$@\" --slow-host {slowness}\nexec {} \"$@\"\n",
             binaries.broker().display()
         );
         fs::write(&wrapper, script).unwrap();

@@ -35,7 +35,7 @@ use crate::refusal::unfit;
 use crate::transfer::channel_socket::words;
 
 /// The grant that has the patterns.
-const GRANT: &str = "state";
+pub(crate) const GRANT: &str = "state";
 
 /// A file that is being written. Dropped before it is whole, it is removed, or cut off where the state began.
 #[derive(Debug)]

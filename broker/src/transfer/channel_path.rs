@@ -32,7 +32,7 @@ pub(crate) enum Which {
 }
 
 impl Which {
-    fn grant(self) -> &'static str {
+    pub(crate) fn grant(self) -> &'static str {
         match self {
             Self::Main => "main",
             Self::Cpr => "cpr",

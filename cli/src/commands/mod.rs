@@ -4,6 +4,7 @@ pub(crate) mod audit;
 pub(crate) mod console;
 pub(crate) mod demo;
 pub(crate) mod doctor;
+pub(crate) mod explain;
 pub(crate) mod fleet;
 pub(crate) mod learn;
 pub(crate) mod list;

@@ -10,7 +10,6 @@ use baton_ipc::control::Refusal;
 use baton_policy::Compiled;
 use baton_policy::Declaration;
 use baton_policy::Policy;
-use baton_policy::Syscall;
 use baton_policy::check;
 use baton_policy::diff::Difference;
 use baton_policy::diff::Direction;
@@ -27,7 +26,7 @@ use crate::output::Output;
 use crate::output::Style;
 
 /// What stands for the built-in policy, as in a VM's description.
-const BUILT_IN: &str = "default";
+pub(super) const BUILT_IN: &str = "default";
 
 pub(crate) fn execute(
     globals: &Globals,
@@ -36,7 +35,7 @@ pub(crate) fn execute(
 ) -> Result<Exit, Refusal> {
     match command {
         PolicyCommand::Check { file } => check(file, output),
-        PolicyCommand::Explain { file, call } => explain(file, call.as_deref(), output),
+        PolicyCommand::Explain(explain) => super::explain::execute(explain, output),
         PolicyCommand::Diff { old, new } => diff(old, new, output),
         PolicyCommand::Learn(learn) => super::learn::execute(globals, learn, output),
         PolicyCommand::Lint { file } => lint(file, output),
@@ -76,7 +75,22 @@ pub(super) fn load(file: &Path) -> Result<Policy, Refusal> {
         Policy::load(file)
     };
     // The error's text has the line, a caret and what to do.
-    policy.map_err(|error| unfit(error.to_string(), ""))
+    policy.map_err(|error| {
+        let remedy = match is_vm_file(file) {
+            true => {
+                "this is a VM file: `baton policy explain --vm` says what that VM would be granted"
+            }
+            false => "",
+        };
+        unfit(error.to_string(), remedy)
+    })
+}
+
+/// Whether it describes a VM: it has tables that no policy has.
+fn is_vm_file(file: &Path) -> bool {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let document: Result<toml::Table, _> = text.parse();
+    document.is_ok_and(|one| one.contains_key("boot") && one.contains_key("memory"))
 }
 
 fn compile(policy: &Policy) -> Result<Compiled, Refusal> {
@@ -121,33 +135,6 @@ fn check(file: &Path, output: &Output) -> Result<Exit, Refusal> {
             .map(|advice| format!("{} {advice}", output.paint(Style::Warning, "consider"))),
     );
     output.text(&lines.join("\n"))?;
-    Ok(Exit::Done)
-}
-
-fn explain(file: &Path, call: Option<&str>, output: &Output) -> Result<Exit, Refusal> {
-    let policy = load(file)?;
-    let Some(name) = call else {
-        let explanation = policy.explain();
-        if output.json() {
-            output.document(&value(&explanation)?)?;
-        } else {
-            output.text(explanation.to_string().trim_end())?;
-        }
-        return Ok(Exit::Done);
-    };
-    let call = Syscall::from_name(name).ok_or_else(|| {
-        failure(
-            Exit::Usage,
-            format!("there is no system call {name:?}"),
-            "use the names of the kernel's table for x86-64, as `baton policy explain` prints them",
-        )
-    })?;
-    let explanation = policy.explain_call(call);
-    if output.json() {
-        output.document(&value(&explanation)?)?;
-    } else {
-        output.text(explanation.to_string().trim_end())?;
-    }
     Ok(Exit::Done)
 }
 

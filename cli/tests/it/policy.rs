@@ -67,9 +67,30 @@ fn what_could_be_left_out_is_a_finding() {
 #[test]
 fn one_call_is_explained_and_an_unknown_one_is_a_wrong_command_line() {
     let dir = tempfile::tempdir().unwrap();
-    let arguments = ["policy", "explain", "--call", "openat", "--json"];
+    let arguments = ["policy", "explain", "--syscall", "openat", "--json"];
     assert_eq!(document(&run(dir.path(), &arguments))["call"], "openat");
-    let output = run(dir.path(), &["policy", "explain", "--call", "opena"]);
+    for (call, says) in [
+        (
+            "openat",
+            "openat (257): nobody may; refused by an error in build and by the filter of control, vcpu, io.",
+        ),
+        (
+            "socket",
+            "socket (41): nobody may; refused by the filter of build, control, vcpu, io.",
+        ),
+        (
+            "pread64",
+            "pread64 (17): build, control, io may; refused by the filter of vcpu.",
+        ),
+        ("read", "read (0): every thread may."),
+    ] {
+        // Both names of the option.
+        for option in ["--syscall", "--call"] {
+            let output = run(dir.path(), &["policy", "explain", option, call]);
+            assert_eq!(stdout(&output).lines().next(), Some(says));
+        }
+    }
+    let output = run(dir.path(), &["policy", "explain", "--syscall", "opena"]);
     assert_eq!(code(&output), 2);
     let output = run(dir.path(), &["policy", "explain", "--json"]);
     assert_eq!(document(&output)["policy"], "default");
