@@ -52,6 +52,7 @@ const REST: Duration = Duration::from_millis(100);
 
 use Right::Devices;
 use Right::Power;
+use Right::Transfer;
 use Right::Upgrade;
 use Right::View;
 use VmState::Incoming;
@@ -63,13 +64,16 @@ use VmState::Starting;
 use VmState::Stopped;
 use VmState::Upgrading;
 
-/// A request's name, how it is recognised, the states in which it is permitted, and the right that it takes.
+/// A request's name, how it is recognised, the states in which it is permitted, and the rights of which it takes one.
 type Row = (
     &'static str,
     fn(&Request) -> bool,
     &'static [VmState],
-    Right,
+    &'static [Right],
 );
+
+/// What is under way may be either.
+const EITHER: &[Right] = &[Upgrade, Transfer];
 
 const ANY: &[VmState] = &[
     Starting,
@@ -84,31 +88,31 @@ const ANY: &[VmState] = &[
 
 #[rustfmt::skip]
 const REQUESTS: &[Row] = &[
-    ("status",  |r| matches!(r, Request::Status),         ANY,                  View),
-    ("audit",   |r| matches!(r, Request::Audit),          &[Running, Paused],   View),
-    ("log-head", |r| matches!(r, Request::LogHead),       ANY,                  View),
-    ("console", |r| matches!(r, Request::Console),        ANY,                  Power),
-    ("pause",   |r| matches!(r, Request::Pause),          &[Running],           Power),
-    ("resume",  |r| matches!(r, Request::Resume),         &[Paused],            Power),
-    ("reset",   |r| matches!(r, Request::Reset),          &[Running],           Power),
-    ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  Power),
-    ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running, Paused],   Upgrade),
-    ("approved-upgrade", |r| matches!(r, Request::ApprovedUpgrade { .. }), &[Running, Paused], Upgrade),
-    ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         Upgrade),
-    ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade { .. }), &[Running, Paused], Upgrade),
-    ("continue",      |r| matches!(r, Request::Continue),     &[Upgrading],     Upgrade),
-    ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running],       Power),
-    ("transfer",      |r| matches!(r, Request::Transfer { .. }), &[Running, Paused],    Upgrade),
-    ("incoming",      |r| matches!(r, Request::Incoming { .. }), &[Incoming, Running, Paused], Upgrade),
-    ("balloon",       |r| matches!(r, Request::Balloon { .. }), &[Running],     Power),
-    ("save",          |r| matches!(r, Request::Save { .. }),    &[Running, Paused],      Upgrade),
-    ("restore",       |r| matches!(r, Request::Restore { .. }), &[Incoming, Running, Paused], Upgrade),
-    ("blockdev-add",  |r| matches!(r, Request::AddNode(_)),         &[Running, Paused],  Devices),
-    ("blockdev-del",  |r| matches!(r, Request::DeleteNode { .. }),  &[Running, Paused],  Devices),
-    ("device-add",    |r| matches!(r, Request::AddDevice(_)),       &[Running, Paused],  Devices),
-    ("device-del",    |r| matches!(r, Request::DeleteDevice { .. }), &[Running, Paused], Devices),
-    ("resize",        |r| matches!(r, Request::Resize { .. }),  &[Running, Paused],      Devices),
-    ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              View),
+    ("status",  |r| matches!(r, Request::Status),         ANY,                  &[View]),
+    ("audit",   |r| matches!(r, Request::Audit),          &[Running, Paused],   &[View]),
+    ("log-head", |r| matches!(r, Request::LogHead),       ANY,                  &[View]),
+    ("console", |r| matches!(r, Request::Console),        ANY,                  &[Power]),
+    ("pause",   |r| matches!(r, Request::Pause),          &[Running],           &[Power]),
+    ("resume",  |r| matches!(r, Request::Resume),         &[Paused],            &[Power]),
+    ("reset",   |r| matches!(r, Request::Reset),          &[Running],           &[Power]),
+    ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  &[Power]),
+    ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running, Paused],   &[Upgrade]),
+    ("approved-upgrade", |r| matches!(r, Request::ApprovedUpgrade { .. }), &[Running, Paused], &[Upgrade]),
+    ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         EITHER),
+    ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade { .. }), &[Running, Paused], &[Upgrade]),
+    ("continue",      |r| matches!(r, Request::Continue),     &[Upgrading],     EITHER),
+    ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running],       &[Power]),
+    ("transfer",      |r| matches!(r, Request::Transfer { .. }), &[Running, Paused],    &[Transfer]),
+    ("incoming",      |r| matches!(r, Request::Incoming { .. }), &[Incoming, Running, Paused], &[Transfer]),
+    ("balloon",       |r| matches!(r, Request::Balloon { .. }), &[Running],     &[Power]),
+    ("save",          |r| matches!(r, Request::Save { .. }),    &[Running, Paused],      &[Transfer]),
+    ("restore",       |r| matches!(r, Request::Restore { .. }), &[Incoming, Running, Paused], &[Transfer]),
+    ("blockdev-add",  |r| matches!(r, Request::AddNode(_)),         &[Running, Paused],  &[Devices]),
+    ("blockdev-del",  |r| matches!(r, Request::DeleteNode { .. }),  &[Running, Paused],  &[Devices]),
+    ("device-add",    |r| matches!(r, Request::AddDevice(_)),       &[Running, Paused],  &[Devices]),
+    ("device-del",    |r| matches!(r, Request::DeleteDevice { .. }), &[Running, Paused], &[Devices]),
+    ("resize",        |r| matches!(r, Request::Resize { .. }),  &[Running, Paused],      &[Devices]),
+    ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              &[View]),
 ];
 
 /// What a client waits for.
@@ -238,7 +242,7 @@ impl Clients {
                 continue;
             };
             let (user, groups) = (peer.uid.as_raw(), groups(&socket, &peer));
-            let rights = [View, Power, Upgrade, Devices];
+            let rights = [View, Power, Upgrade, Transfer, Devices];
             let known = rights
                 .into_iter()
                 .any(|right| may(policy, right, user, &groups));
@@ -322,9 +326,7 @@ impl Clients {
                         continue;
                     };
                     let (user, groups) = (client.actor.uid, &client.groups);
-                    let lacking = rights(row, &request)
-                        .into_iter()
-                        .find(|right| !may(policy, *right, user, groups));
+                    let lacking = lacking(row, &request, |right| may(policy, right, user, groups));
                     if let Some(right) = lacking {
                         let id = client.id;
                         self.denied.push((client.actor.clone(), row.0));
@@ -357,7 +359,9 @@ impl Clients {
         self.accept(policy);
         let client = self.clients.iter_mut().find(|client| {
             client.channel.peek() == Some(Request::Cancel)
-                && may(policy, Upgrade, client.actor.uid, &client.groups)
+                && EITHER
+                    .iter()
+                    .any(|right| may(policy, *right, client.actor.uid, &client.groups))
         })?;
         client.channel.receive().ok().map(|_| client.id)
     }
@@ -432,12 +436,13 @@ fn may(policy: &Policy, right: Right, user: u32, groups: &[u32]) -> bool {
         || policy.access.permits(right, user, groups)
 }
 
-/// The rights that a request takes: that of its row, and one for what it approves of.
-fn rights(row: &Row, request: &Request) -> Vec<Right> {
+/// The right that a client lacks for a request: one of its row's, and one for what it approves of.
+fn lacking(row: &Row, request: &Request, may: impl Fn(Right) -> bool) -> Option<Right> {
+    if !row.3.iter().any(|right| may(*right)) {
+        return row.3.first().copied();
+    }
     let approves = matches!(request, Request::ApprovedUpgrade { .. });
-    let mut rights = vec![row.3];
-    rights.extend(approves.then_some(Right::Approve));
-    rights
+    (approves && !may(Right::Approve)).then_some(Right::Approve)
 }
 
 fn denied(policy: &Policy, row: &Row, right: Right, user: u32) -> Refusal {

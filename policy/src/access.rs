@@ -15,6 +15,8 @@ pub enum Right {
     Power,
     /// To replace its worker.
     Upgrade,
+    /// To give its guest to another broker or into a file, and to take it from there.
+    Transfer,
     /// To change its devices.
     Devices,
     /// To approve of a worker that may do more than the one that it replaces.
@@ -81,6 +83,7 @@ impl fmt::Display for Right {
             Self::View => "view",
             Self::Power => "power",
             Self::Upgrade => "upgrade",
+            Self::Transfer => "transfer",
             Self::Devices => "devices",
             Self::Approve => "approve",
         })

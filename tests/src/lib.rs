@@ -25,6 +25,7 @@ mod binaries;
 pub mod hostility;
 pub mod impostor;
 mod patience;
+pub mod petitioner;
 mod processes;
 mod qmp;
 mod ram;

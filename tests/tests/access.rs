@@ -5,11 +5,19 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Stdio;
 
+use baton_ipc::Address;
+use baton_ipc::FileAddress;
+use baton_ipc::control::Exit;
+use baton_ipc::control::Reply;
+use baton_ipc::control::Request;
 use baton_tests::Answer;
 use baton_tests::Builder;
 use baton_tests::Vm;
+use baton_tests::petitioner;
+use baton_tests::until;
 
 /// A user and a group that nobody else in these tests is.
 const OPERATOR: u32 = 65_001;
@@ -124,6 +132,114 @@ fn who_may_upgrade_may_not_approve_of_what_an_upgrade_widens() {
     drop(upgrades_only);
     let both = may("\"upgrade\", \"approve\"");
     assert_eq!(approving(&both).upgrade().outcome, "committed");
+}
+
+/// Asks as the operator, and says of which right the broker's refusal speaks; none: it is none of policy's.
+fn lacks(vm: &Vm, request: Request) -> Option<String> {
+    let socket = vm.site.run_dir().join(&vm.site.name).join("control.sock");
+    match ask_as_operator(&socket, request) {
+        Reply::Refused(refusal) if refusal.exit == Exit::Refused => {
+            let (_, rest) = refusal.remedy.split_once("the right `")?;
+            rest.split_once('`').map(|(right, _)| right.to_owned())
+        }
+        _ => None,
+    }
+}
+
+fn ask_as_operator(socket: &Path, request: Request) -> Reply {
+    petitioner::ask_as(OPERATOR, socket, request)
+}
+
+/// What takes a guest from this broker, or to it.
+fn transfers(vm: &Vm) -> [Request; 4] {
+    let address = |name: &str| -> Address {
+        let path = vm.site.path(name);
+        format!("unix:{}", path.display()).parse().unwrap()
+    };
+    let file: FileAddress = vm.site.path("state").display().to_string().parse().unwrap();
+    [
+        Request::Transfer {
+            main: address("main"),
+            cpr: address("cpr"),
+            hold: false,
+            follow: false,
+        },
+        Request::Incoming {
+            main: address("main"),
+        },
+        Request::Save {
+            file: file.clone(),
+            hold: false,
+        },
+        Request::Restore { file },
+    ]
+}
+
+#[test]
+fn who_may_upgrade_may_not_give_the_guest_away_and_the_other_way_round() {
+    let upgrades = vm(&format!(
+        "[[access]]\nto = [\"view\", \"power\", \"upgrade\", \"devices\", \"approve\"]\nusers = [{OPERATOR}]\nwhy = \"operators\"\n"
+    ));
+    for request in transfers(&upgrades) {
+        let words = format!("{request:?}");
+        assert_eq!(
+            lacks(&upgrades, request).as_deref(),
+            Some("transfer"),
+            "{words}"
+        );
+    }
+    assert_eq!(upgrades.state(), "running");
+    let log = upgrades.audit_log();
+    let request = |record: &baton_tests::Record| {
+        let name = record.record.pointer("/unmapped/request").unwrap();
+        name.as_str().unwrap().to_owned()
+    };
+    let refused: Vec<String> = log.of("request-refused").map(request).collect();
+    assert_eq!(refused, ["transfer", "incoming", "save", "restore"]);
+    drop(upgrades);
+
+    let transfers_only = vm(&format!(
+        "[[access]]\nto = [\"transfer\"]\nusers = [{OPERATOR}]\nwhy = \"operators\"\n"
+    ));
+    for request in [
+        Request::Upgrade { dry_run: false },
+        Request::BeginUpgrade { hold: false },
+    ] {
+        assert_eq!(lacks(&transfers_only, request).as_deref(), Some("upgrade"));
+    }
+    assert_eq!(
+        lacks(&transfers_only, Request::Status).as_deref(),
+        Some("view")
+    );
+    // Nobody listens where it would go: past policy, it fails by that.
+    for request in transfers(&transfers_only) {
+        let words = format!("{request:?}");
+        assert_eq!(lacks(&transfers_only, request), None, "{words}");
+        // A transfer that has begun has to be over before the next one.
+        until("the guest runs on", || {
+            (transfers_only.state() == "running").then_some(())
+        });
+    }
+    transfers_only.assert_upgrades();
+}
+
+#[test]
+fn who_may_transfer_hands_the_guest_to_a_broker_that_waits() {
+    let mut vm = vm(&format!(
+        "[[access]]\nto = [\"transfer\"]\nusers = [{OPERATOR}]\nwhy = \"operators\"\n"
+    ));
+    let first = vm.witness();
+    let waiting = vm.wait_for_guest();
+    let address = |path: &Path| -> Address { format!("unix:{}", path.display()).parse().unwrap() };
+    let request = Request::Transfer {
+        main: address(&waiting.main),
+        cpr: address(&waiting.cpr),
+        hold: false,
+        follow: false,
+    };
+    assert_eq!(lacks(&vm, request), None);
+    vm.assert_taken_over(&waiting);
+    let _on = vm.assert_goes_on(&first);
 }
 
 #[test]
