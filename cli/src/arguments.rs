@@ -265,17 +265,7 @@ pub(crate) enum PolicyCommand {
         file: PathBuf,
     },
     Explain(Explain),
-    /// What could be left out of it without a change of what it permits
-    #[command(after_help = "\
-Exit status 0: nothing. 1: what is printed. It says nothing of what a workload needs.
-
-Example:
-  baton policy lint my-policy.toml")]
-    Lint {
-        /// The policy
-        #[arg(default_value = "default")]
-        file: PathBuf,
-    },
+    Lint(Lint),
     Learn(Learn),
     /// What one policy allows more or less than another
     #[command(after_help = "\
@@ -348,6 +338,33 @@ pub(crate) struct Explain {
     /// Only this system call: who may make it, and with which arguments
     #[arg(long, value_name = "NAME", alias = "call")]
     pub(crate) syscall: Option<String>,
+}
+
+/// What could be left out of it: entries that others cover, rules that no test exercises
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Entries that others cover permit nothing by themselves. A rule is exercised if a
+worker made a call that it lets through, in that role, in the run of Baton's own
+tests that tests/exercise has recorded; of the rest, those that stay for a known
+reason are no findings.
+
+Exit status 0: nothing. 1: what is printed.
+
+Examples:
+  baton policy lint my-policy.toml
+  baton policy lint --kept                             also what stays, and why
+  baton policy lint my-policy.toml --exercised web1.jsonl
+                                                       by what your workload calls")]
+pub(crate) struct Lint {
+    /// The policy
+    #[arg(default_value = "default")]
+    pub(crate) file: PathBuf,
+    /// What was exercised, as `baton policy learn --record` writes it [default: what Baton's tests exercise]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) exercised: Option<PathBuf>,
+    /// Also print rules that stay though nothing exercises them
+    #[arg(long)]
+    pub(crate) kept: bool,
 }
 
 /// Run a VM without its filters, and say what its workers called that the policy does not permit, and what they had no use for

@@ -133,7 +133,8 @@ impl Policy {
         }
     }
 
-    /// The rules, by alternative and role, that none of the observed calls has used.
+    /// The rules, by alternative and role, that none of the observed calls has used. What another role has used, [`Role::Build`]
+    /// needs: its filter stays below theirs.
     #[must_use]
     pub fn unused(&self, observations: &BTreeSet<Observation>) -> Vec<Unused> {
         let mut unused = Vec::new();
@@ -143,8 +144,12 @@ impl Policy {
                     .iter()
                     .filter(|seen| Self::lets(rule, index, seen))
                     .map(|seen| seen.role);
-                let roles: BTreeSet<Role> =
-                    rule.roles.difference(&uses.collect()).copied().collect();
+                let mut uses: BTreeSet<Role> = uses.collect();
+                let above = observations
+                    .iter()
+                    .any(|seen| self.is_above(rule, index, seen));
+                uses.extend(above.then_some(Role::Build));
+                let roles: BTreeSet<Role> = rule.roles.difference(&uses).copied().collect();
                 if !roles.is_empty() {
                     let alternative = rule.alternatives.get(index);
                     unused.push(Unused {
@@ -159,6 +164,15 @@ impl Policy {
         }
         unused.sort();
         unused
+    }
+
+    /// Whether an observed call of another role passes [`Role::Build`]'s filter by this alternative of a rule.
+    fn is_above(&self, rule: &Rule, alternative: usize, seen: &Observation) -> bool {
+        let below = Observation {
+            role: Role::Build,
+            ..*seen
+        };
+        Self::lets(rule, alternative, &below) && self.rule_for(seen.role, &seen.as_call()).is_some()
     }
 
     fn missing(&self, observations: &BTreeSet<Observation>) -> Vec<Missing> {
@@ -343,13 +357,10 @@ mod tests {
             found.next().map(|one| one.roles.clone())
         };
         let roles = |roles: &[Role]| Some(roles.iter().copied().collect::<BTreeSet<_>>());
-        assert_eq!(
-            unused("read", None),
-            roles(&[Role::Build, Role::Vcpu, Role::Io])
-        );
+        assert_eq!(unused("read", None), roles(&[Role::Vcpu, Role::Io]));
         assert_eq!(
             unused("fallocate", Some("PUNCH_HOLE")),
-            roles(&[Role::Build, Role::Control])
+            roles(&[Role::Control])
         );
         assert_eq!(
             unused("fallocate", Some("ZERO_RANGE")),

@@ -26,6 +26,7 @@ pub mod diff;
 mod digest;
 pub mod disasm;
 pub mod dump;
+pub mod exercise;
 pub mod explain;
 pub mod judge;
 pub mod kernel;

@@ -30,6 +30,7 @@ mod processes;
 mod qmp;
 mod ram;
 pub mod reboot;
+pub mod recording;
 mod residue;
 mod site;
 pub mod transfer;

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use crate::Answer;
 use crate::Binaries;
 use crate::processes;
+use crate::recording;
 
 /// Where brokers make their VMs' cgroups: version 2's place, and version 1's.
 const CGROUPS: [&str; 2] = ["/sys/fs/cgroup/baton", "/sys/fs/cgroup/pids/baton"];
@@ -49,7 +50,8 @@ impl Site {
         fs::write(directory.path().join("guest.elf"), baton_guest::ELF).unwrap();
         let wrapper = directory.path().join("broker");
         let script = format!(
-            "#!/bin/sh\n[ \"$1\" != serve ] || set -- \"$@\" --slow-host {slowness}\nexec {} \"$@\"\n",
+            "#!/bin/sh\nif [ \"$1\" = serve ]; then\n    set -- \"$@\" --slow-host {slowness}{}\nfi\nexec {} \"$@\"\n",
+            recording::argument(),
             binaries.broker().display()
         );
         fs::write(&wrapper, script).unwrap();

@@ -17,6 +17,7 @@ use crate::Site;
 use crate::Upgrade;
 use crate::Witness;
 use crate::audit_log::OVERLOADED;
+use crate::recording;
 use crate::until;
 
 /// What a VM is to be like.
@@ -230,7 +231,11 @@ impl Builder {
         for (name, value) in &self.variables {
             site.environment(name, value);
         }
-        let policy = if let Some(text) = &self.policy {
+        let policy = if recording::is_on() {
+            let text = self.policy.as_deref().unwrap_or(baton_policy::BUILTIN);
+            let text = recording::learning(text);
+            site.write("policy.toml", text).display().to_string()
+        } else if let Some(text) = &self.policy {
             site.write("policy.toml", text).display().to_string()
         } else if self.allowed.is_empty() {
             "default".to_owned()

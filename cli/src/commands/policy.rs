@@ -13,12 +13,14 @@ use baton_policy::Policy;
 use baton_policy::check;
 use baton_policy::diff::Difference;
 use baton_policy::diff::Direction;
+use baton_policy::exercise::Exercise;
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::json;
 
 use crate::arguments::DumpFormat;
 use crate::arguments::Globals;
+use crate::arguments::Lint;
 use crate::arguments::PolicyCommand;
 use crate::failure::failure;
 use crate::failure::unfit;
@@ -38,7 +40,7 @@ pub(crate) fn execute(
         PolicyCommand::Explain(explain) => super::explain::execute(explain, output),
         PolicyCommand::Diff { old, new } => diff(old, new, output),
         PolicyCommand::Learn(learn) => super::learn::execute(globals, learn, output),
-        PolicyCommand::Lint { file } => lint(file, output),
+        PolicyCommand::Lint(command) => lint(command, output),
         PolicyCommand::Dump {
             file,
             format,
@@ -168,21 +170,51 @@ fn diff(old: &Path, new: &Path, output: &Output) -> Result<Exit, Refusal> {
     Ok(if widens { Exit::Findings } else { Exit::Done })
 }
 
-fn lint(file: &Path, output: &Output) -> Result<Exit, Refusal> {
-    let found = load(file)?.lint();
+fn lint(lint: &Lint, output: &Output) -> Result<Exit, Refusal> {
+    let policy = load(&lint.file)?;
+    let found = policy.lint();
+    let exercise = match &lint.exercised {
+        None => Exercise::builtin(),
+        Some(file) => {
+            let text = std::fs::read_to_string(file);
+            Exercise::recorded(&text.map_err(|error| crate::failure::file("read", file, &error))?)
+        }
+    };
+    let exercise = exercise.map_err(|error| {
+        unfit(
+            error.to_string(),
+            "name a recording of `baton policy learn --record`",
+        )
+    })?;
+    let (kept, unexercised): (Vec<_>, Vec<_>) = exercise
+        .unexercised(&policy)
+        .into_iter()
+        .partition(|one| one.kept.is_some());
+    let clean = found.is_empty() && unexercised.is_empty();
     if output.json() {
-        output.document(&json!({"lints": value(&found)?}))?;
-    } else if found.is_empty() {
-        output.hint("nothing could be left out");
+        output.document(&json!({
+            "lints": value(&found)?,
+            "unexercised": value(&unexercised)?,
+            "kept": value(&kept)?,
+        }))?;
     } else {
-        let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
-        output.text(&lines.join("\n"))?;
+        let mut lines: Vec<String> = found.iter().map(ToString::to_string).collect();
+        let shown = if lint.kept { kept.as_slice() } else { &[] };
+        lines.extend(unexercised.iter().chain(shown).map(ToString::to_string));
+        if !lines.is_empty() {
+            output.text(&lines.join("\n"))?;
+        }
+        if clean {
+            output.hint("nothing could be left out");
+        }
+        if !lint.kept && !kept.is_empty() {
+            let count = kept.len();
+            output.hint(&format!(
+                "{count} that no test exercises stay for a reason: --kept"
+            ));
+        }
     }
-    Ok(if found.is_empty() {
-        Exit::Done
-    } else {
-        Exit::Findings
-    })
+    Ok(if clean { Exit::Done } else { Exit::Findings })
 }
 
 fn dump(

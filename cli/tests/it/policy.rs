@@ -62,6 +62,36 @@ fn what_could_be_left_out_is_a_finding() {
     let output = run(dir.path(), &["policy", "lint", &twice, "--json"]);
     let lints = document(&output)["lints"].as_array().unwrap().len();
     assert_eq!((code(&output), lints), (1, 1));
+    // A rule that no test of Baton's exercises, nor this workload.
+    let rule = "{ call = \"brk\", why = \"the allocator\" },";
+    let more = format!("{rule}\n{{ call = \"uname\", why = \"a test\" }},");
+    let unexercised = policy(dir.path(), "unexercised.toml", rule, &more);
+    let output = run(dir.path(), &["policy", "lint", &unexercised]);
+    assert_eq!((code(&output), stdout(&output).lines().count()), (1, 4));
+    assert!(
+        stdout(&output).contains("uname, in io: no test exercises it"),
+        "{}",
+        stdout(&output)
+    );
+    let recording = write(
+        dir.path(),
+        "web1.jsonl",
+        "{\"role\":\"io\",\"call\":63,\"arguments\":[0,0,0,0,0,0]}\n",
+    );
+    let recording = recording.to_str().unwrap();
+    let arguments = ["policy", "lint", &unexercised, "--exercised", recording];
+    let found = stdout(&run(dir.path(), &arguments));
+    assert!(
+        found.contains("uname, in vcpu") && !found.contains("uname, in io"),
+        "{found}"
+    );
+    let kept = stdout(&run(dir.path(), &["policy", "lint", "--kept"]));
+    assert!(
+        kept.contains("restart_syscall, in io: no test exercises it; it stays because"),
+        "{kept}"
+    );
+    let output = run(dir.path(), &["policy", "lint", "--exercised", &unexercised]);
+    assert_eq!(code(&output), 3, "{}", stderr(&output));
 }
 
 #[test]
