@@ -148,6 +148,8 @@ pub const VSOCK_ECHOED_OFFSET: usize = 0x350;
 pub const VSOCK_REFUSED_OFFSET: usize = 0x358;
 /// Header: packets that no device may send.
 pub const VSOCK_WRONG_OFFSET: usize = 0x360;
+/// Header: connections of the host that it had no room for.
+pub const VSOCK_TURNED_AWAY_OFFSET: usize = 0x368;
 
 /// Header: how far the guest is with its balloon ([`DRIVER_WORKING`] and kin), with `balloon`.
 pub const BALLOON_STATE_OFFSET: usize = 0x380;

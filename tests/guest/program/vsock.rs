@@ -29,7 +29,7 @@ const NO_SEND: u32 = 2;
 
 /// Echoes, transmit buffers, rings and receive buffers.
 const ECHOES: u64 = 0x1a_0000;
-const ECHO: u64 = 0x4000;
+const ECHO: u64 = 0x2000;
 const TRANSMIT_BUFFERS: u64 = 0x1c_0000;
 const TRANSMIT_BUFFER: u64 = 0x800;
 const TRANSMITS: u16 = 32;
@@ -37,7 +37,9 @@ const RINGS: u64 = 0x1d_0000;
 const RECEIVE_BUFFERS: u64 = 0x1e_0000;
 const RECEIVE_BUFFER: u64 = 0x400;
 const RECEIVES: u16 = 64;
-const CONNECTIONS: usize = 8;
+/// As many as have room for their echoes. More than the host's programs have open: what a test has closed stays open for as long
+/// as a child that it has forked meanwhile has not executed anything.
+const CONNECTIONS: usize = 16;
 /// The port that it connects from.
 const OWN_PORT: u32 = 1000;
 
@@ -208,6 +210,7 @@ impl Vsock {
         if operation == REQUEST && known.is_none() {
             let free = self.connections.iter().position(|one| one.stage == Stage::Free);
             let Some(free) = free else {
+                report::increment(VSOCK_TURNED_AWAY_OFFSET);
                 self.refusal = Some((own, theirs));
                 return;
             };

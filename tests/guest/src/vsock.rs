@@ -17,6 +17,8 @@ pub struct VsockReport {
     pub refused: u64,
     /// Packets that came and that no device may send.
     pub wrong: u64,
+    /// Connections of the host that it had no room for.
+    pub turned_away: u64,
 }
 
 impl VsockReport {
@@ -30,6 +32,7 @@ impl VsockReport {
             echoed: word(VSOCK_ECHOED_OFFSET),
             refused: word(VSOCK_REFUSED_OFFSET),
             wrong: word(VSOCK_WRONG_OFFSET),
+            turned_away: word(VSOCK_TURNED_AWAY_OFFSET),
         }
     }
 }
