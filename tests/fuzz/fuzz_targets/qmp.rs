@@ -12,6 +12,8 @@ mod capability;
 mod channels;
 #[path = "../../../cli/src/bin/baton-qmp/commands.rs"]
 mod commands;
+#[path = "../../../cli/src/bin/baton-qmp/devices.rs"]
+mod devices;
 #[path = "../../../cli/src/bin/baton-qmp/failure.rs"]
 mod failure;
 #[path = "../../../cli/src/bin/baton-qmp/hmp.rs"]
