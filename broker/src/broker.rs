@@ -199,6 +199,9 @@ impl Broker {
                 // Whatever it is, the guest does not pay for it.
                 Err(refusal) => complain(&refusal),
             }
+            if let (Some(_), Some(incoming)) = (self.end, &mut self.incoming) {
+                incoming.withdraw();
+            }
             if self.incoming.as_ref().is_some_and(Incoming::is_undecided) {
                 // Ending now could take a guest that has just begun to run here.
                 continue;

@@ -8,10 +8,12 @@ use std::time::Instant;
 use baton_audit::Actor;
 use baton_audit::Checkpoint;
 use baton_audit::quoted;
+use baton_ipc::control::Exit;
 use baton_ipc::control::Happening;
 use baton_ipc::control::LogHead;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
+use baton_ipc::control::VmState;
 use baton_ipc::worker::Order;
 use serde_json::json;
 
@@ -19,7 +21,10 @@ use crate::broker::Broker;
 use crate::clients::Asked;
 use crate::clients::Awaiting;
 use crate::refusal::Result;
+use crate::refusal::refusal;
 use crate::refusal::unfit;
+use crate::upgrade::Upgrade;
+use crate::worker::Phase;
 
 impl Broker {
     /// Begins an upgrade whose outcome this client waits for.
@@ -38,6 +43,41 @@ impl Broker {
             self.log.note_by("upgrade-refused", Some(who), &record);
             self.clients.reply(client, &Reply::Refused(refusal));
         }
+    }
+
+    /// Presses one of the machine's buttons. It has them while its guest runs or stands still at the operator's wish, and so also
+    /// while a new worker is made; not while its state goes into a file.
+    fn press(&self, button: &Order) -> Reply {
+        let saving = self.upgrade.as_ref().is_some_and(Upgrade::saves);
+        let worker = self.worker.as_ref().filter(|worker| {
+            !saving && matches!(worker.phase, Phase::Running | Phase::Transferring)
+        });
+        match worker.map(|worker| worker.order(button)) {
+            Some(Ok(())) => Reply::Done,
+            Some(Err(_)) => Reply::Refused(unfit("the worker takes no order now", "try again")),
+            None => Reply::Refused(refusal(
+                Exit::Busy,
+                "the guest is between two workers, or on its way into a file",
+                "try again when the upgrade has ended, or `baton status` to see how it goes",
+            )),
+        }
+    }
+
+    /// Has the guest that is awaited stand still when it has come, or not: as `-S` says it, until this. One that stood still before
+    /// stays so.
+    fn stands_on_arrival(&mut self, stands: bool) -> Reply {
+        match (&mut self.incoming, &mut self.options.restore) {
+            (Some(incoming), _) => incoming.stands(stands),
+            (None, Some(restore)) if self.restoring.is_none() => restore.paused = stands,
+            _ => {
+                return Reply::Refused(refusal(
+                    Exit::Busy,
+                    "the guest is on its way out of its file",
+                    "say it again when it is here",
+                ));
+            }
+        }
+        Reply::Done
     }
 
     pub(crate) fn serve(&mut self, asked: Asked) -> Result<()> {
@@ -60,22 +100,20 @@ impl Broker {
         }
         match request {
             Request::Status => self.order_for(client, &Order::Query, Awaiting::Status),
+            Request::Pause | Request::Resume if self.state == VmState::Incoming => {
+                let reply = self.stands_on_arrival(request == Request::Pause);
+                self.clients.reply(client, &reply);
+            }
             Request::Pause => {
                 self.pausing = true;
                 self.order_for(client, &Order::Pause, Awaiting::Paused);
             }
             Request::Resume => self.order_for(client, &Order::Resume, Awaiting::Resumed),
             Request::PowerButton => {
-                let told = self
-                    .worker
-                    .as_ref()
-                    .is_some_and(|worker| worker.order(&Order::PowerButton).is_ok());
-                let reply = if told {
+                let reply = self.press(&Order::PowerButton);
+                if reply == Reply::Done {
                     self.happened(Happening::PowerButton);
-                    Reply::Done
-                } else {
-                    Reply::Refused(unfit("there is no worker", ""))
-                };
+                }
                 self.clients.reply(client, &reply);
             }
             Request::Subscribe => {
@@ -85,16 +123,8 @@ impl Broker {
                 self.clients.reply(client, &Reply::Done);
             }
             Request::Reset => {
-                let told = self
-                    .worker
-                    .as_ref()
-                    .is_some_and(|worker| worker.order(&Order::Reset).is_ok());
-                self.resets_asked += u32::from(told);
-                let reply = if told {
-                    Reply::Done
-                } else {
-                    Reply::Refused(unfit("there is no worker", ""))
-                };
+                let reply = self.press(&Order::Reset);
+                self.resets_asked += u32::from(reply == Reply::Done);
                 self.clients.reply(client, &reply);
             }
             Request::Stop { force } => {

@@ -117,6 +117,11 @@ impl Upgrade {
         }
     }
 
+    /// Whether it puts the guest into a file.
+    pub(crate) fn saves(&self) -> bool {
+        self.saving.is_some()
+    }
+
     pub(crate) fn saving_mut(&mut self) -> Option<&mut Saving> {
         self.saving.as_mut()
     }

@@ -395,7 +395,11 @@ fn what_cannot_be_is_refused_and_nothing_is_left_of_it() {
         ("blockdev-del", json!({"node-name": "n"})),
     ] {
         let busy = qmp.refused(command, arguments);
-        assert!(busy.contains("is being upgraded"), "{command}: {busy}");
+        let words = match command.split_once('_') {
+            Some(("device", _)) => format!("{command} not allowed while migrating"),
+            _ => "is being upgraded".to_owned(),
+        };
+        assert!(busy.contains(&words), "{command}: {busy}");
     }
     // What the guest lets go meanwhile is gone when the upgrade is over.
     vm.ram.mail(layout::COMMAND_HOTPLUG_EJECT);

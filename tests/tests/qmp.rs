@@ -72,17 +72,24 @@ fn a_guest_is_stopped_continued_reset_and_ended() {
         assert_eq!(qmp.status(), "paused");
         vm.assert_stands_still();
     }
-    let guest = vm.witness();
+    // Its buttons can be pressed all the same.
+    qmp.done("system_reset", json!({}));
+    qmp.done("system_powerdown", json!({}));
+    assert_eq!(qmp.status(), "paused");
+    vm.assert_stands_still();
     for _ in 0..2 {
         qmp.done("cont", json!({}));
         assert_eq!(qmp.status(), "running");
     }
-    vm.assert_goes_on(&guest);
+    let boots = |times: u64| {
+        until("the guest boots again", || {
+            let report = vm.ram.report().ok()?;
+            (report.boots == times).then_some(())
+        });
+    };
+    boots(2);
     qmp.done("system_reset", json!({}));
-    until("the guest boots again", || {
-        let report = vm.ram.report().ok()?;
-        (report.boots == 2).then_some(())
-    });
+    boots(3);
     qmp.done("system_powerdown", json!({}));
     let cpus = qmp.returns("query-cpus-fast", json!({}));
     let thread = &cpus[0]["thread-id"];
@@ -96,10 +103,65 @@ fn a_guest_is_stopped_continued_reset_and_ended() {
     while let Some(event) = qmp.receive() {
         qmp.events.push(event);
     }
-    let names = qmp.event_names();
-    assert_eq!(names, ["STOP", "RESUME", "RESET", "POWERDOWN", "SHUTDOWN"]);
-    assert_eq!(qmp.events[2]["data"]["guest"], false);
-    assert_eq!(qmp.events[4]["data"]["reason"], "host-qmp-quit");
+    let mut names = qmp.event_names();
+    // A reset is told of when it is done.
+    names[1..3].sort_unstable();
+    let all = [
+        "STOP",
+        "POWERDOWN",
+        "RESET",
+        "RESUME",
+        "RESET",
+        "POWERDOWN",
+        "SHUTDOWN",
+    ];
+    assert_eq!(names, all);
+    assert_eq!(qmp.events[4]["data"]["guest"], false);
+    assert_eq!(qmp.events[6]["data"]["reason"], "host-qmp-quit");
+}
+
+#[test]
+fn a_guest_is_reset_while_its_new_worker_waits_and_boots_once() {
+    let vm = Builder::release().start();
+    let mut qmp = Qmp::connect(&vm);
+    let switch = json!([{"capability": "pause-before-switchover", "state": true}]);
+    qmp.done("migrate-set-capabilities", json!({"capabilities": switch}));
+    for stands in [false, true] {
+        if stands {
+            qmp.done("stop", json!({}));
+        }
+        let before = vm.ram.report().unwrap().boots;
+        qmp.migrate();
+        until("it waits", || {
+            let info = qmp.returns("query-migrate", json!({}));
+            (info["status"] == "pre-switchover").then_some(())
+        });
+        qmp.done("system_reset", json!({}));
+        qmp.done("system_powerdown", json!({}));
+        if !stands {
+            until("the guest boots again", || {
+                let report = vm.ram.report().ok()?;
+                (report.boots == before + 1).then_some(())
+            });
+        }
+        qmp.done("migrate-continue", json!({"state": "pre-switchover"}));
+        let info = qmp.migrated();
+        assert_eq!(info["status"], "completed", "{info}");
+        if stands {
+            vm.assert_stands_still();
+            qmp.done("cont", json!({}));
+        }
+        until("the guest counts", || {
+            let report = vm.ram.report().ok()?;
+            (report.boots == before + 1 && report.slots[0].sequence > 0).then_some(())
+        });
+        let names = qmp.event_names_now();
+        for name in ["RESET", "POWERDOWN"] {
+            let count = names.iter().filter(|one| **one == name).count();
+            assert_eq!(count, 1 + usize::from(stands), "{names:?}");
+        }
+        vm.assert_goes_on(&vm.witness());
+    }
 }
 
 #[test]

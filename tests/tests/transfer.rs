@@ -350,27 +350,34 @@ fn the_waiting_side_is_told_of_the_end_wherever_it_is() {
         vm.assert_only_runner(old);
         vm.assert_goes_on(&before);
     }
-    // The other way round: its operator has it quit while the old side waits for it.
-    let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
-    let (mut qmp, mut new) = (Qmp::connect(&vm), Qmp::connect_to(&vm, &name));
-    let hold = json!([{"capability": "pause-before-switchover", "state": false}]);
-    qmp.done("migrate-set-capabilities", json!({"capabilities": hold}));
-    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
-    qmp.done("migrate", json!({"channels": waiting.channels()}));
-    until("it has the CPR state", || {
-        new.event_names_now()
-            .contains(&"MIGRATION setup".to_owned())
-            .then_some(())
-    });
-    new.done("quit", json!({}));
-    let info = qmp.migrated();
-    assert_eq!(info["status"], "failed", "{info}");
-    let reason = info["error-desc"].as_str().unwrap();
-    assert!(reason.contains("the other broker hung up"), "{reason}");
-    drop((qmp, new));
-    vm.assert_nobody_waits(&waiting);
-    vm.assert_only_runner(old);
-    vm.assert_goes_on(&before);
+    // The other way round: its operator has it quit while the old side waits, for it or for its own operator.
+    for (arguments, hold, status) in [
+        (&[][..], true, "pre-switchover"),
+        (&["--incoming", "defer"], false, "setup"),
+    ] {
+        let waiting = vm.wait_from("vm.toml", arguments);
+        let (mut qmp, mut new) = (Qmp::connect(&vm), Qmp::connect_to(&vm, &name));
+        let hold = json!([{"capability": "pause-before-switchover", "state": hold}]);
+        qmp.done("migrate-set-capabilities", json!({"capabilities": hold}));
+        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        qmp.done("migrate", json!({"channels": waiting.channels()}));
+        until("it waits", || {
+            let info = qmp.returns("query-migrate", json!({}));
+            let has_it = new
+                .event_names_now()
+                .contains(&"MIGRATION setup".to_owned());
+            (info["status"] == status && has_it).then_some(())
+        });
+        new.done("quit", json!({}));
+        let info = qmp.migrated();
+        assert_eq!(info["status"], "failed", "{info}");
+        let reason = info["error-desc"].as_str().unwrap();
+        assert!(reason.contains("it was told to end"), "{reason}");
+        drop((qmp, new));
+        vm.assert_nobody_waits(&waiting);
+        vm.assert_only_runner(old);
+        vm.assert_goes_on(&before);
+    }
     vm.assert_transfers();
 }
 

@@ -255,11 +255,22 @@ impl Worker {
         match self.reset_machine() {
             Ok(()) => {
                 self.report(Report::Guest(event));
-                if !paused {
+                if paused {
+                    self.stand_still();
+                } else {
                     self.go_on();
                 }
             }
             Err(reason) => self.end(GuestEvent::Stuck(format!("the reset failed: {reason}"))),
+        }
+    }
+
+    /// Parks devices that were set up anew, as an operator's pause leaves them.
+    fn stand_still(&mut self) {
+        let devices = &mut self.machinery.platform.devices;
+        let begun = devices.resume(StartMode::None);
+        if let Err(error) = begun.and_then(|()| devices.park(StartMode::None)) {
+            self.fail("reset", error.to_string());
         }
     }
 

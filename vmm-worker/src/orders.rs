@@ -80,7 +80,7 @@ impl Worker {
             (Order::Pause, Phase::Running) => self.pause(),
             (Order::Resume, Phase::Paused) => self.resume(),
             (Order::Reset, Phase::Running | Phase::Paused) => self.reset(GuestEvent::Reset),
-            (Order::PowerButton, Phase::Running) => self.press_power_button(),
+            (Order::PowerButton, Phase::Running | Phase::Paused) => self.press_power_button(),
             (Order::Balloon { pages }, Phase::Running) => self.inflate(*pages),
             (Order::Lend(key, description), Phase::Running | Phase::Paused) => {
                 self.lend(key.clone(), description.clone(), main);

@@ -117,6 +117,8 @@ pub(crate) struct Incoming {
     /// The file that the console is copied to.
     file: Option<File>,
     paused: bool,
+    /// The old broker was told that this one ends.
+    withdrawn: bool,
     deadline: Option<Instant>,
 }
 
@@ -136,8 +138,14 @@ impl Incoming {
             vsock: None,
             file: None,
             paused: channels.paused,
+            withdrawn: false,
             deadline: None,
         })
+    }
+
+    /// Whether the guest is to stand still when it has come.
+    pub(crate) fn stands(&mut self, stands: bool) {
+        self.paused = stands;
     }
 
     /// Opens the file that the console is to go to, while this broker still may.
@@ -225,6 +233,13 @@ impl Incoming {
     /// Somebody else decides whether the worker runs the guest: until then this broker must not end.
     pub(crate) fn is_undecided(&self) -> bool {
         self.worker().is_some()
+    }
+
+    /// Tells the old broker, which alone decides, that this one is to end: it keeps its guest, unless that is on its way already.
+    pub(crate) fn withdraw(&mut self) {
+        if !std::mem::replace(&mut self.withdrawn, true) {
+            self.tell(&ToOld::Failed("it was told to end".to_owned()));
+        }
     }
 
     fn tell(&self, said: &ToOld) {

@@ -22,6 +22,7 @@ use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::StartMode;
 use baton_ipc::control::Happening;
+use baton_ipc::control::Refusal;
 use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::control::VmState;
@@ -137,11 +138,11 @@ impl Outgoing {
     }
 }
 
-fn failed(reason: &str) -> baton_ipc::control::Refusal {
+fn failed(reason: &str) -> Refusal {
     unfit(format_args!("the new side: {}", quoted(reason)), "")
 }
 
-fn out_of_turn() -> baton_ipc::control::Refusal {
+fn out_of_turn() -> Refusal {
     unfit("the other broker spoke out of turn", "")
 }
 
@@ -284,6 +285,7 @@ impl Broker {
             ) => {
                 outgoing.process = process;
                 self.offer(directory)
+                    .map_err(|refusal| self.last_word(refusal))
             }
             (Stage::Offered, ToOld::Deferred) => {
                 outgoing.stage = Stage::Deferred;
@@ -294,6 +296,15 @@ impl Broker {
             (Stage::Connected, ToOld::Greeting { ends }) => self.introduce(ends),
             (Stage::Building, ToOld::Ready(ready)) => self.other_ready(ready, descriptors),
             _ => Err(out_of_turn()),
+        }
+    }
+
+    /// What the other broker said before it hung up, which says more than that it did.
+    fn last_word(&mut self, refusal: Refusal) -> Refusal {
+        let outgoing = self.upgrade.as_mut().and_then(Upgrade::outgoing_mut);
+        match outgoing.map(|outgoing| outgoing.link.receive()) {
+            Some(Ok(Received::Message(ToOld::Failed(reason), _))) => failed(&reason),
+            _ => refusal,
         }
     }
 

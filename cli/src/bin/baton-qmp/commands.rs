@@ -88,9 +88,11 @@ pub(crate) fn query_uuid(_: &mut Shared, _: &Object) -> Answer {
 pub(crate) fn stop(_: &mut Shared, _: &Object) -> Answer {
     with_status(|_, status| match status.state {
         // As in QEMU, a guest that does not run is stopped already.
-        VmState::Paused | VmState::GuestPanicked | VmState::Stopped | VmState::Lost => {
-            Answer::done()
-        }
+        VmState::Paused
+        | VmState::GuestPanicked
+        | VmState::Stopped
+        | VmState::Postmigrate
+        | VmState::Lost => Answer::done(),
         _ => Answer::order(Request::Pause),
     })
 }

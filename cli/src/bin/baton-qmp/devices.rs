@@ -3,6 +3,7 @@
 use baton_ipc::control::NewDevice;
 use baton_ipc::control::NewNode;
 use baton_ipc::control::Request;
+use baton_ipc::control::VmState;
 use serde_json::Value;
 
 use crate::commands::with_status;
@@ -40,9 +41,23 @@ pub(crate) fn blockdev_del(_: &mut Shared, arguments: &Object) -> Answer {
 
 pub(crate) fn device_add(_: &mut Shared, arguments: &Object) -> Answer {
     match new_device(arguments) {
-        Ok(device) => Answer::order(Request::AddDevice(device)),
+        Ok(device) => unless_migrating("device_add", Request::AddDevice(device)),
         Err(failure) => Answer::failed(failure),
     }
+}
+
+/// As QEMU says it (system/qdev-monitor.c).
+fn migrating(command: &str) -> Answer {
+    Answer::failed(Failure::generic(format_args!(
+        "{command} not allowed while migrating"
+    )))
+}
+
+fn unless_migrating(command: &'static str, request: Request) -> Answer {
+    with_status(move |_, status| match status.state {
+        VmState::Upgrading => migrating(command),
+        _ => Answer::order(request),
+    })
 }
 
 fn new_device(arguments: &Object) -> Result<NewDevice, Failure> {
@@ -93,7 +108,10 @@ pub(crate) fn device_del(_: &mut Shared, arguments: &Object) -> Answer {
     with_status(move |_, status| {
         let mut disks = status.disks.iter();
         if disks.any(|disk| disk.added.as_ref() == Some(&id)) {
-            return Answer::order(Request::DeleteDevice { id });
+            return match status.state {
+                VmState::Upgrading => migrating("device_del"),
+                _ => Answer::order(Request::DeleteDevice { id }),
+            };
         }
         if status.disks.iter().any(|disk| disk.id == id) {
             return Answer::failed(Failure::generic(format_args!(

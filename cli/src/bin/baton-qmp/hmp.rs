@@ -19,6 +19,10 @@ pub(crate) fn execute(shared: &mut Shared, arguments: &Object) -> Answer {
         [] => text(""),
         ["info", "status"] => commands::with_status(|_, status| text(info_status(&status))),
         ["info", "migrate"] => text(info_migrate(shared)),
+        ["info"] => text(
+            "info migrate  -- show migration status\r\ninfo status  -- show the current VM status (running|paused)\r\n",
+        ),
+        ["info", what, ..] => text(format!("unknown command: 'info {what}'\r\n")),
         ["migrate_set_parameter", name, value] => {
             in_words(shared, "migrate-set-parameters", json!({ *name: value }))
         }
