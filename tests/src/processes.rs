@@ -57,6 +57,23 @@ pub fn stop_process(pid: i32) {
     });
 }
 
+/// A process and all that it has started (proc_pid_task_children(5)).
+#[must_use]
+pub fn with_children(pid: i32) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let children = tasks.into_iter().flatten().flatten().flat_map(|task| {
+        let text = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        let pids: Vec<i32> = text
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+            .collect();
+        pids
+    });
+    std::iter::once(pid)
+        .chain(children.flat_map(with_children))
+        .collect()
+}
+
 /// SIGSTOP, without waiting for it to take effect.
 pub fn signal_stop(pid: i32) {
     signal(pid, Signal::STOP);

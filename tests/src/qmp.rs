@@ -121,6 +121,21 @@ impl Qmp {
         Some(message)
     }
 
+    /// The next message; none when nothing has come within `patience`, or it has hung up.
+    ///
+    /// # Panics
+    ///
+    /// When what comes is no JSON.
+    pub fn receive_within(&mut self, patience: Duration) -> Option<Value> {
+        let of = |stream: &UnixStream, patience| stream.set_read_timeout(Some(patience));
+        of(&self.stream, patience).ok()?;
+        let mut line = String::new();
+        let read = self.reader.read_line(&mut line);
+        of(&self.stream, PATIENCE).ok()?;
+        let _ = read.ok().filter(|count| *count > 0)?;
+        Some(serde_json::from_str(&line).expect("JSON"))
+    }
+
     /// The next answer; events are kept.
     ///
     /// # Panics
@@ -190,6 +205,14 @@ impl Qmp {
     pub fn migrate(&mut self) {
         self.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
         self.done("migrate", json!({}));
+    }
+
+    /// Waits until a side that waits for a guest has its CPR state, and only `migrate-incoming` is missing.
+    pub fn wait_for_cpr_state(&mut self) {
+        until("the CPR state", || {
+            let info = self.returns("query-migrate", json!({}));
+            (info.get("__org.baton_awaits") == Some(&json!("`migrate-incoming`"))).then_some(())
+        });
     }
 
     /// Waits until the upgrade that is under way has ended; what `query-migrate` says then.

@@ -1,11 +1,12 @@
 //! `docs/qemu-compat.md` has a row for everything that QEMU does, `docs/upgrade-rules.md` one for every rule, and the tests that
-//! they name exist.
+//! they name exist, as do the questions to a real QEMU.
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
     reason = "a test that cannot do its work fails"
 )]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// The sections of the checklist, and how many rows each has.
@@ -19,6 +20,10 @@ const ROWS: [(char, usize); 8] = [
     ('G', 14),
     ('H', 6),
 ];
+
+/// The inputs that are refused and the failures that are known of QEMU, and what its users complain of.
+const INPUTS: usize = 78;
+const COMPLAINTS: usize = 23;
 
 fn read(path: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
@@ -47,29 +52,103 @@ fn exists(test: &str) -> bool {
     text.contains("#[test]") && written.iter().any(|one| text.contains(one))
 }
 
-#[test]
-fn every_row_has_a_verdict_and_a_test_that_exists() {
-    let document = read("docs/qemu-compat.md");
-    let rows = rows(&document);
-    let expected: Vec<String> = ROWS
-        .iter()
-        .flat_map(|(section, count)| (1..=*count).map(move |number| format!("{section}{number}")))
-        .collect();
-    let found: Vec<&str> = rows.iter().map(|row| row[0]).collect();
-    assert_eq!(found, expected);
-    for row in &rows {
-        let [id, _, verdict, how, test] = row[..] else {
-            panic!("{row:?} has not five columns");
-        };
-        match verdict {
-            "same" | "better" | "refused" => {
-                let test = test.trim_matches('`');
-                assert!(exists(test), "{id} names a test that is not there: {test}");
+/// The rows of a section.
+fn section<'a>(document: &'a str, heading: &str) -> Vec<Vec<&'a str>> {
+    let (_, rest) = document.split_once(heading).unwrap();
+    let end = rest.find("\n## ").unwrap_or(rest.len());
+    rows(&rest[..end])
+}
+
+/// What is in this cell between marks of this kind.
+fn marked(cell: &str, mark: char) -> Vec<&str> {
+    let parts: Vec<&str> = cell.split(mark).collect();
+    assert!(parts.len() % 2 == 1, "{cell} lacks a {mark}");
+    parts.into_iter().skip(1).step_by(2).collect()
+}
+
+/// The names of the questions that the oracle asks.
+fn questions() -> BTreeSet<String> {
+    let literal = |line: &str| {
+        let line = line.trim_start();
+        // A flow's or a case's first argument, by itself in its line or behind its function.
+        let line = match line.split_once('(') {
+            Some((name, rest))
+                if [
+                    "same",
+                    "differs",
+                    "private(differs",
+                    "with_capability!",
+                    "greeted",
+                ]
+                .contains(&name) =>
+            {
+                rest
             }
-            "n/a" | "absent" => assert!(!how.is_empty(), "{id} says no reason"),
-            other => panic!("{id} has the verdict {other:?}"),
+            _ => line,
+        };
+        let name = line.strip_prefix('"')?.split('"').next()?;
+        Some(name.to_owned())
+    };
+    ["cases", "pairs", "failures", "run_states"]
+        .iter()
+        .flat_map(|file| {
+            let text = read(&format!("tests/tests/oracle/{file}.rs"));
+            text.lines().filter_map(literal).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+#[test]
+fn every_row_has_a_verdict_a_test_that_exists_and_questions_that_are_asked() {
+    let document = read("docs/qemu-compat.md");
+    let questions = questions();
+    let checklist = ROWS
+        .iter()
+        .flat_map(|(section, count)| (1..=*count).map(move |number| format!("{section}{number}")));
+    let numbered =
+        |section: char, count: usize| (1..=count).map(move |number| format!("{section}{number}"));
+    let tables: [(&str, Vec<String>); 3] = [
+        ("## What there is\n", checklist.collect()),
+        (
+            "## What is refused, and what fails\n",
+            numbered('R', INPUTS).collect(),
+        ),
+        (
+            "## What QEMU's users complain of\n",
+            numbered('L', COMPLAINTS).collect(),
+        ),
+    ];
+    let mut asked = 0;
+    for (heading, expected) in tables {
+        let rows = section(&document, heading);
+        let found: Vec<&str> = rows.iter().map(|row| row[0]).collect();
+        assert_eq!(found, expected, "{heading}");
+        for row in &rows {
+            let [id, .., verdict, how, test, oracle] = row[..] else {
+                panic!("{row:?} has too few columns");
+            };
+            match verdict {
+                "same" | "better" | "refused" => {
+                    let tests = marked(test, '`');
+                    assert!(!tests.is_empty(), "{id} names no test");
+                    for test in tests {
+                        assert!(exists(test), "{id} names a test that is not there: {test}");
+                    }
+                }
+                "n/a" | "absent" => assert!(!how.is_empty(), "{id} says no reason"),
+                other => panic!("{id} has the verdict {other:?}"),
+            }
+            assert!(verdict != "better" || !how.is_empty(), "{id} says not how");
+            for question in marked(oracle, '"') {
+                assert!(
+                    questions.contains(question),
+                    "{id}: nobody asks {question:?}"
+                );
+                asked += 1;
+            }
         }
     }
+    assert!(asked > 100, "{asked}");
 }
 
 #[test]

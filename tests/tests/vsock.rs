@@ -303,10 +303,7 @@ fn who_wants_a_connection_while_the_guest_moves_gets_it_from_whoever_has_the_gue
         let (mut old, mut new) = (Qmp::connect(&vm), Qmp::connect_to(&vm, &name));
         old.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
         old.done("migrate", json!({"channels": waiting.channels()}));
-        until("the new side has the CPR state", || {
-            let names = new.event_names_now();
-            names.contains(&"MIGRATION setup".to_owned()).then_some(())
-        });
+        new.wait_for_cpr_state();
         early.write_all(b"ECT 7\n").unwrap();
         drop(closing);
         vm.ram.mail(layout::COMMAND_VSOCK_CONNECT);

@@ -26,6 +26,7 @@ use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::Registry;
 use baton_ipc::control::Exit;
+use baton_ipc::control::Happening;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::StartReport;
 use baton_ipc::control::Step;
@@ -300,6 +301,7 @@ impl Broker {
             if let Stage::Deferred(link) = std::mem::replace(&mut incoming.stage, Stage::Gone) {
                 incoming.stage = listening(link)?;
                 incoming.deadline = Some(Instant::now() + bound);
+                self.happened(Happening::UpgradeBegan { dry_run: false });
             }
         }
         Ok(())

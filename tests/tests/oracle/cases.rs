@@ -15,6 +15,8 @@ pub(crate) struct Case {
     pub(crate) before: &'static [&'static str],
     /// Messages whose answers are compared.
     pub(crate) asks: &'static [&'static str],
+    /// Its machine's memory is its own process's.
+    pub(crate) private: bool,
     pub(crate) here: Option<Here>,
 }
 
@@ -28,6 +30,7 @@ const fn same(
         negotiated: true,
         before,
         asks,
+        private: false,
         here: None,
     }
 }
@@ -44,6 +47,7 @@ const fn differs(
         negotiated: true,
         before,
         asks,
+        private: false,
         here: Some(Here { says, why }),
     }
 }
@@ -54,6 +58,7 @@ const fn greeted(name: &'static str, asks: &'static [&'static str]) -> Case {
         negotiated: false,
         before: &[],
         asks,
+        private: false,
         here: None,
     }
 }
@@ -69,7 +74,15 @@ const fn greeted_and_differs(
         negotiated: false,
         before: &[],
         asks,
+        private: false,
         here: Some(Here { says, why }),
+    }
+}
+
+const fn private(case: Case) -> Case {
+    Case {
+        private: true,
+        ..case
     }
 }
 
@@ -293,6 +306,49 @@ pub(crate) const CASES: &[Case] = &[
     with_capability!("background-snapshot"),
     with_capability!("x-colo"),
     with_capability!("mapped-ram"),
+    with_capability!("multifd"),
+    with_capability!("return-path"),
+    differs(
+        "both channels, mode normal",
+        &[],
+        &[
+            r#"migrate {"channels": [$main, $cpr]}"#,
+            "query-status {} => /status",
+        ],
+        r#"GenericError: mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer' or 'cpr-reboot'; "running""#,
+        "QEMU migrates by its main channel; only the cpr modes are offered here",
+    ),
+    private(differs(
+        "memory that nobody shares",
+        CPR,
+        &[
+            r#"migrate {"channels": [$main, $cpr]}"#,
+            "query-migrate {} => /blocked-reasons/0",
+            "query-status {} => /status",
+        ],
+        r#"GenericError: Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required. (leave memory.share out of the VM file); "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required."; "running""#,
+        "the memory's name is another, and the refusal says what to do",
+    )),
+    same(
+        "set the mode while nothing is under way, by the human monitor",
+        &[],
+        &[
+            r#"human-monitor-command {"command-line": "migrate_set_parameter mode cpr-transfer"}"#,
+            "query-migrate-parameters {} => /mode",
+            r#"human-monitor-command {"command-line": "migrate_set_parameter mode bogus"}"#,
+            r#"human-monitor-command {"command-line": "migrate_cancel"}"#,
+        ],
+    ),
+    same(
+        "the human monitor: nothing, and spaces",
+        &[],
+        &[
+            r#"human-monitor-command {"command-line": ""}"#,
+            r#"human-monitor-command {"command-line": "  info   status "}"#,
+            r#"human-monitor-command {"command-line": "info fly"}"#,
+            r#"human-monitor-command {"command-line": "migrate_set_capability events on"}"#,
+        ],
+    ),
     same(
         "migrate-incoming where nothing is awaited",
         &[],

@@ -10,9 +10,13 @@
 )]
 
 mod cases;
+mod failures;
+mod impostor;
 mod pair;
 mod pairs;
+mod party;
 mod qemu;
+mod run_states;
 
 use std::path::Path;
 
@@ -25,9 +29,14 @@ use serde_json::json;
 use crate::cases::CASES;
 use crate::cases::Case;
 use crate::cases::Here;
+use crate::failures::FAILURES;
+use crate::pair::Pair;
 use crate::pairs::PAIRS;
+use crate::party::Party;
+use crate::qemu::Machine;
 use crate::qemu::Qemu;
 use crate::qemu::SMALL;
+use crate::run_states::RUN_STATES;
 
 /// A message of a case as it goes over the wire, and what of the answer counts.
 ///
@@ -148,23 +157,47 @@ fn every_answer_is_qemus_or_its_difference_is_declared() {
     let mut report = Report::default();
     for case in CASES {
         let dir = tempfile::tempdir().unwrap();
-        let qemu = Qemu::start(dir.path(), "old", SMALL, &[]);
+        let machine = Machine {
+            memory_is_shared: !case.private,
+            ..SMALL
+        };
+        let qemu = Qemu::start(dir.path(), "old", machine, &[]);
         let theirs = ask(qemu.connect(), case, dir.path());
         drop(qemu);
-        let vm = Builder::release().start();
+        let vm = match case.private {
+            true => Builder::release()
+                .memory_lines("share = false")
+                .start_unseen(),
+            false => Builder::release().start(),
+        };
         let ours = ask(Qmp::greeted(&vm), case, dir.path());
         report.add(case.name, case.here.as_ref(), &theirs, &ours);
     }
     report.judge();
 }
 
-#[test]
-fn both_sides_of_a_transfer_answer_as_qemus_do_or_the_difference_is_declared() {
+/// Puts each flow to two of QEMU and to two of ours.
+fn both(pairs: &[Pair]) {
     let mut report = Report::default();
-    for pair in PAIRS {
-        let theirs = pair::ask(pair::qemu(pair), pair);
-        let ours = pair::ask(pair::baton(pair), pair);
+    for pair in pairs {
+        let theirs = pair::ask(Party::qemu(pair.new), pair);
+        let ours = pair::ask(Party::baton(pair.new), pair);
         report.add(pair.name, pair.here.as_ref(), &theirs, &ours);
     }
     report.judge();
+}
+
+#[test]
+fn both_sides_of_a_transfer_answer_as_qemus_do_or_the_difference_is_declared() {
+    both(PAIRS);
+}
+
+#[test]
+fn a_transfer_that_fails_leaves_what_it_does_in_qemu_or_the_difference_is_declared() {
+    both(FAILURES);
+}
+
+#[test]
+fn each_run_state_takes_the_commands_that_it_does_in_qemu_or_the_difference_is_declared() {
+    both(RUN_STATES);
 }

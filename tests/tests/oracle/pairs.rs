@@ -1,40 +1,19 @@
 //! The flows.
 
-use crate::cases::Here;
-use crate::pair::New;
 use crate::pair::Pair;
+use crate::pair::differs;
+use crate::pair::same;
+use crate::party::New;
 
-const fn same(name: &'static str, new: New, steps: &'static [&'static str]) -> Pair {
-    Pair {
-        name,
-        new,
-        steps,
-        here: None,
-    }
-}
-
-const fn differs(
-    name: &'static str,
-    new: New,
-    steps: &'static [&'static str],
-    says: &'static str,
-    why: &'static str,
-) -> Pair {
-    Pair {
-        name,
-        new,
-        steps,
-        here: Some(Here { says, why }),
-    }
-}
-
-const CPR: &str = r#"old migrate-set-parameters {"mode": "cpr-transfer"}"#;
-const MIGRATE: &str = r#"old migrate {"channels": [$main, $cpr]}"#;
-const INCOMING: &str = r#"new migrate-incoming {"channels": [$main]}"#;
-const HOLD: &str = r#"old migrate-set-capabilities {"capabilities": [{"capability": "pause-before-switchover", "state": true}]}"#;
-const OLD: &str = "old query-status {} => /status";
-const NEW: &str = "new query-status {} => /status";
-const MIGRATION: &str = "old query-migrate {} => /status";
+pub(crate) const CPR: &str = r#"old migrate-set-parameters {"mode": "cpr-transfer"}"#;
+pub(crate) const MIGRATE: &str = r#"old migrate {"channels": [$main, $cpr]}"#;
+pub(crate) const INCOMING: &str = r#"new migrate-incoming {"channels": [$main]}"#;
+pub(crate) const HOLD: &str = r#"old migrate-set-capabilities {"capabilities": [{"capability": "pause-before-switchover", "state": true}]}"#;
+const EVENTS: &str =
+    r#"old migrate-set-capabilities {"capabilities": [{"capability": "events", "state": true}]}"#;
+pub(crate) const OLD: &str = "old query-status {} => /status";
+pub(crate) const NEW: &str = "new query-status {} => /status";
+pub(crate) const MIGRATION: &str = "old query-migrate {} => /status";
 
 pub(crate) const PAIRS: &[Pair] = &[
     same(
@@ -53,6 +32,35 @@ pub(crate) const PAIRS: &[Pair] = &[
             "new query-migrate {} => /status",
             "new query-migrate-parameters {} => /mode",
             "old query-migrate-parameters {} => /mode",
+        ],
+    ),
+    same(
+        "the events of either side",
+        New::Deferred,
+        &[
+            CPR,
+            EVENTS,
+            MIGRATE,
+            "new has the CPR state",
+            r#"new migrate-set-capabilities {"capabilities": [{"capability": "events", "state": true}]}"#,
+            INCOMING,
+            "old settles",
+            "new has it",
+            "new query-migrate {} => /status",
+            "old heard",
+            "new heard",
+        ],
+    ),
+    same(
+        "the events of a cancel",
+        New::Deferred,
+        &[
+            CPR,
+            EVENTS,
+            MIGRATE,
+            "old migrate_cancel {}",
+            "old settles",
+            "old heard",
         ],
     ),
     differs(
@@ -231,14 +239,14 @@ pub(crate) const PAIRS: &[Pair] = &[
         &[
             CPR,
             MIGRATE,
-            INCOMING,
+            "perhaps new migrate-incoming {\"channels\": [$main]}",
             "old settles",
             OLD,
             "old cont {}",
             OLD,
             "new lives",
         ],
-        r#"done; done; nobody; old failed; "running"; done; "running"; new has ended"#,
+        r#"done; done; old failed; "running"; done; "running"; new has ended"#,
         "QEMU says completed, and afterwards each side runs the guest",
     ),
     same(

@@ -18,11 +18,17 @@ const ROM: usize = 64 << 10;
 pub(crate) struct Machine {
     pub(crate) cpus: u8,
     pub(crate) mebibytes: u32,
+    /// Its memory is a file's, and no memfd.
+    pub(crate) memory_is_a_file: bool,
+    /// Other processes can have it too.
+    pub(crate) memory_is_shared: bool,
 }
 
 pub(crate) const SMALL: Machine = Machine {
     cpus: 1,
     mebibytes: 16,
+    memory_is_a_file: false,
+    memory_is_shared: true,
 };
 
 /// Dropped, it is killed.
@@ -45,7 +51,17 @@ impl Qemu {
     pub(crate) fn start(dir: &Path, name: &str, machine: Machine, more: &[&str]) -> Self {
         let program = std::env::var_os("BATON_QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
         let path = |file: &str| dir.join(format!("{name}.{file}"));
-        let Machine { cpus, mebibytes } = machine;
+        let Machine {
+            cpus,
+            mebibytes,
+            memory_is_a_file,
+            memory_is_shared,
+        } = machine;
+        let share = if memory_is_shared { "on" } else { "off" };
+        let backend = match memory_is_a_file {
+            true => format!("file,mem-path={}", path("memory").display()),
+            false => "memfd".to_owned(),
+        };
         let mut rom = vec![0xf4; ROM];
         rom.splice(ROM - 16..ROM - 14, [0xeb, 0xfe]);
         std::fs::write(path("rom"), rom).unwrap();
@@ -63,7 +79,7 @@ impl Qemu {
             .args(["-smp", &cpus.to_string(), "-m", &format!("{mebibytes}M")])
             .arg("-object")
             .arg(format!(
-                "memory-backend-memfd,id=ram0,size={mebibytes}M,share=on"
+                "memory-backend-{backend},id=ram0,size={mebibytes}M,share={share}"
             ))
             .arg("-bios")
             .arg(path("rom"))

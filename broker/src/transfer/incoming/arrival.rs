@@ -96,11 +96,11 @@ impl Broker {
                 incoming.offer = Some(offer);
                 let deferred = incoming.main.is_none();
                 incoming.deadline = Some(Instant::now() + if deferred { DEFERRED } else { bound });
-                self.happened(Happening::UpgradeBegan { dry_run: false });
                 if deferred {
                     link.send(&ToOld::Deferred).doing("the old broker")?;
                     return Ok(Stage::Deferred(link));
                 }
+                self.happened(Happening::UpgradeBegan { dry_run: false });
                 listening(link)
             }
             Err(refusal) => {

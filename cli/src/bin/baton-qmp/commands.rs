@@ -189,18 +189,26 @@ fn parse_mode(mode: &str) -> Result<Mode, Failure> {
 }
 
 pub(crate) fn migrate_set_capabilities(shared: &mut Shared, arguments: &Object) -> Answer {
-    if shared.migration.in_progress() {
-        return Answer::failed(Failure::generic(IN_PROGRESS));
-    }
     let entries = arguments.get("capabilities").and_then(Value::as_array);
-    for entry in entries.into_iter().flatten() {
-        let name = entry.get("capability").and_then(Value::as_str);
-        let state = entry.get("state").and_then(Value::as_bool);
-        if let (Some(name), Some(state)) = (name, state) {
-            shared.migration.enable(name, state);
+    let wanted = |entry: &Value| {
+        let name = entry.get("capability").and_then(Value::as_str)?;
+        Some((name.to_owned(), entry.get("state")?.as_bool()?))
+    };
+    let wanted: Vec<_> = entries.into_iter().flatten().filter_map(wanted).collect();
+    let enable = move |shared: &mut Shared| {
+        for (name, on) in &wanted {
+            shared.migration.enable(name, *on);
         }
+        Answer::done()
+    };
+    if !shared.migration.in_progress() {
+        return enable(shared);
     }
-    Answer::done()
+    // As in QEMU, what comes in is not this side's migration.
+    with_status(move |shared, status| match status.state {
+        VmState::Incoming => enable(shared),
+        _ => Answer::failed(Failure::generic(IN_PROGRESS)),
+    })
 }
 
 pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
@@ -224,12 +232,11 @@ pub(crate) fn migrate(shared: &mut Shared, arguments: &Object) -> Answer {
                     shared.migration.leaves = leaves;
                     Answer::done()
                 }
-                Err(_) if shared.migration.in_progress() => {
-                    Answer::failed(Failure::generic(IN_PROGRESS))
-                }
+                Err(_) if shared.migration.in_progress() => why_not(Failure::generic(IN_PROGRESS)),
                 Err(refusal) => why_not(refusal.into()),
             })
         }
+        Err(failure) if shared.migration.in_progress() => why_not(failure),
         Err(failure) => Answer::failed(failure),
     }
 }
