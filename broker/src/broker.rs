@@ -43,6 +43,7 @@ use crate::clients::Clients;
 use crate::clients::front::Front;
 use crate::devices::balloon::BalloonNews;
 use crate::devices::console::Console;
+use crate::devices::console::Port;
 use crate::devices::hotplug::Device;
 use crate::devices::nodes::Node;
 use crate::devices::resizing::Resizing;
@@ -141,7 +142,7 @@ pub(crate) struct Broker {
     pub(crate) front: Front,
     pub(crate) last_upgrade: Option<UpgradeOutcome>,
     /// None while another broker has it.
-    pub(crate) console: Option<Console>,
+    pub(crate) consoles: Vec<Console>,
     /// The host's side of its vsock.
     pub(crate) vsock: Option<Vsock>,
     signals: Signals,
@@ -220,7 +221,7 @@ impl Broker {
         self.clients
             .sources()
             .for_each(|fd| watch(fd, PollFlags::IN));
-        self.console
+        self.consoles
             .iter()
             .flat_map(Console::sources)
             .for_each(|(fd, flags)| watch(fd, flags));
@@ -306,7 +307,7 @@ impl Broker {
             self.end = Some(Exit::Done);
             return Ok(());
         }
-        self.console.iter_mut().for_each(Console::pump);
+        self.consoles.iter_mut().for_each(Console::pump);
         self.retired.retain(|worker| worker.reap().is_none());
         crate::worker::cgroup::remove(&mut self.remains);
         self.first_worker()?;
@@ -442,10 +443,17 @@ impl Broker {
         self.front.end();
     }
 
-    pub(crate) fn attach_console(&mut self) -> Result<OwnedFd> {
-        match &mut self.console {
-            Some(console) => console.attach(),
-            None => Err(unfit("another broker has this VM's console", "")),
+    pub(crate) fn attach_console(&mut self, port: Port) -> Result<OwnedFd> {
+        let mut all = self.consoles.iter_mut();
+        if let Some(console) = all.find(|console| console.port() == port) {
+            return console.attach();
+        }
+        match Port::of(&self.vm).any(|(found, _)| found == port) {
+            true => Err(unfit("another broker has this VM's console", "")),
+            false => Err(unfit(
+                "this VM has no virtio console",
+                "[virtio_console] in its VM file gives it one",
+            )),
         }
     }
 }

@@ -92,6 +92,7 @@ const REQUESTS: &[Row] = &[
     ("audit",   |r| matches!(r, Request::Audit),          &[Running, Paused],   &[View]),
     ("log-head", |r| matches!(r, Request::LogHead),       ANY,                  &[View]),
     ("console", |r| matches!(r, Request::Console),        ANY,                  &[Power]),
+    ("virtio-console", |r| matches!(r, Request::VirtioConsole), ANY,            &[Power]),
     ("pause",   |r| matches!(r, Request::Pause),          &[Running, Incoming], &[Power]),
     ("resume",  |r| matches!(r, Request::Resume),         &[Paused, Incoming],  &[Power]),
     ("reset",   |r| matches!(r, Request::Reset),          &[Running, Paused, Upgrading], &[Power]),

@@ -22,6 +22,7 @@ use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_policy::Policy;
 
+use crate::devices::console::Port;
 use crate::devices::resources::check_grant;
 use crate::devices::taps;
 use crate::devices::vhost_user;
@@ -45,16 +46,21 @@ pub(crate) fn of(vm: &VmFile, virtio: &[VirtioConfig]) -> GuestMachine {
         pages: vm.memory.pages,
         cmdline: vm.boot.cmdline.0.clone(),
         initrd: vm.boot.initrd.is_some(),
-        console: match vm.console {
-            Console::Socket => "socket",
-            Console::Stdio => "stdio",
-            Console::Pty => "pty",
-            Console::File { .. } => "file",
-        }
-        .to_owned(),
+        console: consoles(vm),
         virtio: virtio.to_vec(),
         backing: vm.memory.backing(),
     }
+}
+
+/// The kinds of its consoles, as the VM file names them.
+fn consoles(vm: &VmFile) -> String {
+    let kinds = Port::of(vm).map(|(_, kind)| match kind {
+        Console::Socket => "socket",
+        Console::Stdio => "stdio",
+        Console::Pty => "pty",
+        Console::File { .. } => "file",
+    });
+    kinds.collect::<Vec<_>>().join(", virtio ")
 }
 
 /// The devices that a VM file names, in the order of their slots. What only an open device tells (a disk's size, a tap's MTU)
@@ -90,6 +96,7 @@ pub(crate) fn devices(
         (Plugged::Balloon, _) => VirtioKind::Balloon,
         (Plugged::Vsock(vsock), _) => VirtioKind::Vsock(vsock.config()),
         (Plugged::Entropy, _) => VirtioKind::Entropy,
+        (Plugged::Console, _) => VirtioKind::Console,
     };
     let fixed = vm.devices().map(|(slot, plugged)| VirtioConfig {
         slot,
@@ -190,7 +197,8 @@ fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKi
     };
     want(descriptor::KVM, 0, DescriptorKind::Kvm)?;
     want(descriptor::KERNEL, 0, DescriptorKind::Image)?;
-    want(descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
+    let (console, serial) = (descriptor::CONSOLE, descriptor::SERIAL_CONSOLE);
+    want(console, serial, DescriptorKind::Stream)?;
     if machine.initrd {
         want(descriptor::INITRD, 0, DescriptorKind::Image)?;
     }
@@ -219,6 +227,9 @@ fn wanted(machine: &GuestMachine) -> Result<BTreeMap<DescriptorKey, DescriptorKi
             VirtioKind::VhostUser(_) => {
                 let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
                 want(name, config.slot.into(), kind)?;
+            }
+            VirtioKind::Console => {
+                want(console, descriptor::VIRTIO_CONSOLE, DescriptorKind::Stream)?;
             }
             // A vsock has as many as there are connections.
             VirtioKind::Entropy | VirtioKind::Balloon | VirtioKind::Vsock(_) => {}

@@ -288,6 +288,7 @@ impl VmDirectory {
             CPR_SOCKET,
             MAIN_SOCKET,
             "console.pty",
+            "virtio-console.pty",
         ] {
             let _ = fs::remove_file(self.path.join(stale));
         }
@@ -388,6 +389,7 @@ fn remove_files(directory: &OwnedFd) {
         CPR_SOCKET,
         MAIN_SOCKET,
         "console.pty",
+        "virtio-console.pty",
         "broker.log",
         "lock",
     ] {

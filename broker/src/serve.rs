@@ -20,6 +20,7 @@ use serde_json::json;
 use crate::broker::Broker;
 use crate::clients::Asked;
 use crate::clients::Awaiting;
+use crate::devices::console::Port;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
@@ -242,12 +243,8 @@ impl Broker {
                 self.upgrade_refused(crate::upgrade::pause::CANCELLED)?;
                 self.clients.reply(client, &Reply::Done);
             }
-            Request::Console => match self.attach_console() {
-                Ok(end) => self
-                    .clients
-                    .reply_with(client, &Reply::Console, &[end.as_fd()]),
-                Err(refusal) => self.clients.reply(client, &Reply::Refused(refusal)),
-            },
+            Request::Console => self.serve_console(client, Port::Serial),
+            Request::VirtioConsole => self.serve_console(client, Port::Virtio),
             Request::LogHead => {
                 let Checkpoint { count, head, .. } = self.log.checkpoint();
                 self.clients
@@ -278,6 +275,15 @@ impl Broker {
                 client,
                 &Reply::Refused(unfit("there is no worker to tell", "")),
             ),
+        }
+    }
+
+    fn serve_console(&mut self, client: u64, port: Port) {
+        match self.attach_console(port) {
+            Ok(end) => self
+                .clients
+                .reply_with(client, &Reply::Console, &[end.as_fd()]),
+            Err(refusal) => self.clients.reply(client, &Reply::Refused(refusal)),
         }
     }
 

@@ -61,9 +61,11 @@ pub(crate) struct VmFile {
     pub(crate) memory: Memory,
     /// What the guest boots.
     pub(crate) boot: Boot,
-    /// Where its console goes.
+    /// Where the console on its serial port goes.
     #[serde(default)]
     pub(crate) console: Console,
+    /// Where the one on its virtio console goes, if it has one.
+    pub(crate) virtio_console: Option<Console>,
     /// Its disks.
     #[serde(default)]
     pub(crate) disk: Disks,
@@ -316,7 +318,7 @@ impl TryFrom<String> for Cmdline {
     }
 }
 
-/// `[console]`.
+/// `[console]` and `[virtio_console]`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub(crate) enum Console {
@@ -325,7 +327,7 @@ pub(crate) enum Console {
     Socket,
     /// Attached to whoever runs `baton run`.
     Stdio,
-    /// A pseudo-terminal, whose path is in the VM's directory as `console.pty`.
+    /// A pseudo-terminal, to which a link in the VM's directory leads.
     Pty,
     /// Appended to a file.
     File {
@@ -391,6 +393,12 @@ impl VmFile {
                 "vhost_user with memory.share = false: the process behind the device maps the guest's memory",
             );
         }
+        if let Some(Console::Stdio) = self.virtio_console {
+            return Err("virtio_console.kind = \"stdio\": that is for the serial console alone");
+        }
+        if self.overfull() {
+            return Err("more devices than there are PCI device numbers");
+        }
         self.memory.check()
     }
 
@@ -414,8 +422,11 @@ impl VmFile {
         if self.policy.as_os_str() != "default" {
             below(&mut self.policy);
         }
-        if let Console::File { path } = &mut self.console {
-            below(path);
+        let consoles = std::iter::once(&mut self.console).chain(self.virtio_console.as_mut());
+        for console in consoles {
+            if let Console::File { path } = console {
+                below(path);
+            }
         }
     }
 

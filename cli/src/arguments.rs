@@ -104,10 +104,14 @@ Ctrl-] detaches.
 
 Examples:
   baton console web1
+  baton console web1 --virtio
   baton console web1 < /dev/null | grep -m1 'login:'    wait for a line")]
     Console {
         /// The VM's name
         vm: String,
+        /// The virtio console ([virtio_console] of the VM file) instead of the serial one
+        #[arg(long)]
+        virtio: bool,
     },
     /// Send one QMP command to a VM
     #[command(after_help = "\

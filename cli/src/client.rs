@@ -182,9 +182,18 @@ impl Client {
         }
     }
 
-    /// One end of the console's stream.
+    /// One end of the serial console's stream.
     pub(crate) fn console(&mut self) -> Result<OwnedFd, Refusal> {
-        match self.ask(&Request::Console)? {
+        self.attach(&Request::Console)
+    }
+
+    /// One end of the virtio console's stream.
+    pub(crate) fn virtio_console(&mut self) -> Result<OwnedFd, Refusal> {
+        self.attach(&Request::VirtioConsole)
+    }
+
+    fn attach(&mut self, request: &Request) -> Result<OwnedFd, Refusal> {
+        match self.ask(request)? {
             (Reply::Console, descriptors) => {
                 let [stream] =
                     <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| self.unexpected())?;

@@ -40,7 +40,9 @@ fn main() -> ExitCode {
         Command::List => commands::list::execute(globals, &output),
         Command::Status { vm } => commands::status::execute(globals, &vm, &output),
         Command::Upgrade(upgrade) => commands::upgrade::execute(globals, &upgrade, &output),
-        Command::Console { vm } => commands::console::execute(globals, &vm, &output),
+        Command::Console { vm, virtio } => {
+            commands::console::execute(globals, &vm, virtio, &output)
+        }
         Command::Qmp { vm, command } => commands::qmp::execute(globals, &vm, &command, &output),
         Command::Audit(audit) => commands::audit::execute(globals, &audit, &output),
         Command::Log { command } => commands::log::execute(globals, &command, &output),

@@ -313,7 +313,15 @@ impl VmDirectory {
     }
 
     fn remove(&self) -> io::Result<()> {
-        for name in [SOCKET, QMP_SOCKET, STATE, "state.new", "console.pty", LOCK] {
+        for name in [
+            SOCKET,
+            QMP_SOCKET,
+            STATE,
+            "state.new",
+            "console.pty",
+            "virtio-console.pty",
+            LOCK,
+        ] {
             match fs::remove_file(self.path.join(name)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}

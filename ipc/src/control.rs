@@ -106,7 +106,7 @@ pub enum Request {
     },
     /// Cancel the upgrade that another client has asked for.
     Cancel,
-    /// Attach to the console: the reply carries one end of a stream socket.
+    /// Attach to the serial console: the reply carries one end of a stream socket.
     Console,
     /// Compare the kernel's records of the worker with its policy.
     Audit,
@@ -184,6 +184,8 @@ pub enum Request {
         /// The reason, of which [`MAX_APPROVAL`] characters are kept.
         why: String,
     },
+    /// As [`Request::Console`], to the virtio console.
+    VirtioConsole,
 }
 
 /// A disk that is to be opened.
@@ -236,7 +238,7 @@ pub enum Reply {
     Progress(Step),
     /// An upgrade has ended.
     Upgrade(Box<UpgradeOutcome>),
-    /// The answer to [`Request::Console`].
+    /// The answer to [`Request::Console`] and [`Request::VirtioConsole`].
     Console,
     /// The answer to [`Request::Audit`].
     Audit(Box<AuditReport>),

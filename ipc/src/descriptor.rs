@@ -22,8 +22,12 @@ pub const RAM: &str = "ram";
 pub const KERNEL: &str = "kernel";
 /// The name of the initrd's file.
 pub const INITRD: &str = "initrd";
-/// The name of the worker's end of the console stream.
+/// The name of the worker's end of a console's stream.
 pub const CONSOLE: &str = "console";
+/// The id of the serial port's console.
+pub const SERIAL_CONSOLE: u32 = 0;
+/// The id of the virtio console's.
+pub const VIRTIO_CONSOLE: u32 = 1;
 
 /// The name of a disk; the id is the device's slot.
 pub const DISK: &str = "disk";

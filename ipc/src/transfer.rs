@@ -9,7 +9,7 @@
 //!   │ preamble + link + cpr                                  │  peers' user ids compared on both sides
 //!   │                                                  hello │
 //!   │ claim of each tap; the vsock's listening socket        │
-//!   │ offer: nonce, VM, generation, machine; console         │
+//!   │ offer: nonce, VM, generation, machine; consoles        │
 //!   │ (cpr) every descriptor                                 │  compared with its own VM file, checked by fstat
 //!   │                                               deferred │  only until `migrate-incoming`
 //!   │                                              listening │
@@ -115,7 +115,7 @@ pub struct GuestMachine {
     pub cmdline: String,
     /// Whether there is an initrd.
     pub initrd: bool,
-    /// The kind of console, as the VM file names it.
+    /// The kinds of its consoles, as the VM file names them.
     pub console: String,
     /// virtio devices, in ascending order of their slots.
     pub virtio: Vec<VirtioConfig>,
@@ -295,14 +295,14 @@ pub enum VsockPart {
 /// What the old broker says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToNew {
-    /// This is the VM. Comes with the broker's end of the console, which the old broker reads until the commit; the other
+    /// This is the VM. Comes with the broker's end of each console, which the old broker reads until the commit; the other
     /// descriptors follow on the cpr connection.
     Offer(Box<Offer>),
     /// The workers agree on versions and machine: hand the descriptors over.
     Agreed,
     /// The new worker runs the guest.
     Committed(Committed),
-    /// A piece of the console.
+    /// A piece of the serial console.
     Console(ConsolePart),
     /// Somebody at the vsock.
     Vsock(VsockPart),
@@ -315,6 +315,8 @@ pub enum ToNew {
     /// Before the offer: comes with the socket on which programs of the host reach the guest's vsock. Whoever has the guest
     /// accepts there; until the commit nobody does.
     VsockListener,
+    /// A piece of the virtio console.
+    VirtioConsole(ConsolePart),
 }
 
 /// What the new broker says.

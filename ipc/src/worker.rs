@@ -195,6 +195,8 @@ pub enum VirtioKind {
     Balloon,
     /// A device that another process implements, on descriptor `vhost-user` with its slot as id.
     VhostUser(VhostUserConfig),
+    /// A console of one port, on descriptor `console` of id [`descriptor::VIRTIO_CONSOLE`](crate::descriptor::VIRTIO_CONSOLE).
+    Console,
 }
 
 impl VirtioKind {
@@ -209,6 +211,8 @@ impl VirtioKind {
             // Receive, transmit, events (virtio 1.2, 5.10.2); inflate, deflate, report (5.5.2).
             Self::Vsock(_) | Self::Balloon => 3,
             Self::VhostUser(backend) => backend.queues.into(),
+            // Receive and transmit of one port (5.3.2).
+            Self::Console => 2,
         }
     }
 }

@@ -8,9 +8,11 @@ use std::os::unix::fs::MetadataExt as _;
 use baton_guest::BalloonReport;
 use baton_guest::DiskReport;
 use baton_guest::FsReport;
+use baton_guest::HvcReport;
 use baton_guest::NetReport;
 use baton_guest::Report;
 use baton_guest::ReportError;
+use baton_guest::RngReport;
 use baton_guest::VsockReport;
 use baton_guest::layout;
 
@@ -69,6 +71,26 @@ impl Ram {
     #[must_use]
     pub fn disk(&self) -> DiskReport {
         self.says(DiskReport::parse)
+    }
+
+    /// What the guest says of its virtio console.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn hvc(&self) -> HvcReport {
+        self.says(HvcReport::parse)
+    }
+
+    /// What the guest says of its entropy device.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn rng(&self) -> RngReport {
+        self.says(RngReport::parse)
     }
 
     /// What the guest says of its network interface.

@@ -60,6 +60,7 @@ use crate::devices::virtio::F_VERSION_1;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::console as virtio_console;
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::vhost_user::VhostUser;
@@ -149,6 +150,7 @@ pub(crate) struct Machinery {
     pub(crate) entries: Entries,
     pub(crate) vsock: Option<vsock::Link>,
     pub(crate) balloon: Option<Ballooning>,
+    pub(crate) virtio_console: Option<virtio_console::Link>,
     kernel: File,
     initrd: Option<File>,
     pub(crate) pool: IoPool,
@@ -226,7 +228,7 @@ pub(crate) fn check_virtio(config: &VirtioConfig) -> Result<(), BuildError> {
     }
     match device {
         VirtioKind::Block(block) => check_block(block),
-        VirtioKind::Entropy | VirtioKind::Balloon => Ok(()),
+        VirtioKind::Entropy | VirtioKind::Balloon | VirtioKind::Console => Ok(()),
         VirtioKind::Net(net) => check_net(net),
         VirtioKind::Vsock(vsock) => check_vsock(vsock),
         VirtioKind::VhostUser(backend) => check_vhost_user(backend),
@@ -350,13 +352,13 @@ fn check_access(disk: &OwnedFd, readonly: bool) -> Result<(), BuildError> {
 }
 
 /// Checks that no thread can be made to wait on a socket.
-fn check_nonblocking(socket: &OwnedFd) -> Result<(), BuildError> {
+fn check_nonblocking(field: &'static str, socket: &OwnedFd) -> Result<(), BuildError> {
     let flags = rustix::fs::fcntl_getfl(socket);
     if flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) {
         return Ok(());
     }
     Err(BuildError::Config {
-        field: "vhost_user",
+        field,
         value: "a socket that blocks".to_owned(),
     })
 }
@@ -402,17 +404,19 @@ fn make(
         VirtioKind::VhostUser(backend) => {
             let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
             let connection = claim(registry, name, config.slot.into(), kind)?;
-            check_nonblocking(&connection)?;
+            check_nonblocking(name, &connection)?;
             let device = VhostUser::new(connection, backend).map_err(PlatformError::EventFd)?;
             Ok(Box::new(device))
         }
-        VirtioKind::Vsock(_) | VirtioKind::Balloon => Err(BuildError::Config {
-            field: "virtio",
-            value: format!(
-                "slot {}: neither a disk nor a network interface",
-                config.slot
-            ),
-        }),
+        VirtioKind::Vsock(_) | VirtioKind::Balloon | VirtioKind::Console => {
+            Err(BuildError::Config {
+                field: "virtio",
+                value: format!(
+                    "slot {}: neither a disk nor a network interface",
+                    config.slot
+                ),
+            })
+        }
     }
 }
 
@@ -474,9 +478,11 @@ pub(crate) fn build(
         .initrd
         .then(|| claim(registry, descriptor::INITRD, 0, DescriptorKind::Image))
         .transpose()?;
-    let console = claim(registry, descriptor::CONSOLE, 0, DescriptorKind::Stream)?;
+    let stream = DescriptorKind::Stream;
+    let serial = descriptor::SERIAL_CONSOLE;
+    let console = claim(registry, descriptor::CONSOLE, serial, stream)?;
     let mut virtio = Vec::with_capacity(config.virtio.len());
-    let (mut vsock, mut balloon) = (None, None);
+    let (mut vsock, mut balloon, mut virtio_console) = (None, None, None);
     for device in &config.virtio {
         let made: Box<dyn VirtioDevice> = match &device.device {
             VirtioKind::Block(_)
@@ -488,6 +494,14 @@ pub(crate) fn build(
                 let link = made.link(Arc::clone(wake));
                 balloon = Some(Ballooning::new(device.slot, link));
                 Box::new(made)
+            }
+            VirtioKind::Console => {
+                let (name, id) = (descriptor::CONSOLE, descriptor::VIRTIO_CONSOLE);
+                let socket = claim(registry, name, id, stream)?;
+                check_nonblocking(name, &socket)?;
+                let (device, link) = virtio_console::Console::new(socket);
+                virtio_console = Some(link);
+                Box::new(device)
             }
             VirtioKind::Vsock(config) => {
                 let held = registry.claim_all(descriptor::VSOCK, DescriptorKind::Stream)?;
@@ -565,6 +579,7 @@ pub(crate) fn build(
         entries,
         vsock,
         balloon,
+        virtio_console,
         platform,
         cpuid: Told::of(&tables),
         kernel: kernel.into(),

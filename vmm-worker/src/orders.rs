@@ -19,6 +19,7 @@ use crate::control::Exit;
 use crate::control::Phase;
 use crate::control::Worker;
 use crate::control::ballooning::Ballooning;
+use crate::devices::virtio::console as virtio_console;
 use crate::diagnostics::log;
 use crate::transfer::main_channel::MainChannel;
 use crate::transfer::outgoing::Outgoing;
@@ -51,10 +52,13 @@ impl Worker {
             }
             (Order::Query | Order::Abandon, _) => {
                 let balloon = self.machinery.balloon.as_ref();
+                let serial = self.machinery.console.dropped();
+                let other = self.machinery.virtio_console.as_ref();
+                let other = other.map_or(0, virtio_console::Link::dropped);
                 let status = WorkerStatus {
                     tsc_khz: self.machinery.inventory.tsc_khz(),
                     exits: self.machinery.vcpus.exits(),
-                    console_dropped: self.machinery.console.dropped(),
+                    console_dropped: serial.saturating_add(other),
                     balloon_pages: balloon.map(Ballooning::pages).unwrap_or_default(),
                 };
                 self.report(Report::Status(status));

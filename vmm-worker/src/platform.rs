@@ -173,6 +173,7 @@ fn device_id(device: &VirtioConfig) -> DeviceId {
         VirtioKind::Vsock(_) => DeviceKind::VSOCK,
         VirtioKind::Balloon => DeviceKind::BALLOON,
         VirtioKind::VhostUser(backend) => vhost_user::identity(backend.kind).kind,
+        VirtioKind::Console => DeviceKind::CONSOLE,
     };
     DeviceId::new(kind, device.slot.into())
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::fs::OpenOptions;
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::rc::Rc;
@@ -11,6 +12,7 @@ use baton_audit::AuditLog;
 use baton_audit::Limits;
 use baton_audit::shape::Subject;
 use baton_ipc::Channel;
+use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
 use baton_ipc::DescriptorKind;
 use baton_ipc::StartMode;
@@ -38,6 +40,7 @@ use crate::clients::Clients;
 use crate::clients::front::Front;
 use crate::devices::balloon::BalloonNews;
 use crate::devices::console::Console;
+use crate::devices::console::Port;
 use crate::devices::resources;
 use crate::devices::resources::Resources;
 use crate::notify::Manager;
@@ -122,9 +125,11 @@ impl Broker {
                 Incoming::listen(channels, doors)
             })
             .transpose()?;
-        resources::check_console(&vm.console, &rules.policy, &mut log)?;
-        if let Some(incoming) = &mut incoming {
-            incoming.open_console(&vm.console)?;
+        for (port, kind) in Port::of(&vm) {
+            resources::check_console(port, kind, &rules.policy, &mut log)?;
+            if let Some(incoming) = &mut incoming {
+                incoming.open_console(port, kind)?;
+            }
         }
         // First, because it takes its time by itself: a refusal of what follows ends it again.
         let begun = match (&incoming, &options.restore) {
@@ -137,18 +142,23 @@ impl Broker {
             _ => None,
         };
         let mut resources = Resources::default();
-        let mut console = None;
+        let mut consoles = Vec::new();
         let mut vsock = None;
         if incoming.is_none() {
             resources = resources::open(&vm, &rules.policy, &mut log, options.restore.is_some())?;
-            let (opened, end) = Console::open(&vm.console, directory.path())?;
-            let key =
-                DescriptorKey::new(descriptor::CONSOLE, 0).doing("cannot name a descriptor")?;
-            resources
-                .registry
-                .save(key, DescriptorKind::Stream, end)
-                .doing("cannot hold the console")?;
-            console = Some(opened);
+            for (port, kind) in Port::of(&vm) {
+                let (opened, end) = Console::open(port, kind, directory.path())?;
+                let key = DescriptorKey::new(descriptor::CONSOLE, port.id())
+                    .doing("cannot name a descriptor")?;
+                let found = Description::of(DescriptorKind::Stream, end.as_fd())
+                    .doing("cannot examine the console")?;
+                resources::check_grant(&rules.policy, &key, &found, None)?;
+                resources
+                    .registry
+                    .save(key, DescriptorKind::Stream, end)
+                    .doing("cannot hold the console")?;
+                consoles.push(opened);
+            }
             vsock = resources::listen_vsock(vm.vsock.as_ref(), &rules.policy, &mut log)?;
         }
         let Resources {
@@ -197,7 +207,7 @@ impl Broker {
             clients,
             front,
             last_upgrade: None,
-            console,
+            consoles,
             vsock,
             signals,
             directory,

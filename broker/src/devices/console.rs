@@ -1,4 +1,4 @@
-//! The console: one stream socket to the worker, which stays the same over every generation, and whoever listens here.
+//! A console: one stream socket to the worker, which stays the same over every generation, and whoever listens here.
 //!
 //! The broker relays, so a worker holds neither a file nor a terminal, attached people keep their connection over an upgrade,
 //! and a guest that floods its console harms only itself: every buffer is bounded, and a listener that does not read is
@@ -19,6 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use baton_ipc::descriptor;
 use rustix::event::PollFlags;
 use rustix::fs::OFlags;
 use rustix::pty::OpenptFlags;
@@ -28,6 +29,7 @@ use crate::refusal::Result;
 use crate::refusal::busy;
 use crate::refusal::unfit;
 use crate::vm_file::Console as Kind;
+use crate::vm_file::VmFile;
 
 /// How much of the past an attaching person is shown, in bytes.
 const SCROLLBACK: usize = 64 << 10;
@@ -35,6 +37,53 @@ const SCROLLBACK: usize = 64 << 10;
 const MAX_BEHIND: usize = 256 << 10;
 /// The most attached listeners.
 const MAX_LISTENERS: usize = 16;
+
+/// Which console of a VM: the serial port's, or the virtio device's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Port {
+    Serial,
+    Virtio,
+}
+
+impl Port {
+    /// The consoles that a VM file has, in their order everywhere.
+    pub(crate) fn of(vm: &VmFile) -> impl Iterator<Item = (Self, &Kind)> {
+        let other = vm.virtio_console.as_ref();
+        std::iter::once((Self::Serial, &vm.console)).chain(other.map(|kind| (Self::Virtio, kind)))
+    }
+
+    /// The id of its stream's descriptor.
+    pub(crate) fn id(self) -> u32 {
+        match self {
+            Self::Serial => descriptor::SERIAL_CONSOLE,
+            Self::Virtio => descriptor::VIRTIO_CONSOLE,
+        }
+    }
+
+    /// Its table in the VM file.
+    pub(crate) fn table(self) -> &'static str {
+        match self {
+            Self::Serial => "console",
+            Self::Virtio => "virtio_console",
+        }
+    }
+
+    /// What people call it.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Serial => "console",
+            Self::Virtio => "virtio console",
+        }
+    }
+
+    /// What leads to its pseudo-terminal, in the VM's directory.
+    pub(crate) fn link(self) -> &'static str {
+        match self {
+            Self::Serial => "console.pty",
+            Self::Virtio => "virtio-console.pty",
+        }
+    }
+}
 
 /// One who reads the console, and types into it.
 #[derive(Debug)]
@@ -45,9 +94,10 @@ struct Listener {
     terminal: Option<OwnedFd>,
 }
 
-/// The console of a VM.
+/// A console of a VM.
 #[derive(Debug)]
 pub(crate) struct Console {
+    port: Port,
     /// The broker's end of the stream whose other end the workers hold.
     guest: UnixStream,
     file: Option<File>,
@@ -59,13 +109,14 @@ pub(crate) struct Console {
 
 impl Console {
     /// Makes the console, and the end of it that is for the worker.
-    pub(crate) fn open(kind: &Kind, directory: &Path) -> Result<(Self, OwnedFd)> {
+    pub(crate) fn open(port: Port, kind: &Kind, directory: &Path) -> Result<(Self, OwnedFd)> {
         let (guest, worker) = UnixStream::pair().doing("cannot make the console")?;
         for end in [&guest, &worker] {
             // Final flags: the workers share the open file, so none of them may set any.
             end.set_nonblocking(true).doing("cannot make the console")?;
         }
         let mut console = Self {
+            port,
             guest,
             file: None,
             listeners: Vec::new(),
@@ -74,9 +125,9 @@ impl Console {
         };
         match kind {
             Kind::Socket | Kind::Stdio => {}
-            Kind::File { path } => console.file = Some(open_file(path)?),
+            Kind::File { path } => console.file = Some(open_file(port, path)?),
             Kind::Pty => {
-                let (master, terminal) = open_pty(&directory.join("console.pty"))?;
+                let (master, terminal) = open_pty(&directory.join(port.link()))?;
                 console.listeners.push(Listener {
                     stream: master,
                     behind: VecDeque::new(),
@@ -85,6 +136,11 @@ impl Console {
             }
         }
         Ok((console, worker.into()))
+    }
+
+    /// Which one it is.
+    pub(crate) fn port(&self) -> Port {
+        self.port
     }
 
     /// Attaches a listener: the end of a stream that is for it, with the recent past in it.
@@ -196,7 +252,7 @@ fn drain_into(queue: &mut VecDeque<u8>, to: &mut impl Write) {
     }
 }
 
-pub(crate) fn open_file(path: &Path) -> Result<File> {
+pub(crate) fn open_file(port: Port, path: &Path) -> Result<File> {
     OpenOptions::new()
         .create(true)
         .append(true)
@@ -212,7 +268,7 @@ pub(crate) fn open_file(path: &Path) -> Result<File> {
         })
         .map_err(|e| {
             unfit(
-                format_args!("cannot open console.path {}: {e}", path.display()),
+                format_args!("cannot open {}.path {}: {e}", port.table(), path.display()),
                 "it has to be a file that this user may write, and no symbolic link",
             )
         })
@@ -247,7 +303,7 @@ mod tests {
     use super::*;
 
     fn console() -> (Console, UnixStream) {
-        let (console, worker) = Console::open(&Kind::Socket, Path::new("/")).unwrap();
+        let (console, worker) = Console::open(Port::Serial, &Kind::Socket, Path::new("/")).unwrap();
         (console, UnixStream::from(worker))
     }
 

@@ -16,6 +16,7 @@ use baton_policy::vm_plan::Holder;
 use baton_policy::vm_plan::Planned;
 use baton_policy::vm_plan::VmPlan;
 
+use crate::devices::console::Port;
 use crate::devices::ram_file;
 use crate::devices::taps;
 use crate::reboot::state_file;
@@ -90,18 +91,16 @@ fn descriptors(vm: &VmFile) -> Vec<Planned> {
     for (slot, device) in vm.devices() {
         all.extend(of_device(slot, &device));
     }
-    all.push(made(
-        descriptor::CONSOLE,
-        (0, 0),
-        Kind::StreamSocket,
-        "console",
-    ));
-    if let Console::File { path } = &vm.console {
-        all.push(Planned {
-            kind: Kind::File,
-            holder: Holder::Broker,
-            ..named(descriptor::CONSOLE, 0, path, "console.path")
-        });
+    for (port, kind) in Port::of(vm) {
+        let (name, id, table) = (descriptor::CONSOLE, port.id(), port.table());
+        all.push(made(name, (id, id), Kind::StreamSocket, table));
+        if let Console::File { path } = kind {
+            all.push(Planned {
+                kind: Kind::File,
+                holder: Holder::Broker,
+                ..named(name, id, path, &format!("{table}.path"))
+            });
+        }
     }
     all.extend(vm.vsock.iter().map(|vsock| Planned {
         holder: Holder::Broker,
@@ -139,6 +138,7 @@ fn of_device(slot: u8, device: &Plugged<'_>) -> Vec<Planned> {
         Plugged::Balloon => ("memory.balloon".to_owned(), VirtioKind::Balloon),
         Plugged::Vsock(vsock) => ("vsock".to_owned(), VirtioKind::Vsock(vsock.config())),
         Plugged::Entropy => ("the entropy device".to_owned(), VirtioKind::Entropy),
+        Plugged::Console => ("virtio_console".to_owned(), VirtioKind::Console),
     };
     let config = VirtioConfig { slot, device: kind };
     let own = match device {
@@ -164,7 +164,7 @@ fn of_device(slot: u8, device: &Plugged<'_>) -> Vec<Planned> {
         Plugged::VhostUser(backend) => {
             Some(existing(descriptor::VHOST_USER, id, &backend.socket, &what))
         }
-        Plugged::Balloon | Plugged::Vsock(_) | Plugged::Entropy => None,
+        Plugged::Balloon | Plugged::Vsock(_) | Plugged::Entropy | Plugged::Console => None,
     };
     let last = config.device.queues().saturating_sub(1);
     let kicks = (config.kick(0), config.kick(last));

@@ -29,6 +29,7 @@ use rustix::fs::OFlags;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::devices::console::Port;
 use crate::devices::disks;
 use crate::devices::disks::OpenDisk;
 use crate::devices::ram_file;
@@ -68,7 +69,7 @@ pub(crate) struct Resources {
     pub(crate) claims: Vec<OwnedFd>,
 }
 
-/// Opens everything but the console, which has a life of its own. The RAM of a guest that comes back is left as it is.
+/// Opens everything but the consoles, which have a life of their own. The RAM of a guest that comes back is left as it is.
 pub(crate) fn open(
     vm: &VmFile,
     policy: &Policy,
@@ -129,6 +130,7 @@ pub(crate) fn open(
             Plugged::Balloon => opening.plug(slot, VirtioKind::Balloon)?,
             Plugged::Vsock(vsock) => opening.plug(slot, VirtioKind::Vsock(vsock.config()))?,
             Plugged::Entropy => opening.plug(slot, VirtioKind::Entropy)?,
+            Plugged::Console => opening.plug(slot, VirtioKind::Console)?,
         });
     }
     Ok(Resources {
@@ -395,11 +397,20 @@ pub(crate) fn check_grant(
         .map_err(|e| denied(&e))
 }
 
-/// Asks policy whether the console may go where the VM file says.
-pub(crate) fn check_console(console: &Console, policy: &Policy, log: &mut AuditLog) -> Result<()> {
+/// Asks policy whether a console may go where the VM file says.
+pub(crate) fn check_console(
+    port: Port,
+    console: &Console,
+    policy: &Policy,
+    log: &mut AuditLog,
+) -> Result<()> {
     let denied = |what: &dyn std::fmt::Display| {
         refused(
-            format_args!("policy {} does not grant the console {what}", policy.name),
+            format_args!(
+                "policy {} does not grant the {} {what}",
+                policy.name,
+                port.title()
+            ),
             "",
         )
     };
@@ -412,7 +423,7 @@ pub(crate) fn check_console(console: &Console, policy: &Policy, log: &mut AuditL
     let directory = path.parent().unwrap_or(Path::new("/")).canonicalize();
     let directory = directory.map_err(|e| {
         unfit(
-            format_args!("cannot open console.path {}: {e}", path.display()),
+            format_args!("cannot open {}.path {}: {e}", port.table(), path.display()),
             "mend the path in the VM file",
         )
     })?;
@@ -420,7 +431,7 @@ pub(crate) fn check_console(console: &Console, policy: &Policy, log: &mut AuditL
     if !grant.permits_path(&resolved) {
         return Err(denied(&resolved.display()));
     }
-    let record = json!({"descriptor": "console file", "path": resolved});
+    let record = json!({"descriptor": format!("{} file", port.title()), "path": resolved});
     log.write("open", &record).recorded()
 }
 

@@ -39,6 +39,8 @@ use baton_ipc::worker::MAX_SLOTS;
 
 use crate::broker::Broker;
 use crate::devices::console::Console;
+use crate::devices::console::Port;
+use crate::devices::console::open_file;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refusal;
@@ -95,8 +97,8 @@ enum Stage {
     Lent(Link, Box<Worker>),
     /// The old broker is dead, and has not said how it went: the worker was asked.
     Asked(Box<Worker>),
-    /// The guest runs here; the rest of it comes, its console's past and listeners among that.
-    Settling(Link, Option<Console>, Instant),
+    /// The guest runs here; the rest of it comes, the past and the listeners of its consoles among that.
+    Settling(Link, Vec<Console>, Instant),
     /// Between two stages, or over.
     Gone,
 }
@@ -109,14 +111,14 @@ pub(crate) struct Incoming {
     /// The old broker's process.
     peer: Option<OwnedFd>,
     offer: Option<Box<Offer>>,
-    /// The broker's end of the console, which the old broker reads until the commit.
-    console: Option<OwnedFd>,
+    /// The broker's ends of the consoles, in their order, which the old broker reads until the commit.
+    consoles: Vec<OwnedFd>,
     /// What keeps its taps from other VMs.
     claims: Vec<OwnedFd>,
     /// Where programs of the host reach its vsock.
     vsock: Option<OwnedFd>,
-    /// The file that the console is copied to.
-    file: Option<File>,
+    /// The files that they are copied to.
+    files: Vec<Option<File>>,
     paused: bool,
     /// The old broker was told that this one ends.
     withdrawn: bool,
@@ -134,10 +136,10 @@ impl Incoming {
                 .transpose()?,
             peer: None,
             offer: None,
-            console: None,
+            consoles: Vec::new(),
             claims: Vec::new(),
             vsock: None,
-            file: None,
+            files: Vec::new(),
             paused: channels.paused,
             withdrawn: false,
             deadline: None,
@@ -149,11 +151,12 @@ impl Incoming {
         self.paused = stands;
     }
 
-    /// Opens the file that the console is to go to, while this broker still may.
-    pub(crate) fn open_console(&mut self, console: &vm_file::Console) -> Result<()> {
-        if let vm_file::Console::File { path } = console {
-            self.file = Some(crate::devices::console::open_file(path)?);
-        }
+    /// Opens the file that the next console is to go to, if it is to go to one, while this broker still may.
+    pub(crate) fn open_console(&mut self, port: Port, kind: &vm_file::Console) -> Result<()> {
+        self.files.push(match kind {
+            vm_file::Console::File { path } => Some(open_file(port, path)?),
+            _ => None,
+        });
         Ok(())
     }
 
@@ -364,9 +367,9 @@ impl Broker {
             } => {
                 if offer.is_none() {
                     offer = match hear(&mut link)? {
-                        Some((ToNew::Offer(offer), console)) => {
+                        Some((ToNew::Offer(offer), consoles)) => {
                             if let Some(incoming) = &mut self.incoming {
-                                incoming.console = console.into_iter().next();
+                                incoming.consoles = consoles;
                             }
                             Some(offer)
                         }
@@ -423,7 +426,7 @@ impl Broker {
             } => self.build(link, main, nascent),
             Stage::Lent(link, worker) => self.await_verdict(link, worker),
             Stage::Asked(worker) => self.await_word(worker),
-            Stage::Settling(link, console, by) => self.settle(link, console, by),
+            Stage::Settling(link, consoles, by) => self.settle(link, consoles, by),
             Stage::Gone => Ok(Stage::Gone),
         }
     }

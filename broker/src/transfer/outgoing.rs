@@ -41,6 +41,8 @@ use rustix::net::SendFlags;
 use serde_json::json;
 
 use crate::broker::Broker;
+use crate::devices::console::Console;
+use crate::devices::console::Port;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -344,13 +346,10 @@ impl Broker {
                 .send_with(&ToNew::VsockListener, &[vsock.listener().as_fd()])
                 .doing(cannot)?;
         }
-        let console = self
-            .console
-            .as_ref()
-            .map(crate::devices::console::Console::guest);
+        let consoles: Vec<_> = self.consoles.iter().map(Console::guest).collect();
         outgoing
             .link
-            .send_with(&ToNew::Offer(Box::new(offer)), console.as_slice())
+            .send_with(&ToNew::Offer(Box::new(offer)), &consoles)
             .doing(cannot)?;
         if let Some(state) = outgoing.cpr.take() {
             let header = CprHeader {
@@ -524,14 +523,17 @@ impl Broker {
         let vsock = vsock.into_iter().flatten();
         let vsock = vsock
             .map(|(part, socket)| (ToNew::Vsock(part), socket.into_iter().collect::<Vec<_>>()));
-        let console = self
-            .console
-            .take()
-            .map(crate::devices::console::Console::into_parts);
-        let console = console.into_iter().flatten();
-        let console = console.map(|(part, descriptors)| (ToNew::Console(part), descriptors));
+        let consoles = std::mem::take(&mut self.consoles).into_iter();
+        let consoles = consoles.flat_map(|console| {
+            let part = match console.port() {
+                Port::Serial => ToNew::Console,
+                Port::Virtio => ToNew::VirtioConsole,
+            };
+            let parts = console.into_parts().into_iter();
+            parts.map(move |(piece, descriptors)| (part(piece), descriptors))
+        });
         let mut told = outgoing.link.send(&ToNew::Ended(Box::new(outcome.clone())));
-        for (part, descriptors) in vsock.chain(console) {
+        for (part, descriptors) in vsock.chain(consoles) {
             if told.is_err() {
                 // The rest is closed, and its owners see that.
                 break;

@@ -14,12 +14,15 @@ const ENTROPY_SLOT: u8 = MAX_SLOTS - 1;
 const VSOCK_SLOT: u8 = MAX_SLOTS - 2;
 /// The one of the balloon.
 const BALLOON_SLOT: u8 = MAX_SLOTS - 3;
+/// The one of the virtio console.
+const CONSOLE_SLOT: u8 = MAX_SLOTS - 4;
 
 /// A device as the VM file has it.
 pub(crate) enum Plugged<'a> {
     Disk(&'a Disk),
     Net(&'a Net),
     VhostUser(&'a VhostUser),
+    Console,
     Balloon,
     Vsock(&'a Vsock),
     Entropy,
@@ -34,13 +37,20 @@ impl VmFile {
         let others = self.vhost_user.0.iter().map(Plugged::VhostUser);
         let balloon = self.memory.balloon.then_some(Plugged::Balloon);
         let vsock = self.vsock.as_ref().map(Plugged::Vsock);
+        let console = self.virtio_console.as_ref().map(|_| Plugged::Console);
         let own = [
+            (CONSOLE_SLOT, console),
             (BALLOON_SLOT, balloon),
             (VSOCK_SLOT, vsock),
             (ENTROPY_SLOT, Some(Plugged::Entropy)),
         ];
         let own = own.into_iter().filter_map(|(slot, one)| Some((slot, one?)));
         (1..).zip(disks.chain(nets).chain(others)).chain(own)
+    }
+
+    /// Whether two of them would have one slot.
+    pub(super) fn overfull(&self) -> bool {
+        !self.devices().is_sorted_by(|(a, _), (b, _)| a < b)
     }
 
     /// The PCI device numbers that are free for devices to come to while the guest runs, one bit each: all but the host

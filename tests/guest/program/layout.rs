@@ -197,6 +197,20 @@ pub const LOAD_ERRORS_OFFSET: usize = 0x510;
 /// Rings and buffers, of a guest of 256 MiB.
 pub const LOAD_ADDRESS: u64 = 128 << 20;
 
+/// Header: how far the guest is with its virtio console ([`DRIVER_WORKING`] and kin), with `hvc`.
+pub const HVC_STATE_OFFSET: usize = 0x420;
+/// Header: bytes that were typed there, and that it sends back.
+pub const HVC_ECHOED_OFFSET: usize = 0x428;
+/// Header: buffers that came back and that were not under way.
+pub const HVC_WRONG_OFFSET: usize = 0x430;
+
+/// Header: how far the guest is with its entropy device ([`DRIVER_WORKING`] and kin), with `rng`.
+pub const RNG_STATE_OFFSET: usize = 0x440;
+/// Header: requests that it has answered.
+pub const RNG_DONE_OFFSET: usize = 0x448;
+/// Header: answers to none, answers that are not random, or not whole.
+pub const RNG_WRONG_OFFSET: usize = 0x450;
+
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;
 /// What a frame begins with: to everybody, from an address that nobody has, of a protocol for experiments (IEEE 802,

@@ -21,6 +21,7 @@ mod entry;
 mod fs;
 mod heartbeat;
 mod hotplug;
+mod hvc;
 mod interrupts;
 #[expect(dead_code, reason = "some of it only the host side reads")]
 mod layout;
@@ -33,6 +34,7 @@ mod pci;
 mod power;
 mod processors;
 mod report;
+mod rng;
 mod serial;
 mod virtio;
 mod vsock;
@@ -139,6 +141,16 @@ fn run(vcpu: usize) -> ! {
     } else {
         None
     };
+    let mut hvc = if vcpu == 0 {
+        hvc::Hvc::new(&machine.options)
+    } else {
+        None
+    };
+    let mut rng = if vcpu == 0 {
+        rng::Rng::new(&machine.options)
+    } else {
+        None
+    };
     let mut fs = if vcpu == 0 {
         fs::Fs::new(&machine.options, machine.nonce)
     } else {
@@ -179,6 +191,12 @@ fn run(vcpu: usize) -> ! {
             if let Some(fs) = &mut fs {
                 fs.obey(command);
                 fs.step();
+            }
+            if let Some(hvc) = &mut hvc {
+                hvc.step();
+            }
+            if let Some(rng) = &mut rng {
+                rng.step();
             }
             if let Some(vsock) = &mut vsock {
                 vsock.obey(command);

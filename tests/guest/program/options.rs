@@ -37,6 +37,8 @@ pub struct Options {
     pub load: Load,
     /// The machine has no firmware.
     pub bare: bool,
+    pub hvc: bool,
+    pub rng: bool,
 }
 
 impl Options {
@@ -69,6 +71,8 @@ impl Options {
                 receive: false,
             },
             bare: false,
+            hvc: false,
+            rng: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -90,6 +94,8 @@ impl Options {
                 (b"load_send", None) => options.load.send = true,
                 (b"load_receive", None) => options.load.receive = true,
                 (b"bare", None) => options.bare = true,
+                (b"hvc", None) => options.hvc = true,
+                (b"rng", None) => options.rng = true,
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"hotplug", None) => options.hotplug = true,

@@ -162,6 +162,18 @@ impl CommandLine {
         self.word("bare".into())
     }
 
+    /// Drives the virtio console: sends back what is typed there.
+    #[must_use]
+    pub fn hvc(self) -> Self {
+        self.word("hvc".into())
+    }
+
+    /// Drives the entropy device: asks for random bytes.
+    #[must_use]
+    pub fn rng(self) -> Self {
+        self.word("rng".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

@@ -46,11 +46,13 @@ mod console;
 mod disk;
 mod driver_state;
 mod fs;
+mod hvc;
 #[path = "../program/layout.rs"]
 pub mod layout;
 mod load;
 mod net;
 mod report;
+mod rng;
 mod vsock;
 
 pub use balloon::BalloonReport;
@@ -59,12 +61,14 @@ pub use console::{ConsoleError, ConsoleLine, StartLine, StatusLine, StatusLog};
 pub use disk::DiskReport;
 pub use driver_state::DriverState;
 pub use fs::FsReport;
+pub use hvc::HvcReport;
 pub use load::LoadReport;
 pub use net::{NetPeer, NetReport};
 pub use report::{
     GapRound, Ipis, Report, ReportError, Slot, Timer, TscSource, TurnState, Walk, WalkError,
 };
 
+pub use rng::RngReport;
 pub use vsock::VsockReport;
 
 /// The guest: a static ELF64 image for x86-64, entered in 64-bit mode.

@@ -38,6 +38,8 @@ impl DeviceKind {
     pub const VHOST_USER_BLK: DeviceKind = DeviceKind(14);
     /// [`super::virtio::vhost_user::VhostUser`] as a file system; the instance is the PCI device number.
     pub const VHOST_USER_FS: DeviceKind = DeviceKind(15);
+    /// [`super::virtio::console::Console`]; the instance is the PCI device number.
+    pub const CONSOLE: DeviceKind = DeviceKind(16);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -58,6 +60,7 @@ impl DeviceKind {
             DeviceKind::HOTPLUG => "pci-hotplug",
             DeviceKind::VHOST_USER_BLK => "vhost-user-blk",
             DeviceKind::VHOST_USER_FS => "vhost-user-fs",
+            DeviceKind::CONSOLE => "virtio-console",
             _ => "device",
         }
     }

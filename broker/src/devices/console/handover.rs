@@ -1,4 +1,4 @@
-//! The console from one broker to the next: its end of the stream, the recent past, and whoever listens, with their
+//! A console from one broker to the next: its end of the stream, the recent past, and whoever listens, with their
 //! connections. What does not fit into the brokers' link is closed, so that its owner knows.
 
 use std::fs::File;
@@ -17,6 +17,7 @@ use super::Console;
 use super::Listener;
 use super::MAX_BEHIND;
 use super::MAX_LISTENERS;
+use super::Port;
 use super::SCROLLBACK;
 use crate::refusal::Doing;
 use crate::refusal::Result;
@@ -51,13 +52,14 @@ impl Console {
     }
 
     /// A console of this end of a stream, copied to this file.
-    pub(crate) fn resume(guest: OwnedFd, file: Option<File>) -> Result<Self> {
+    pub(crate) fn resume(port: Port, guest: OwnedFd, file: Option<File>) -> Result<Self> {
         let kind = rustix::net::sockopt::socket_type(&guest).ok();
         let domain = rustix::net::sockopt::socket_domain(&guest).ok();
         if kind != Some(SocketType::STREAM) || domain != Some(AddressFamily::UNIX) {
             return Err(unfit("what came as the console is no Unix stream", ""));
         }
         Ok(Self {
+            port,
             guest: UnixStream::from(guest),
             file,
             listeners: Vec::new(),
@@ -106,7 +108,7 @@ impl Console {
                     let name = rustix::pty::ptsname(&stream, Vec::new())
                         .doing("what came as a terminal is none")?;
                     let name = name.into_string().doing("a terminal has an odd name")?;
-                    std::os::unix::fs::symlink(name, directory.join("console.pty"))
+                    std::os::unix::fs::symlink(name, directory.join(self.port.link()))
                         .doing("cannot name the console's terminal")?;
                 }
                 self.listeners.push(Listener {

@@ -20,6 +20,8 @@ use super::Stage;
 use super::cancelled;
 use crate::broker::Broker;
 use crate::devices::console::Console;
+use crate::devices::console::Port;
+use crate::devices::console::handover::Part;
 use crate::devices::vsock::Vsock;
 use crate::refusal::Result;
 use crate::refusal::complain;
@@ -39,9 +41,9 @@ impl Broker {
         match link.receive() {
             Ok(Received::Empty) => Ok(Stage::Lent(link, worker)),
             Ok(Received::Message(ToNew::Committed(committed), _)) => {
-                let console = self.take_over_from(*worker, &committed);
+                let consoles = self.take_over_from(*worker, &committed);
                 let by = Instant::now() + self.deadlines.order();
-                Ok(Stage::Settling(link, console, by))
+                Ok(Stage::Settling(link, consoles, by))
             }
             Ok(Received::Message(ToNew::Cancelled(reason), _)) => {
                 self.retired.push(*worker);
@@ -91,7 +93,7 @@ impl Broker {
                     resets_asked: 0,
                     panicked: false,
                 };
-                self.console = self.take_over_from(*worker, &committed);
+                self.consoles = self.take_over_from(*worker, &committed);
                 self.settled_down(None);
                 Ok(Stage::Gone)
             }
@@ -99,12 +101,12 @@ impl Broker {
         }
     }
 
-    /// The guest is this broker's. Its console, not yet read.
+    /// The guest is this broker's. Its consoles, not yet read.
     pub(super) fn take_over_from(
         &mut self,
         mut worker: Worker,
         committed: &Committed,
-    ) -> Option<Console> {
+    ) -> Vec<Console> {
         worker.phase = Phase::Running;
         let generation = worker.generation;
         let pause = self.incoming.as_ref().is_some_and(|one| one.paused) && !committed.paused;
@@ -138,21 +140,29 @@ impl Broker {
             }
         }
         crate::devices::vsock::handover::forget_others(&mut self.registry, &committed.connections);
-        let incoming = self.incoming.as_mut()?;
+        let Some(incoming) = &mut self.incoming else {
+            return Vec::new();
+        };
         if let (Some(listener), Some(vsock)) = (incoming.vsock.take(), &self.vm.vsock) {
             let resumed = crate::devices::resources::vsock_place(vsock, &self.rules.policy)
                 .and_then(|path| Vsock::resume(&path, listener));
             self.vsock = resumed.map_err(|refusal| complain(&refusal)).ok();
         }
-        let console = Console::resume(incoming.console.take()?, incoming.file.take());
-        console.map_err(|refusal| complain(&refusal)).ok()
+        let files = std::mem::take(&mut incoming.files);
+        let streams = std::mem::take(&mut incoming.consoles);
+        let ports = Port::of(&self.vm).map(|(port, _)| port);
+        let consoles = ports.zip(streams).zip(files);
+        let resumed = consoles.map(|((port, stream), file)| Console::resume(port, stream, file));
+        resumed
+            .filter_map(|console| console.map_err(|refusal| complain(&refusal)).ok())
+            .collect()
     }
 
     /// What follows the guest.
     pub(super) fn settle(
         &mut self,
         mut link: Link,
-        mut console: Option<Console>,
+        mut consoles: Vec<Console>,
         by: Instant,
     ) -> Result<Stage> {
         loop {
@@ -161,10 +171,10 @@ impl Broker {
                     self.settled_down(Some(outcome));
                 }
                 Ok(Received::Message(ToNew::Console(part), descriptors)) => {
-                    if let Some(console) = &mut console {
-                        let taken = console.take_part(part, descriptors, self.directory.path());
-                        taken.unwrap_or_else(|refusal| complain(&refusal));
-                    }
+                    self.take_part(&mut consoles, Port::Serial, (part, descriptors));
+                }
+                Ok(Received::Message(ToNew::VirtioConsole(part), descriptors)) => {
+                    self.take_part(&mut consoles, Port::Virtio, (part, descriptors));
                 }
                 Ok(Received::Message(ToNew::Vsock(part), socket)) => {
                     if let Some(vsock) = &mut self.vsock {
@@ -172,15 +182,23 @@ impl Broker {
                     }
                 }
                 Ok(Received::Empty) if Instant::now() <= by => {
-                    return Ok(Stage::Settling(link, console, by));
+                    return Ok(Stage::Settling(link, consoles, by));
                 }
                 _ => {
                     self.settled_down(None);
-                    // Nobody else reads it by now, and everybody who listens is there.
-                    self.console = console;
+                    // Nobody else reads them by now, and everybody who listens is there.
+                    self.consoles = consoles;
                     return Ok(Stage::Gone);
                 }
             }
+        }
+    }
+
+    fn take_part(&self, consoles: &mut [Console], port: Port, (part, ends): Part) {
+        let mut all = consoles.iter_mut();
+        if let Some(console) = all.find(|console| console.port() == port) {
+            let taken = console.take_part(part, ends, self.directory.path());
+            taken.unwrap_or_else(|refusal| complain(&refusal));
         }
     }
 

@@ -19,6 +19,7 @@
 pub mod balloon;
 pub mod block;
 pub mod buffers;
+pub mod console;
 pub mod entropy;
 pub(crate) mod guest_io;
 pub mod interrupts;
