@@ -174,3 +174,30 @@ fn every_rule_of_an_upgrade_has_tests_that_exist() {
         }
     }
 }
+
+#[test]
+fn every_fuzz_target_has_a_corpus_to_begin_with_and_qmps_has_the_whole_front() {
+    let manifest = read("tests/fuzz/Cargo.toml");
+    let (_, targets) = manifest.split_once("[[bin]]").unwrap();
+    let targets: Vec<&str> = targets
+        .lines()
+        .filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'))
+        .collect();
+    assert!(targets.len() >= 8, "{targets:?}");
+    for target in targets {
+        read(&format!("tests/fuzz/fuzz_targets/{target}.rs"));
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fuzz/seeds/{target}"));
+        assert!(std::fs::read_dir(&seeds).unwrap().count() > 0, "{target}");
+    }
+    // Nothing builds that target but a run of it. It takes all but what serves and what documents.
+    let front = read("cli/src/bin/baton-qmp/main.rs");
+    let target = read("tests/fuzz/fuzz_targets/qmp.rs");
+    for module in front.lines().filter_map(|line| line.strip_prefix("mod ")) {
+        let module = module.trim_end_matches(';');
+        let there = target.contains(&format!("baton-qmp/{module}.rs"));
+        assert!(
+            there || ["document", "front"].contains(&module),
+            "{module} is missing"
+        );
+    }
+}

@@ -50,6 +50,27 @@ fn qemus_python_library_drives_an_upgrade() {
 }
 
 #[test]
+fn qemus_python_library_goes_the_whole_way_to_another_broker() {
+    let python = client("python");
+    let mut vm = Builder::release().start();
+    let guest = vm.witness();
+    let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
+    let directory = format!("{}.incoming", vm.site.name);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/transfer.py");
+    let output = Command::new(python)
+        .arg(script)
+        .arg(socket(&vm))
+        .arg(vm.site.run_dir().join(directory).join("qmp.sock"))
+        .args([&waiting.main, &waiting.cpr])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    vm.assert_taken_over(&waiting);
+    assert_eq!(vm.generation(), 2);
+    vm.assert_goes_on(&guest);
+}
+
+#[test]
 fn qmp_shell_drives_an_upgrade() {
     let shell = client("qmp-shell");
     let vm = Builder::release().start();
