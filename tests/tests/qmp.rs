@@ -451,9 +451,13 @@ fn the_human_monitors_verbs_work() {
     });
     until("it says so", || {
         hmp("info migrate")
-            .starts_with("Status: completed\r\n")
+            .starts_with("Migration status: completed\r\ntotal time: ")
             .then_some(())
     });
+    let info = hmp("info migrate");
+    for label in ["downtime: ", "setup: ", "transferred ram: "] {
+        assert!(info.contains(&format!("\r\n{label}")), "{info}");
+    }
     assert!(hmp("fly").starts_with("unknown command"));
 }
 

@@ -13,12 +13,15 @@ use baton_policy::Declaration;
 use baton_policy::Digest;
 use rustix::fs::MemfdFlags;
 use rustix::fs::SealFlags;
+use rustix::io::Errno;
 
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
 
+/// How often sealing is tried.
+const SEAL_TRIES: u32 = 5;
 /// The largest binary, in bytes.
 const MAX_SIZE: u64 = 64 << 20;
 /// How much of it is searched for an interpreter, in bytes. Linkers put the program headers right behind the ELF header.
@@ -72,11 +75,7 @@ impl WorkerBinary {
         if size > MAX_SIZE {
             return Err(unfit("the worker's binary grew while it was read", ""));
         }
-        rustix::fs::fcntl_add_seals(
-            &copy,
-            SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-        )
-        .doing("cannot seal the worker's binary")?;
+        seal(&copy).doing("cannot seal the worker's binary")?;
         copy.rewind()
             .and_then(|()| Digest::of_reader(&mut copy))
             .doing("cannot read the worker's binary")
@@ -165,6 +164,20 @@ fn is_static_elf(bytes: &[u8]) -> bool {
     field(0, 6) == Some(b"\x7fELF\x02\x01")
         && field(18, 2) == Some(&[0x3e, 0])
         && segments() == Some(true)
+}
+
+/// Seals a copy. The kernel refuses that with EBUSY while anybody holds a page of it, which on a busy host it does itself for longer
+/// than it waits, about 0.1 s (`memfd_wait_for_pins`, mm/memfd.c).
+fn seal(copy: &File) -> rustix::io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    let mut sealed = Ok(());
+    for _ in 0..SEAL_TRIES {
+        sealed = rustix::fs::fcntl_add_seals(copy, seals);
+        if sealed != Err(Errno::BUSY) {
+            break;
+        }
+    }
+    sealed
 }
 
 #[cfg(test)]

@@ -346,6 +346,7 @@ pub(crate) const CASES: &[Case] = &[
             r#"human-monitor-command {"command-line": ""}"#,
             r#"human-monitor-command {"command-line": "  info   status "}"#,
             r#"human-monitor-command {"command-line": "info fly"}"#,
+            r#"human-monitor-command {"command-line": "migrate_continue pre-switchover"}"#,
             r#"human-monitor-command {"command-line": "migrate_set_capability events on"}"#,
         ],
     ),

@@ -43,6 +43,9 @@ pub(crate) fn execute(shared: &mut Shared, arguments: &Object) -> Answer {
             };
             in_words(shared, name, json!({}))
         }
+        ["migrate_continue", state] => {
+            in_words(shared, "migrate-continue", json!({"state": state}))
+        }
         ["migrate", "-d"] => in_words(shared, "migrate", json!({})),
         ["migrate", "-d", uri] | ["migrate", uri] => {
             in_words(shared, "migrate", json!({"uri": uri}))
@@ -93,18 +96,27 @@ fn info_status(status: &VmStatus) -> String {
     }
 }
 
+/// As QEMU 10.0 has it (`hmp_info_migrate`, migration/migration-hmp-cmds.c), without what is not known here.
 fn info_migrate(shared: &Shared) -> String {
     let info = shared.migration.info();
-    let mut lines = String::new();
-    let mut line = |label: &str, member: &str, unit: &str| match info.get(member) {
-        Some(Value::String(value)) => lines.push_str(&format!("{label}: {value}{unit}\r\n")),
-        Some(value) => lines.push_str(&format!("{label}: {value}{unit}\r\n")),
-        None => {}
+    let text = |member: &str| info.get(member).and_then(Value::as_str);
+    let Some(status) = text("status") else {
+        return String::new();
     };
-    line("Status", "status", "");
-    line("Error", "error-desc", "");
-    line("Total time (ms)", "total-time", "");
-    line("Setup time (ms)", "setup-time", "");
-    line("Downtime (ms)", "downtime", "");
+    let why = text("error-desc").map(|why| format!(" ({why})"));
+    let mut lines = format!("Migration status: {status}{}\r\n", why.unwrap_or_default());
+    for (label, member) in [
+        ("total time", "total-time"),
+        ("downtime", "downtime"),
+        ("setup", "setup-time"),
+    ] {
+        if let Some(ms) = info.get(member) {
+            lines.push_str(&format!("{label}: {ms} ms\r\n"));
+        }
+    }
+    let bytes = info.pointer("/ram/transferred").and_then(Value::as_u64);
+    if let Some(bytes) = bytes {
+        lines.push_str(&format!("transferred ram: {} kbytes\r\n", bytes >> 10));
+    }
     lines
 }

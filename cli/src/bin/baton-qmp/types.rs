@@ -753,7 +753,7 @@ object!(
         member(
             "command-line",
             Str,
-            "`info status`, `info migrate`, `migrate_set_parameter mode MODE`, `migrate_set_capability NAME on|off`, `migrate [-d] [URI]`, `migrate_cancel`, `stop`, `cont`, `system_reset`, `system_powerdown`, `quit`."
+            "`info status`, `info migrate`, `migrate_set_parameter mode MODE`, `migrate_set_capability NAME on|off`, `migrate [-d] [URI]`, `migrate_continue STATE`, `migrate_cancel`, `stop`, `cont`, `system_reset`, `system_powerdown`, `quit`."
         ),
         optional(
             "cpu-index",
