@@ -501,11 +501,11 @@ fn admit(
     descriptors: usize,
 ) -> std::result::Result<(), Refusal> {
     let (name, _, states, _) = row;
-    let takes_one = matches!(
-        request,
-        Request::Upgrade { .. } | Request::ApprovedUpgrade { .. }
-    );
-    let most = usize::from(takes_one);
+    // A worker's binary, and its signature.
+    let most = match request {
+        Request::Upgrade { .. } | Request::ApprovedUpgrade { .. } => 2,
+        _ => 0,
+    };
     if descriptors > most {
         return Err(refusal(
             Exit::Usage,

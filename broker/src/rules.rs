@@ -1,6 +1,7 @@
 //! What policy says, read anew for each worker, so that a new build or a new policy needs no restart of the broker.
 
 use std::fs::File;
+use std::io::Seek;
 use std::path::PathBuf;
 
 use baton_audit::Actor;
@@ -9,6 +10,7 @@ use baton_policy::Digest;
 use baton_policy::Policy;
 use baton_policy::WorkerAllowList;
 use baton_policy::diff::Difference;
+use baton_policy::signature::signer;
 
 use serde_json::Value;
 use serde_json::json;
@@ -20,6 +22,9 @@ use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
 use crate::vm_file::VmFile;
+use crate::worker::binary::LISTING;
+use crate::worker::binary::Permitted;
+use crate::worker::binary::Unchecked;
 use crate::worker::binary::WorkerBinary;
 
 /// Reads and compiles the VM's policy. A file has to belong to root or this user, and nobody else may write it.
@@ -65,7 +70,7 @@ pub(crate) fn worker_binary(
     vm: &VmFile,
     options: &Options,
     policy: &Policy,
-    given: Option<File>,
+    given: Option<Unchecked>,
 ) -> Result<(WorkerBinary, Policy)> {
     let beside = beside_broker("baton-worker")?;
     let named = options
@@ -74,8 +79,8 @@ pub(crate) fn worker_binary(
         .or(vm.worker.as_ref())
         .unwrap_or(&beside);
     let is_beside = given.is_none() && *named == beside;
-    let file = given.map_or_else(|| WorkerBinary::open(named), Ok)?;
-    let binary = WorkerBinary::admit(file, |digest| {
+    let Unchecked { binary, signature } = given.map_or_else(|| WorkerBinary::open(named), Ok)?;
+    let binary = WorkerBinary::admit(binary, |digest, copy| {
         // The one beside the broker is read only once, when it is the one to run.
         let beside = if is_beside {
             Some(*digest)
@@ -84,15 +89,45 @@ pub(crate) fn worker_binary(
                 .ok()
                 .and_then(|mut file| Digest::of_reader(&mut file).ok())
         };
-        WorkerAllowList::load(policy, beside)
-            .map(|allowed| allowed.permits(digest))
-            .map_err(|e| {
-                let what = format!("cannot read the allow-list of workers: {e}");
-                unfit(what, crate::own::remedy(&e, ""))
-            })
+        let allowed = WorkerAllowList::load(policy, beside).map_err(|e| {
+            let what = format!("cannot read the allow-list of workers: {e}");
+            unfit(what, crate::own::remedy(&e, ""))
+        })?;
+        match signature {
+            _ if allowed.permits(digest) => Ok(Some(Permitted::Listed)),
+            Some(signature) => signed(policy, digest, signature, copy),
+            None => Ok(None),
+        }
     })?;
     let declaration = binary.declaration()?;
     Ok((binary, declaration.policy))
+}
+
+/// Whether one of the policy's keys has signed the sealed copy of a binary, which is what runs.
+fn signed(
+    policy: &Policy,
+    digest: &Digest,
+    signature: File,
+    copy: &mut File,
+) -> Result<Option<Permitted>> {
+    let keys = &policy.workers.keys;
+    if keys.is_empty() {
+        return Ok(None);
+    }
+    let refused = |why: &dyn std::fmt::Display| {
+        refused(
+            format_args!("the worker {digest} is not on the policy's allow-list, and {why}"),
+            LISTING,
+        )
+    };
+    // Whatever else lies there could be waited for without end.
+    if !signature.metadata().is_ok_and(|one| one.is_file()) {
+        return Err(refused(&"its signature is no regular file"));
+    }
+    copy.rewind().doing("cannot read the worker's binary")?;
+    signer(keys, signature, copy)
+        .map(|key| Some(Permitted::SignedBy(key.to_string())))
+        .map_err(|error| refused(&error))
 }
 
 /// What an upgrade adds to what a worker may do, or declares that it needs.

@@ -26,6 +26,7 @@ use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::upgrade::Upgrade;
 use crate::worker::Phase;
+use crate::worker::binary::Unchecked;
 
 impl Broker {
     /// Begins an upgrade whose outcome this client waits for.
@@ -38,7 +39,11 @@ impl Broker {
         who: &Actor,
     ) {
         self.await_for(client, Awaiting::Upgrade);
-        let file = descriptors.into_iter().next().map(File::from);
+        let mut files = descriptors.into_iter().map(File::from);
+        let file = files.next().map(|binary| Unchecked {
+            binary,
+            signature: files.next(),
+        });
         if let Err(refusal) = self.begin_upgrade(file, dry_run, approve, who) {
             let record = json!({"request": "upgrade", "reason": quoted(&refusal.reason)});
             self.log.note_by("upgrade-refused", Some(who), &record);

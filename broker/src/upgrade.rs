@@ -16,7 +16,6 @@ pub(crate) mod pause;
 pub(crate) mod phase_clock;
 mod steps;
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
@@ -45,6 +44,7 @@ use crate::upgrade::pause::PauseFacts;
 use crate::upgrade::phase_clock::PhaseClock;
 use crate::worker::Phase;
 use crate::worker::Worker;
+use crate::worker::binary::Unchecked;
 use crate::worker::binary::WorkerBinary;
 use crate::worker::launch::Begun;
 use crate::worker::launch::Program;
@@ -210,7 +210,7 @@ impl Broker {
     /// S1: policy, and the launch. A refusal here means that nothing has happened.
     pub(crate) fn begin_upgrade(
         &mut self,
-        file: Option<File>,
+        file: Option<Unchecked>,
         dry_run: bool,
         approve: Option<String>,
         asked_by: &Actor,
@@ -259,7 +259,7 @@ impl Broker {
 
     fn admit_upgrade(
         &mut self,
-        file: Option<File>,
+        file: Option<Unchecked>,
         dry_run: bool,
         approve: Option<String>,
         asked_by: &Actor,
@@ -283,7 +283,7 @@ impl Broker {
             &rules.compiled,
         )?;
         self.log.write_synced_by("upgrade-begin", asked_by, &json!({
-            "generation": config.generation, "worker": binary.digest.to_string(), "policy_digest": rules.policy.digest.to_string(),
+            "generation": config.generation, "worker": binary.digest.to_string(), "signed_by": binary.signed_by, "policy_digest": rules.policy.digest.to_string(),
             "dry_run": dry_run, "widens": widening.words(), "approved": widening.approved.as_ref().map(|one| &one.why),
             "approved_by": widening.approved.as_ref().map(|one| &one.by),
         }))

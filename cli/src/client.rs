@@ -1,6 +1,7 @@
 //! A connection to a VM's broker: connect, check its version, ask, and wait for the one final reply.
 
 use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
@@ -50,7 +51,14 @@ pub(crate) struct Plan<'a> {
     /// Why the new worker may do more than the old one.
     pub(crate) approve: Option<&'a str>,
     /// The new one, when it is not the VM's.
-    pub(crate) worker: Option<&'a OwnedFd>,
+    pub(crate) worker: Option<&'a WorkerFile>,
+}
+
+/// A worker's binary that this user has opened, and its signature if one lies beside it.
+#[derive(Debug)]
+pub(crate) struct WorkerFile {
+    pub(crate) binary: OwnedFd,
+    pub(crate) signature: Option<OwnedFd>,
 }
 
 /// A connection to one broker.
@@ -134,7 +142,7 @@ impl Client {
 
     /// Asks the VM to end, by its power button or at once. The answer is the end: see [`Client::ended`].
     pub(crate) fn begin_stop(&self, force: bool) -> Result<(), Refusal> {
-        self.send(&Request::Stop { force }, None)
+        self.send(&Request::Stop { force }, &[])
     }
 
     /// Waits for the end that was asked for: until the broker has hung up.
@@ -220,7 +228,12 @@ impl Client {
                 why: why.to_owned(),
             },
         };
-        self.send(&request, plan.worker)?;
+        let files = plan.worker.map(|worker| {
+            let signature = worker.signature.as_ref().map(AsFd::as_fd);
+            std::iter::once(worker.binary.as_fd()).chain(signature)
+        });
+        let files: Vec<BorrowedFd<'_>> = files.into_iter().flatten().collect();
+        self.send(&request, &files)?;
         self.outcome(signals, progress, interrupted)
     }
 
@@ -239,7 +252,7 @@ impl Client {
             hold: false,
             follow: true,
         };
-        self.send(&request, None)?;
+        self.send(&request, &[])?;
         self.outcome(Some(signals), progress, interrupted)
     }
 
@@ -269,7 +282,7 @@ impl Client {
     }
 
     fn ask(&mut self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), Refusal> {
-        self.send(request, None)?;
+        self.send(request, &[])?;
         match self.wait(Some(PATIENCE), None)? {
             Event::Reply(Reply::Refused(refusal), _) => Err(refusal),
             Event::Reply(reply, descriptors) => Ok((reply, descriptors)),
@@ -278,10 +291,9 @@ impl Client {
         }
     }
 
-    fn send(&self, request: &Request, descriptor: Option<&OwnedFd>) -> Result<(), Refusal> {
-        let descriptors: Vec<_> = descriptor.iter().map(|fd| fd.as_fd()).collect();
+    fn send(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(), Refusal> {
         self.channel
-            .send_with(request, &descriptors)
+            .send_with(request, descriptors)
             .map_err(|error| self.broken(&error))
     }
 

@@ -140,6 +140,19 @@ impl Changes {
                 format!("{digest} may no longer run"),
             );
         }
+        let keys = |policy: &Policy| -> BTreeSet<String> {
+            let keys = policy.workers.keys.iter();
+            keys.map(ToString::to_string).collect()
+        };
+        let (before, after) = (keys(old), keys(new));
+        for key in after.difference(&before) {
+            let what = format!("what the key {key} has signed may run");
+            self.add(Direction::Widens, "workers", what);
+        }
+        for key in before.difference(&after) {
+            let what = format!("what the key {key} has signed may no longer run");
+            self.add(Direction::Narrows, "workers", what);
+        }
         let (before, after) = (&old.workers.directory, &new.workers.directory);
         if before != after {
             if let Some(path) = after {

@@ -236,6 +236,10 @@ impl Policy {
                 self.landlock.floor_abi
             ),
         ];
+        for key in &self.workers.keys {
+            let why = &key.why;
+            sentences.push(format!("What {key} has signed may run as a worker: {why}."));
+        }
         if let Some(why) = &self.learn {
             sentences.push(format!(
                 "This policy learns: every call passes and is reported, whatever the rules below say. Only `baton policy learn` \

@@ -40,6 +40,7 @@ pub mod procfs;
 mod program;
 pub mod proof;
 pub mod rlimits;
+pub mod signature;
 pub mod syscalls;
 mod trusted;
 pub mod vm_plan;

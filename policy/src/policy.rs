@@ -16,6 +16,7 @@ use crate::descriptors::Grant;
 use crate::digest::Digest;
 use crate::parse::{self, PolicyError};
 use crate::rlimits::{Limit, Resource, Rlimits};
+use crate::signature::SigningKey;
 use crate::syscalls::Syscall;
 
 /// The file that [`Policy::builtin`] parses.
@@ -80,6 +81,8 @@ pub struct Workers {
     pub directory: Option<PathBuf>,
     /// And the one that lies beside the broker's own binary.
     pub beside_broker: bool,
+    /// And those that one of these has signed.
+    pub keys: Vec<SigningKey>,
 }
 
 /// A build to which an upgrade may widen what a worker may do.

@@ -526,3 +526,28 @@ fn the_builtin_policy_is_fit_and_its_advice_is_about_what_is_open() {
         );
     }
 }
+
+#[test]
+fn another_key_is_wider_and_what_is_no_key_points_at_itself() {
+    let table = |key: &str| {
+        let entry = format!("\n[[workers.key]]\nminisign = \"{key}\"\nwhy = \"a test\"\n\n[ids]");
+        edited("\n[ids]", &entry)
+    };
+    let key = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3";
+    let (none, one) = (parsed(BUILTIN), parsed(&table(key)));
+    let difference = Difference::between(&none, &one);
+    assert!(difference.widens());
+    assert_eq!(
+        difference.to_string(),
+        format!("widens workers: what the key {key} has signed may run\n")
+    );
+    assert!(!Difference::between(&one, &none).widens());
+    let error = refused(&table(&key[1..]));
+    assert!(
+        error.to_string().contains("no minisign public key"),
+        "{error}"
+    );
+    assert_eq!(pointed(&error), format!("\"{}\"", &key[1..]));
+    let unreasoned = table(key).replace("why = \"a test\"", "why = \" \"");
+    refused(&unreasoned);
+}

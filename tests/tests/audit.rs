@@ -98,3 +98,40 @@ fn what_the_kernel_says_of_a_worker_is_what_was_promised() {
         b""
     );
 }
+
+#[test]
+fn the_memfds_of_a_vm_have_names_in_lsfd() {
+    let vm = Builder::release().start();
+    let (broker, worker) = (vm.broker.to_string(), vm.worker().to_string());
+    // As docs/policy.md has it.
+    let output = std::process::Command::new("lsfd")
+        .args(["--noheadings", "--pid", &format!("{broker},{worker}")])
+        .args([
+            "--filter",
+            "NAME =~ \".*memfd:.*\"",
+            "--output",
+            "PID,ASSOC,MODE,NAME",
+        ])
+        .output();
+    let output = output.expect("lsfd: apt install util-linux-extra (Debian 12), util-linux (13)");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Vec<&str>> = text
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let has = |pid: &str, association: &str, mode: &str, name: &str| {
+        lines.iter().any(|line| {
+            let [of, how, access, path, ..] = line[..] else {
+                return false;
+            };
+            let associated =
+                how == association || association == "FD" && how.parse::<u32>().is_ok();
+            of == pid && associated && access == mode && path.ends_with(name)
+        })
+    };
+    // Guest memory in both, and what the worker executes.
+    assert!(has(&broker, "FD", "rw-", "memfd:guest-ram"), "{text}");
+    assert!(has(&worker, "FD", "rw-", "memfd:guest-ram"), "{text}");
+    assert!(has(&worker, "exe", "---", "memfd:baton-worker"), "{text}");
+}

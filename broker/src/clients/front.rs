@@ -48,6 +48,7 @@ use crate::broker::Rules;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::worker::binary::Permitted;
 use crate::worker::binary::WorkerBinary;
 use crate::worker::cgroup::Cgroup;
 use crate::worker::ids::HostIds;
@@ -309,7 +310,7 @@ impl Broker {
             )
         })?;
         // As the worker beside the broker: whoever could replace it could replace the broker.
-        let binary = WorkerBinary::admit(file, |_| Ok(true))?;
+        let binary = WorkerBinary::admit(file, |_, _| Ok(Some(Permitted::Listed)))?;
         let confinement = Confinement {
             rlimits: place.rules.policy.rlimits(0),
             keep: place.rules.policy.capabilities,

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use baton_policy::Declaration;
 use baton_policy::Digest;
+use baton_policy::signature;
 use rustix::fs::MemfdFlags;
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
@@ -27,18 +28,40 @@ const MAX_SIZE: u64 = 64 << 20;
 /// How much of it is searched for an interpreter, in bytes. Linkers put the program headers right behind the ELF header.
 const HEAD: usize = 16 << 10;
 
+/// How a binary comes onto the allow-list.
+pub(crate) const LISTING: &str =
+    "install its digest (`sha256sum`) in a file of the policy's workers.directory, then try again";
+
+/// A binary that may be a worker, and its signature if one lies beside it.
+#[derive(Debug)]
+pub(crate) struct Unchecked {
+    pub(crate) binary: File,
+    pub(crate) signature: Option<File>,
+}
+
 /// A checked, sealed copy.
 #[derive(Debug)]
 pub(crate) struct WorkerBinary {
     memfd: OwnedFd,
     /// SHA-256 of its bytes.
     pub(crate) digest: Digest,
+    /// The key by whose signature it may run, if it is by one.
+    pub(crate) signed_by: Option<String>,
+}
+
+/// Why a binary may run as a worker.
+#[derive(Debug)]
+pub(crate) enum Permitted {
+    /// Its digest is on the allow-list.
+    Listed,
+    /// By this key's signature.
+    SignedBy(String),
 }
 
 impl WorkerBinary {
     /// Opens a worker by the path that the VM file or the broker's own place names.
-    pub(crate) fn open(path: &Path) -> Result<File> {
-        crate::devices::resources::open_image(path).map_err(|e| {
+    pub(crate) fn open(path: &Path) -> Result<Unchecked> {
+        let binary = crate::devices::resources::open_image(path).map_err(|e| {
             unfit(
                 format_args!("cannot open the worker {}: {e}", path.display()),
                 crate::own::remedy(
@@ -46,11 +69,19 @@ impl WorkerBinary {
                     "name one in the VM file's `worker`, or install baton-worker beside baton-broker",
                 ),
             )
-        })
+        })?;
+        let mut signature = path.as_os_str().to_owned();
+        signature.push(signature::SUFFIX);
+        // One that cannot be opened is none: the digest may be on the list.
+        let signature = crate::devices::resources::open_image(Path::new(&signature)).ok();
+        Ok(Unchecked { binary, signature })
     }
 
-    /// Copies a binary into a memfd that nobody can change, if `permits` says so of that copy's digest.
-    pub(crate) fn admit(file: File, permits: impl FnOnce(&Digest) -> Result<bool>) -> Result<Self> {
+    /// Copies a binary into a memfd that nobody can change, if `permits` says so of that copy and its digest.
+    pub(crate) fn admit(
+        file: File,
+        permits: impl FnOnce(&Digest, &mut File) -> Result<Option<Permitted>>,
+    ) -> Result<Self> {
         let metadata = file
             .metadata()
             .doing("cannot examine the worker's binary")?;
@@ -83,16 +114,20 @@ impl WorkerBinary {
     }
 
     fn admit_copy(
-        copy: File,
+        mut copy: File,
         digest: Digest,
-        permits: impl FnOnce(&Digest) -> Result<bool>,
+        permits: impl FnOnce(&Digest, &mut File) -> Result<Option<Permitted>>,
     ) -> Result<Self> {
-        if !permits(&digest)? {
-            return Err(refused(
-                format_args!("the worker {digest} is not on the policy's allow-list"),
-                "install its digest (`sha256sum`) in a file of the policy's workers.directory, then try again",
-            ));
-        }
+        let signed_by = match permits(&digest, &mut copy)? {
+            Some(Permitted::Listed) => None,
+            Some(Permitted::SignedBy(key)) => Some(key),
+            None => {
+                return Err(refused(
+                    format_args!("the worker {digest} is not on the policy's allow-list"),
+                    LISTING,
+                ));
+            }
+        };
         let mut head = Vec::with_capacity(HEAD);
         (&copy)
             .rewind()
@@ -111,7 +146,11 @@ impl WorkerBinary {
             rustix::fs::Mode::empty(),
         )
         .doing("cannot reopen the worker's binary")?;
-        Ok(Self { memfd, digest })
+        Ok(Self {
+            memfd,
+            digest,
+            signed_by,
+        })
     }
 
     /// What this build says that it needs.

@@ -13,6 +13,7 @@ use baton_policy::Policy;
 use baton_policy::Syscall;
 use baton_policy::WorkerAllowList;
 use baton_policy::diff::Difference;
+use baton_policy::signature;
 use baton_policy::vm_plan::Holder;
 use baton_policy::vm_plan::Verdict;
 use baton_policy::vm_plan::VmExplanation;
@@ -147,16 +148,37 @@ impl Worker {
             Ok(list) => list,
             Err(error) => return unknown(&error),
         };
-        let allowed = match list.source(&digest) {
-            Some(source) => format!("may run: {source}"),
-            None => "may not run: it is not on the policy's allow-list".to_owned(),
+        let (allowed, why) = match list.source(&digest) {
+            Some(source) => (true, format!("may run: {source}")),
+            None => match signed(&plan.worker, policy) {
+                Ok(key) => (true, format!("may run: {key} has signed it")),
+                Err(why) => (
+                    false,
+                    format!("may not run: it is not on the policy's allow-list{why}"),
+                ),
+            },
         };
-        let mut says = vec![format!("The worker {path}, {digest}, {allowed}.")];
+        let mut says = vec![format!("The worker {path}, {digest}, {why}.")];
         says.extend(needs(&plan.worker, policy));
         Self {
-            allowed: Some(list.permits(&digest)),
+            allowed: Some(allowed),
             says,
         }
+    }
+}
+
+/// The key of the policy that has signed a worker; or what is to be said of its signature, if there is one.
+fn signed(worker: &Path, policy: &Policy) -> Result<String, String> {
+    let mut beside = worker.as_os_str().to_owned();
+    beside.push(signature::SUFFIX);
+    let files = File::open(beside).and_then(|signature| Ok((signature, File::open(worker)?)));
+    match files {
+        Ok((signature, mut binary)) if !policy.workers.keys.is_empty() => {
+            signature::signer(&policy.workers.keys, signature, &mut binary)
+                .map(ToString::to_string)
+                .map_err(|error| format!(", and {error}"))
+        }
+        _ => Err(String::new()),
     }
 }
 

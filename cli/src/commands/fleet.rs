@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -25,6 +26,7 @@ use serde_json::json;
 
 use crate::arguments::Upgrade;
 use crate::client::Plan;
+use crate::client::WorkerFile;
 use crate::failure::severity;
 use crate::failure::unfit;
 use crate::outcome;
@@ -54,7 +56,7 @@ struct Entry {
 struct Fleet<'a> {
     dry_run: bool,
     approve: Option<&'a str>,
-    worker: Option<&'a OwnedFd>,
+    worker: Option<&'a WorkerFile>,
     waiting: Mutex<VecDeque<(usize, VmDirectory)>>,
     entries: Mutex<Vec<Entry>>,
     /// No VM is begun any more.
@@ -66,7 +68,7 @@ struct Fleet<'a> {
 pub(crate) fn upgrade(
     run_dir: &RunDir,
     upgrade: &Upgrade,
-    worker: Option<&OwnedFd>,
+    worker: Option<&WorkerFile>,
     signals: &Signals,
     output: &Output,
 ) -> Result<Exit, Refusal> {
@@ -198,12 +200,17 @@ impl Fleet<'_> {
     }
 }
 
-/// The same file with a file position of its own, so that many brokers can read it at once.
-fn reopen(worker: &OwnedFd) -> Result<OwnedFd, Refusal> {
-    use std::os::fd::AsRawFd;
-    File::open(format!("/proc/self/fd/{}", worker.as_raw_fd()))
-        .map(OwnedFd::from)
-        .map_err(|error| unfit(format!("cannot open the worker again: {error}"), ""))
+/// The same files with file positions of their own, so that many brokers can read them at once.
+fn reopen(worker: &WorkerFile) -> Result<WorkerFile, Refusal> {
+    let again = |file: &OwnedFd| {
+        File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            .map(OwnedFd::from)
+            .map_err(|error| unfit(format!("cannot open the worker again: {error}"), ""))
+    };
+    Ok(WorkerFile {
+        binary: again(&worker.binary)?,
+        signature: worker.signature.as_ref().map(again).transpose()?,
+    })
 }
 
 /// A thread that panicked has aborted the process, so the lock is never poisoned; and if it were, what it guards is whole.

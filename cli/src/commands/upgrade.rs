@@ -1,6 +1,5 @@
 //! `baton upgrade`: replaces one worker.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use baton_ipc::control::Exit;
@@ -12,6 +11,7 @@ use rustix::fs::OFlags;
 use crate::arguments::Globals;
 use crate::arguments::Upgrade;
 use crate::client::Plan;
+use crate::client::WorkerFile;
 use crate::commands::fleet;
 use crate::commands::successor;
 use crate::failure::unfit;
@@ -46,14 +46,18 @@ pub(crate) fn execute(
 }
 
 /// Opens the new worker here, with this user's rights: the broker opens no path that a client names.
-fn open_worker(path: &Path) -> Result<OwnedFd, Refusal> {
+fn open_worker(path: &Path) -> Result<WorkerFile, Refusal> {
     // Opening a FIFO would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = rustix::fs::open(path, flags, Mode::empty())
+    let binary = rustix::fs::open(path, flags, Mode::empty())
         .map_err(|error| crate::failure::file("open the worker", path, &error.into()))?;
-    let kind = rustix::fs::fstat(&file).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(baton_policy::signature::SUFFIX);
+    // The policy may have the binary's digest: the broker says what it lacks.
+    let signature = rustix::fs::open(Path::new(&beside), flags, Mode::empty()).ok();
+    let kind = rustix::fs::fstat(&binary).map(|stat| FileType::from_raw_mode(stat.st_mode));
     match kind {
-        Ok(FileType::RegularFile) => Ok(file),
+        Ok(FileType::RegularFile) => Ok(WorkerFile { binary, signature }),
         _ => Err(unfit(
             format!("{} is not a regular file", path.display()),
             "name the worker's binary",

@@ -7,6 +7,7 @@ use super::rules::ERRNOS;
 use crate::condition::text::{ConditionProblem, MAX_ALTERNATIVES};
 use crate::digest::DigestError;
 use crate::policy::{Role, SCHEMA};
+use crate::signature::KeyError;
 use crate::syscalls::Syscall;
 use crate::trusted::TrustError;
 
@@ -137,6 +138,9 @@ pub enum Problem {
     /// A digest that is not one.
     #[error(transparent)]
     Digest(#[from] DigestError),
+    /// A public key that is none.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// A capability that is not one.
     #[error("no capability is called {0:?}")]
     UnknownCapability(String),

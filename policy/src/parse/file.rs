@@ -50,6 +50,15 @@ pub(super) struct FileWorkers {
     pub(super) digests: Vec<Spanned<String>>,
     pub(super) directory: Option<PathBuf>,
     pub(super) beside_broker: bool,
+    #[serde(default)]
+    pub(super) key: Vec<FileKey>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileKey {
+    pub(super) minisign: Spanned<String>,
+    pub(super) why: Spanned<String>,
 }
 
 #[derive(Deserialize)]

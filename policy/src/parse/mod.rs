@@ -18,7 +18,9 @@ use toml::Spanned;
 
 pub use error::{Place, PolicyError, Problem};
 pub(crate) use file::OwnTopic;
-use file::{File, FileAccess, FileApproval, FileGrant, FileIds, FileLimit, FileRole, FileWorkers};
+use file::{
+    File, FileAccess, FileApproval, FileGrant, FileIds, FileKey, FileLimit, FileRole, FileWorkers,
+};
 use source::{Source, one_line};
 
 use crate::access::{Access, AccessRule};
@@ -32,6 +34,7 @@ use crate::policy::{
     Workers,
 };
 use crate::rlimits::{Limit, Resource, Rlimits};
+use crate::signature::SigningKey;
 use crate::trusted;
 
 /// The longest policy that is read, in bytes. The built-in one has a twentieth of that.
@@ -133,10 +136,15 @@ fn schema(source: &Source<'_>) -> Result<(), PolicyError> {
 
 fn workers(source: &Source<'_>, file: FileWorkers) -> Result<Workers, PolicyError> {
     let digests = file.digests.iter().map(|text| digest(source, text));
+    let keys = file.key.into_iter().map(|FileKey { minisign, why }| {
+        SigningKey::new(minisign.get_ref(), source.reason(why)?)
+            .map_err(|error| source.error(minisign.span(), error.into()))
+    });
     Ok(Workers {
         digests: digests.collect::<Result<_, _>>()?,
         directory: file.directory,
         beside_broker: file.beside_broker,
+        keys: keys.collect::<Result<_, _>>()?,
     })
 }
 
