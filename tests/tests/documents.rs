@@ -89,7 +89,7 @@ fn questions() -> BTreeSet<String> {
         let name = line.strip_prefix('"')?.split('"').next()?;
         Some(name.to_owned())
     };
-    ["cases", "pairs", "failures", "run_states"]
+    ["cases", "pairs", "failures", "run_states", "starts"]
         .iter()
         .flat_map(|file| {
             let text = read(&format!("tests/tests/oracle/{file}.rs"));

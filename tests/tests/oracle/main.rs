@@ -17,6 +17,7 @@ mod pairs;
 mod party;
 mod qemu;
 mod run_states;
+mod starts;
 
 use std::path::Path;
 
@@ -37,6 +38,7 @@ use crate::qemu::Machine;
 use crate::qemu::Qemu;
 use crate::qemu::SMALL;
 use crate::run_states::RUN_STATES;
+use crate::starts::STARTS;
 
 /// A message of a case as it goes over the wire, and what of the answer counts.
 ///
@@ -200,4 +202,14 @@ fn a_transfer_that_fails_leaves_what_it_does_in_qemu_or_the_difference_is_declar
 #[test]
 fn each_run_state_takes_the_commands_that_it_does_in_qemu_or_the_difference_is_declared() {
     both(RUN_STATES);
+}
+
+#[test]
+fn a_side_that_is_to_wait_starts_as_qemus_does_or_the_difference_is_declared() {
+    let mut report = Report::default();
+    for start in STARTS {
+        let (theirs, ours) = (starts::qemu(start), starts::baton(start));
+        report.add(start.name, start.here.as_ref(), &theirs, &ours);
+    }
+    report.judge();
 }

@@ -6,12 +6,17 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::process::Command;
 use std::process::Stdio;
+use std::time::Duration;
+use std::time::Instant;
 
 use baton_tests::Qmp;
 use baton_tests::until;
 
 /// The smallest ROM that QEMU takes, in bytes; the processor starts 16 bytes before its end (AMD64 manual, volume 2, 14.1.5).
 const ROM: usize = 64 << 10;
+
+/// When one that is to end is taken for one that waits.
+const ENDED: Duration = Duration::from_secs(3);
 
 /// What differs from one to the other.
 #[derive(Clone, Copy)]
@@ -96,6 +101,18 @@ impl Qemu {
             });
         let socket = path("qmp");
         Self { child, socket, log }
+    }
+
+    /// What it has written, if it ends by itself soon.
+    pub(crate) fn ends(&mut self) -> Option<String> {
+        let deadline = Instant::now() + ENDED;
+        while Instant::now() < deadline {
+            if self.child.try_wait().unwrap().is_some() {
+                return Some(std::fs::read_to_string(&self.log).unwrap());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        None
     }
 
     /// Its process.
