@@ -87,6 +87,8 @@ const EVENTS: &[Row] = &[
     ("open",              File,       14,    INFORMATIONAL, SUCCESS), // Open
     ("node-add",          File,       14,    INFORMATIONAL, SUCCESS), // Open
     ("node-delete",       File,       OTHER, INFORMATIONAL, SUCCESS),
+    ("netdev-add",        File,       14,    INFORMATIONAL, SUCCESS), // Open
+    ("netdev-delete",     File,       OTHER, INFORMATIONAL, SUCCESS),
     ("device-add",        File,       OTHER, INFORMATIONAL, SUCCESS),
     ("device-delete",     Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),
     ("device-deleted",    Lifecycle,  OTHER, INFORMATIONAL, SUCCESS),

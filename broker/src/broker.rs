@@ -45,6 +45,7 @@ use crate::devices::balloon::BalloonNews;
 use crate::devices::console::Console;
 use crate::devices::console::Port;
 use crate::devices::hotplug::Device;
+use crate::devices::netdevs::Netdev;
 use crate::devices::nodes::Node;
 use crate::devices::resizing::Resizing;
 use crate::devices::vsock::Vsock;
@@ -173,6 +174,8 @@ pub(crate) struct Broker {
     pub(crate) panicked: bool,
     /// Disks that were opened while the guest ran.
     pub(crate) nodes: Vec<Node>,
+    /// Taps that were opened while the guest ran.
+    pub(crate) netdevs: Vec<Netdev>,
     /// Devices that were made of them.
     pub(crate) devices: Vec<Device>,
     /// A disk's other size, which its worker has been told.

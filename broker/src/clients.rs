@@ -112,6 +112,9 @@ const REQUESTS: &[Row] = &[
     ("blockdev-del",  |r| matches!(r, Request::DeleteNode { .. }),  &[Running, Paused],  &[Devices]),
     ("device-add",    |r| matches!(r, Request::AddDevice(_)),       &[Running, Paused],  &[Devices]),
     ("device-del",    |r| matches!(r, Request::DeleteDevice { .. }), &[Running, Paused], &[Devices]),
+    ("netdev-add",    |r| matches!(r, Request::AddNetdev(_)),       &[Running, Paused],  &[Devices]),
+    ("netdev-del",    |r| matches!(r, Request::DeleteNetdev { .. }), &[Running, Paused], &[Devices]),
+    ("interface-add", |r| matches!(r, Request::AddInterface(_)),    &[Running, Paused],  &[Devices]),
     ("resize",        |r| matches!(r, Request::Resize { .. }),  &[Running, Paused],      &[Devices]),
     ("subscribe",     |r| matches!(r, Request::Subscribe),    ANY,              &[View]),
 ];

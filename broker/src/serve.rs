@@ -224,6 +224,20 @@ impl Broker {
                     self.clients.reply(client, &Reply::Refused(refusal));
                 }
             }
+            Request::AddNetdev(netdev) => {
+                let done = self.add_netdev(&netdev, &who);
+                self.answer(client, done);
+            }
+            Request::DeleteNetdev { id } => {
+                let done = self.delete_netdev(&id, &who);
+                self.answer(client, done);
+            }
+            Request::AddInterface(interface) => {
+                self.await_for(client, Awaiting::Devices);
+                if let Err(refusal) = self.begin_plug_interface(&interface, &who) {
+                    self.clients.reply(client, &Reply::Refused(refusal));
+                }
+            }
             Request::DeleteDevice { id } => {
                 let done = self.begin_unplug(&id, &who);
                 self.answer(client, done);

@@ -186,6 +186,15 @@ pub enum Request {
     },
     /// As [`Request::Console`], to the virtio console.
     VirtioConsole,
+    /// Open a tap that the guest can be given.
+    AddNetdev(NewNetdev),
+    /// Close one that no network interface is made of.
+    DeleteNetdev {
+        /// Which.
+        id: String,
+    },
+    /// Give the guest a network interface.
+    AddInterface(NewInterface),
 }
 
 /// A disk that is to be opened.
@@ -214,6 +223,30 @@ pub struct NewDevice {
     pub serial: Option<String>,
     /// How many queues, 1 to [`crate::worker::MAX_DISK_QUEUES`].
     pub queues: u8,
+    /// The PCI device number; the first that is free if left out.
+    pub slot: Option<u8>,
+}
+
+/// A tap that is to be opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewNetdev {
+    /// Its name, of no other: 1 to [`crate::worker::MAX_SERIAL`] of `A-Z a-z 0-9 . _ -`.
+    pub id: String,
+    /// The tap's name in the broker's network namespace.
+    pub tap: String,
+    /// How many queue pairs, 1 to [`crate::worker::MAX_NET_QUEUES`].
+    pub pairs: u8,
+}
+
+/// A virtio network interface that the guest is to have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewInterface {
+    /// Its name, of no other device.
+    pub id: String,
+    /// What it is made of.
+    pub netdev: String,
+    /// The guest's address, six bytes in hexadecimal with colons.
+    pub mac: String,
     /// The PCI device number; the first that is free if left out.
     pub slot: Option<u8>,
 }
@@ -466,6 +499,19 @@ pub struct VmStatus {
     pub vhost_user: Vec<String>,
     /// What an upgrade that is under way, or a broker without a guest, waits for.
     pub awaits: Option<Awaited>,
+    /// Its taps that were opened while it ran.
+    pub netdevs: Vec<NetdevStatus>,
+}
+
+/// A tap that was opened while the VM ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetdevStatus {
+    /// Its name.
+    pub id: String,
+    /// The tap's.
+    pub tap: String,
+    /// The network interface that was made of it, by its name.
+    pub added: Option<String>,
 }
 
 /// What is waited for.

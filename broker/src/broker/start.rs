@@ -108,11 +108,10 @@ impl Broker {
         .recorded()?;
         // Before anybody is heard: from now on it makes no socket elsewhere.
         let granted = rules.policy.grant("main");
-        launcher.permit(
-            granted
-                .iter()
-                .flat_map(|grant| grant.addresses.iter().copied()),
-        )?;
+        let addresses = granted.iter().flat_map(|grant| grant.addresses.iter());
+        let taps = rules.policy.grant(descriptor::NET);
+        let taps = taps.map_or(&[][..], |grant| &grant.paths);
+        launcher.permit(addresses.copied(), taps)?;
         let mut incoming = options
             .incoming
             .as_ref()
@@ -222,6 +221,7 @@ impl Broker {
             resets_asked: 0,
             panicked: false,
             nodes: Vec::new(),
+            netdevs: Vec::new(),
             devices: Vec::new(),
             resizing: None,
             news: BalloonNews::default(),

@@ -6,12 +6,15 @@ use baton_ipc::Registry;
 use baton_ipc::StartMode;
 use baton_ipc::control::Awaited;
 use baton_ipc::control::DiskStatus;
+use baton_ipc::control::NetdevStatus;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
 use baton_ipc::worker::Pages;
 use serde_json::json;
 
 use super::Broker;
+use crate::devices::hotplug::Backing;
+use crate::devices::netdevs::Netdev;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -109,7 +112,22 @@ impl Broker {
                 .map(|device| device.id.0.clone())
                 .collect(),
             awaits: self.awaits(),
+            netdevs: self.netdev_statuses(),
         }
+    }
+
+    fn netdev_statuses(&self) -> Vec<NetdevStatus> {
+        let status = |netdev: &Netdev| {
+            let backing = Backing::Netdev(netdev.id.0.clone());
+            let mut devices = self.devices.iter();
+            let device = devices.find(|device| device.backing == backing);
+            NetdevStatus {
+                id: netdev.id.0.clone(),
+                tap: netdev.tap.0.clone(),
+                added: device.map(|device| device.id.clone()),
+            }
+        };
+        self.netdevs.iter().map(status).collect()
     }
 
     /// Its disks, for those who ask how it is.
@@ -127,9 +145,12 @@ impl Broker {
         };
         let mut disks: Vec<_> = self.vm.devices().filter_map(status).collect();
         disks.extend(self.devices.iter().filter_map(|device| {
-            let node = self.node(&device.node)?;
+            let Backing::Node(name) = &device.backing else {
+                return None;
+            };
+            let node = self.node(name)?;
             Some(DiskStatus {
-                id: device.node.clone(),
+                id: name.clone(),
                 path: node.path.display().to_string(),
                 readonly: node.config.readonly,
                 direct: node.config.direct,

@@ -11,6 +11,8 @@
 //! a device that is gone is said again by whoever takes it over.
 
 use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -20,12 +22,15 @@ use baton_ipc::Registry;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Happening;
 use baton_ipc::control::NewDevice;
+use baton_ipc::control::NewInterface;
 use baton_ipc::control::Reply;
 use baton_ipc::descriptor;
 use baton_ipc::transfer::Hotplugged;
 use baton_ipc::worker::BlockConfig;
+use baton_ipc::worker::DeviceLimits;
 use baton_ipc::worker::MAX_DISK_QUEUES;
 use baton_ipc::worker::MAX_SLOTS;
+use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -36,6 +41,7 @@ use crate::clients::Awaiting;
 use crate::devices::nodes;
 use crate::devices::nodes::Node;
 use crate::devices::resources::Opening;
+use crate::devices::taps;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -44,6 +50,7 @@ use crate::refusal::complain;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::vm_file::disk::Label;
+use crate::vm_file::net::Mac;
 
 /// How long a guest may take to let a device go before those who wait are told that it does not: libvirt waits as long.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -58,9 +65,26 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(crate) struct Device {
     pub(crate) id: String,
     pub(crate) slot: u8,
-    /// The node that it is made of.
-    pub(crate) node: String,
+    /// What it is made of.
+    pub(crate) backing: Backing,
     stage: Stage,
+}
+
+/// What a device is made of, by its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// A disk.
+    Node(String),
+    /// A network interface.
+    Netdev(String),
+}
+
+impl Backing {
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Node(name) | Self::Netdev(name) => name,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +121,7 @@ impl Broker {
         self.resizing.is_some() || self.devices.iter().any(Device::changes)
     }
 
-    /// Makes a device of a node: the worker's word is the answer. A refusal here means that nothing has happened.
+    /// Makes a disk of a node: the worker's word is the answer. A refusal here means that nothing has happened.
     pub(crate) fn begin_plug(&mut self, new: &NewDevice, asked_by: &Actor) -> Result<()> {
         self.check_worker()?;
         let NewDevice {
@@ -121,7 +145,8 @@ impl Broker {
             ));
         }
         let slot = self.free_slot(*slot)?;
-        if self.devices.iter().any(|device| device.node == *node) {
+        let backing = Backing::Node(node.clone());
+        if self.devices.iter().any(|device| device.backing == backing) {
             return Err(unfit(
                 format_args!("Drive '{node}' is already in use by another block device"),
                 "",
@@ -152,18 +177,86 @@ impl Broker {
         opening.save(descriptor::DISK, slot.into(), kind, file, &path)?;
         let config = opening.plug(slot, VirtioKind::Block(config))?;
         let opened = opening.into_registry();
+        self.plug(id, backing, config, opened)
+    }
+
+    /// Makes a network interface of a netdev, likewise.
+    pub(crate) fn begin_plug_interface(
+        &mut self,
+        new: &NewInterface,
+        asked_by: &Actor,
+    ) -> Result<()> {
+        self.check_worker()?;
+        let NewInterface {
+            id,
+            netdev,
+            mac,
+            slot,
+        } = new;
+        self.check_id(id)?;
+        let wrong = |reason: String| refusal(Exit::Usage, reason, "");
+        let Mac(mac) = Mac::try_from(mac.clone()).map_err(wrong)?;
+        let slot = self.free_slot(*slot)?;
+        let backing = Backing::Netdev(netdev.clone());
+        if self.devices.iter().any(|device| device.backing == backing) {
+            // QEMU's words (`set_netdev`, hw/core/qdev-properties-system.c).
+            return Err(unfit(
+                format_args!(
+                    "Property 'virtio-net-device.netdev' can't take value '{netdev}', it's in use"
+                ),
+                "",
+            ));
+        }
+        let Some(found) = self.netdev(netdev) else {
+            return Err(unfit(
+                format_args!("Property 'virtio-net-device.netdev' can't find value '{netdev}'"),
+                "`netdev_add` opens one",
+            ));
+        };
+        let place = Path::new(taps::SYSFS).join(&found.tap.0);
+        let queues = found.queues.iter().map(OwnedFd::try_clone);
+        let queues: Vec<_> = queues
+            .collect::<std::io::Result<_>>()
+            .doing("cannot hold the tap")?;
+        let config = NetConfig {
+            mac,
+            mtu: found.mtu,
+            queues: u8::try_from(queues.len()).unwrap_or(u8::MAX),
+            limits: DeviceLimits::default(),
+        };
+        self.log
+            .write_by(
+                "device-add",
+                Some(asked_by),
+                &json!({"device": id, "netdev": netdev, "slot": slot, "path": place}),
+            )
+            .recorded()?;
+        let mut opening = Opening::new(&self.rules.policy, &mut self.log);
+        let config = opening.interface(slot, config, queues, &place)?;
+        let opened = opening.into_registry();
+        self.plug(id, backing, config, opened)
+    }
+
+    /// Hands the worker what was opened, and has it make the device.
+    fn plug(
+        &mut self,
+        id: &str,
+        backing: Backing,
+        config: VirtioConfig,
+        opened: Registry,
+    ) -> Result<()> {
         self.record_grants_of(&opened)?;
         let keys: Vec<_> = opened.iter().map(|(key, ..)| key.clone()).collect();
         self.registry.absorb(opened).doing("cannot hold a device")?;
         let told = self.tell_of(&keys, &config);
-        self.virtio.push(config);
-        self.virtio.sort_by_key(|config| config.slot);
         self.devices.push(Device {
-            id: id.clone(),
-            slot,
-            node: node.clone(),
+            id: id.to_owned(),
+            slot: config.slot,
+            backing,
             stage: Stage::Coming,
         });
+        self.virtio.push(config);
+        self.virtio.sort_by_key(|config| config.slot);
         if let Err(refusal) = told {
             self.plug_failed(&refusal.reason);
         }
@@ -340,11 +433,11 @@ impl Broker {
         let Some(at) = self.devices.iter().position(ended) else {
             return self.lose("the worker has ended a device that it was not told to");
         };
-        let Device { id, node, .. } = self.devices.remove(at);
+        let Device { id, backing, .. } = self.devices.remove(at);
         self.forget_slot(slot);
         self.log.note(
             "device-deleted",
-            &json!({"device": id, "node": node, "slot": slot}),
+            &json!({"device": id, "node": backing.name(), "slot": slot}),
         );
         self.happened(Happening::DeviceDeleted { id });
         Ok(())
@@ -366,8 +459,15 @@ impl Broker {
         };
         let config = self.virtio.remove(at);
         let disk = (descriptor::DISK, u32::from(slot));
+        let own: Vec<_> = match &config.device {
+            VirtioKind::Net(net) => {
+                let taps = (0..net.queues).map(|pair| (descriptor::NET, config.tap(pair)));
+                taps.collect()
+            }
+            _ => vec![disk],
+        };
         let kicks = (0..config.device.queues()).map(|queue| (descriptor::KICK, config.kick(queue)));
-        for (name, id) in std::iter::once(disk).chain(kicks) {
+        for (name, id) in own.into_iter().chain(kicks) {
             let closed = DescriptorKey::new(name, id)
                 .doing("cannot name a descriptor")
                 .and_then(|key| self.registry.delete(&key).doing("a device's descriptor"));
@@ -379,7 +479,7 @@ impl Broker {
     pub(crate) fn hotplugged(&self) -> Vec<Hotplugged> {
         let device = |device: &Device| Hotplugged {
             id: device.id.clone(),
-            node: device.node.clone(),
+            node: device.backing.name().to_owned(),
             slot: device.slot,
             asked: matches!(device.stage, Stage::Asked(_)),
         };
@@ -388,7 +488,9 @@ impl Broker {
 
     /// Nodes without a device are nobody's in a transfer.
     pub(crate) fn refuse_loose_nodes(&self) -> Result<()> {
-        let used = |node: &&Node| self.devices.iter().any(|device| device.node == node.name.0);
+        let made =
+            |node: &Node, device: &Device| device.backing == Backing::Node(node.name.0.clone());
+        let used = |node: &&Node| self.devices.iter().any(|device| made(node, device));
         match self.nodes.iter().find(|node| !used(node)) {
             None => Ok(()),
             Some(node) => Err(unfit(
@@ -458,7 +560,7 @@ impl Broker {
             self.devices.push(Device {
                 id: id.clone(),
                 slot: *slot,
-                node: node.clone(),
+                backing: Backing::Node(node.clone()),
                 stage: if *asked {
                     Stage::Asked(by)
                 } else {

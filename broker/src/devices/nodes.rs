@@ -17,6 +17,7 @@ use serde_json::json;
 use crate::broker::Broker;
 use crate::devices::disks;
 use crate::devices::disks::OpenDisk;
+use crate::devices::hotplug::Backing;
 use crate::devices::resources;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
@@ -135,7 +136,8 @@ impl Broker {
             ));
         };
         let record = json!({"node": node.name.0, "path": node.path});
-        if self.devices.iter().any(|device| device.node == name) {
+        let backing = Backing::Node(name.to_owned());
+        if self.devices.iter().any(|device| device.backing == backing) {
             return Err(unfit(
                 format_args!("Node {name} is in use"),
                 "`device_del` its device, and wait for DEVICE_DELETED",

@@ -54,7 +54,7 @@ pub(crate) fn of_file(path: &Path) -> Result<VmPlan> {
 fn later(vm: &VmFile) -> Vec<String> {
     let mut names = vec![Which::Cpr.grant(), Which::Main.grant(), state_file::GRANT];
     if vm.removable() != 0 {
-        names.extend([descriptor::DISK, descriptor::KICK]);
+        names.extend([descriptor::DISK, descriptor::NET, descriptor::KICK]);
     }
     names.extend(vm.vsock.iter().map(|_| descriptor::VSOCK));
     names.into_iter().map(str::to_owned).collect()

@@ -19,6 +19,7 @@ use serde_json::json;
 use crate::broker::Broker;
 use crate::clients::Awaiting;
 use crate::devices::disks::SECTOR;
+use crate::devices::hotplug::Backing;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -113,9 +114,9 @@ impl Broker {
             }
         }
         let device = self.devices.iter().find(|device| device.slot == slot);
-        let name = device.map(|device| device.node.clone());
+        let backing = device.map(|device| device.backing.clone());
         for node in &mut self.nodes {
-            if name.as_ref() == Some(&node.name.0) {
+            if backing == Some(Backing::Node(node.name.0.clone())) {
                 node.config.bytes = bytes;
             }
         }
@@ -164,7 +165,9 @@ impl Broker {
             _ => None,
         });
         fixed.or_else(|| {
-            let device = self.devices.iter().find(|device| device.node == id)?;
+            let backing = Backing::Node(id.to_owned());
+            let mut devices = self.devices.iter();
+            let device = devices.find(|device| device.backing == backing)?;
             let node = self.node(id)?;
             Some((device.slot, node.path.clone(), node.config.readonly))
         })

@@ -18,6 +18,7 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::descriptor;
 use baton_ipc::descriptor::RAM_SEALS;
+use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
 use baton_ipc::worker::VirtioConfig;
@@ -46,6 +47,8 @@ use crate::refusal::unfit;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
 use crate::vm_file::disk::Disk;
+use crate::vm_file::disk::Label;
+use crate::vm_file::net::Interface;
 use crate::vm_file::net::Net;
 use crate::vm_file::page_size;
 use crate::vm_file::slots::Plugged;
@@ -212,29 +215,24 @@ impl<'a> Opening<'a> {
 
     fn net(&mut self, slot: u8, net: &Net) -> Result<VirtioConfig> {
         let origin = taps::origin(&net.tap);
-        let grant = self.policy.grant(descriptor::NET);
-        if !grant.is_some_and(|grant| grant.permits_path(&origin)) {
-            return Err(refused(
-                format_args!(
-                    "policy {} does not grant the network interface {} the tap {} from {}",
-                    self.policy.name,
-                    net.id.0,
-                    net.tap.0,
-                    origin.display()
-                ),
-                "",
-            ));
-        }
-        let OpenTap {
-            queues,
-            config,
-            claim,
-        } = taps::open(net)?;
+        check_tap_origin(self.policy, &net.id, &net.tap, &origin)?;
+        let OpenTap { queues, mtu, claim } = taps::open(&net.id, &net.tap, net.queues.0)?;
         self.claims.push(claim);
+        self.interface(slot, net.config(mtu), queues, &origin)
+    }
+
+    /// A network interface on these queues of a tap.
+    pub(crate) fn interface(
+        &mut self,
+        slot: u8,
+        config: NetConfig,
+        queues: impl IntoIterator<Item = OwnedFd>,
+        origin: &Path,
+    ) -> Result<VirtioConfig> {
         let config = self.plug(slot, VirtioKind::Net(config))?;
         for (queue, pair) in queues.into_iter().zip(0..) {
             let id = config.tap(pair);
-            self.save(descriptor::NET, id, DescriptorKind::Tap, queue, &origin)?;
+            self.save(descriptor::NET, id, DescriptorKind::Tap, queue, origin)?;
         }
         Ok(config)
     }
@@ -323,6 +321,29 @@ impl<'a> Opening<'a> {
             .save(key, kind, fd)
             .doing("cannot hold a descriptor")
     }
+}
+
+/// Asks policy for a tap, by where it comes from.
+pub(crate) fn check_tap_origin(
+    policy: &Policy,
+    id: &Label,
+    tap: &Interface,
+    origin: &Path,
+) -> Result<()> {
+    let grant = policy.grant(descriptor::NET);
+    if grant.is_some_and(|grant| grant.permits_path(origin)) {
+        return Ok(());
+    }
+    Err(refused(
+        format_args!(
+            "policy {} does not grant the network interface {} the tap {} from {}",
+            policy.name,
+            id.0,
+            tap.0,
+            origin.display()
+        ),
+        "",
+    ))
 }
 
 /// Asks policy for a disk by its path as it is now, before anything is done to what lies there; what was opened is asked for

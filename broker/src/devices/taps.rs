@@ -10,7 +10,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 
-use baton_ipc::worker::NetConfig;
 use baton_policy::kernel;
 use nix::libc;
 use rustix::fs::OFlags;
@@ -21,6 +20,7 @@ use rustix::net::SocketType;
 
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::vm_file::disk::Label;
 use crate::vm_file::net::Interface;
 use crate::vm_file::net::Net;
 
@@ -38,7 +38,8 @@ const MIN_MTU: u16 = 68;
 pub(crate) struct OpenTap {
     /// One a queue pair.
     pub(crate) queues: Vec<OwnedFd>,
-    pub(crate) config: NetConfig,
+    /// Bytes.
+    pub(crate) mtu: u16,
     /// Held as long as the VM has the tap, so that no other broker gives it to another VM.
     pub(crate) claim: OwnedFd,
 }
@@ -100,9 +101,9 @@ fn claim(tap: &str) -> rustix::io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Opens every queue of a tap.
-pub(crate) fn open(net: &Net) -> Result<OpenTap> {
-    let (id, tap) = (&net.id.0, net.tap.0.as_str());
+/// Opens every queue of the tap of the network interface of this id.
+pub(crate) fn open(id: &Label, tap: &Interface, pairs: u8) -> Result<OpenTap> {
+    let (id, tap) = (&id.0, tap.0.as_str());
     let cannot = |what: &str, e: &dyn std::fmt::Display, remedy: &str| {
         unfit(
             format_args!("network interface {id}: cannot {what}: {e}"),
@@ -118,11 +119,11 @@ pub(crate) fn open(net: &Net) -> Result<OpenTap> {
     })?;
     let exists = kernel::interface_mtu(tap).is_ok();
     let mut flags = kernel::IFF_TAP | kernel::IFF_NO_PI | kernel::IFF_VNET_HDR;
-    if net.queues.0 > 1 {
+    if pairs > 1 {
         flags |= kernel::IFF_MULTI_QUEUE;
     }
     let mut queues = Vec::new();
-    for _ in 0..net.queues.0 {
+    for _ in 0..pairs {
         // Non-blocking from the start: no holder changes it later, all share the open file.
         let nonblock = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
         let queue = OpenOptions::new()
@@ -142,7 +143,7 @@ pub(crate) fn open(net: &Net) -> Result<OpenTap> {
                 Some(libc::EPERM) if exists => "make it with this user as its owner: ip tuntap add user",
                 Some(libc::EPERM) => "make it beforehand (ip tuntap add mode tap user), or give the broker CAP_NET_ADMIN",
                 Some(libc::EBUSY) => "end what uses it; a tap belongs to one VM",
-                Some(libc::EINVAL) if exists && net.queues.0 > 1 => {
+                Some(libc::EINVAL) if exists && pairs > 1 => {
                     "it has to be a tap that was made with multi_queue"
                 }
                 Some(libc::EINVAL) if exists => "it has to be a tap, and one without multi_queue",
@@ -171,9 +172,5 @@ pub(crate) fn open(net: &Net) -> Result<OpenTap> {
                 "ip link set mtu, 68 to 65535",
             )
         })?;
-    Ok(OpenTap {
-        queues,
-        claim,
-        config: net.config(mtu),
-    })
+    Ok(OpenTap { queues, claim, mtu })
 }

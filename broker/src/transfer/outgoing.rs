@@ -160,6 +160,7 @@ impl Broker {
         let clock = PhaseClock::start(Instant::now());
         self.check_old()?;
         self.refuse_loose_nodes()?;
+        self.refuse_netdevs()?;
         self.check_vsock_place()?;
         self.doors().check(&main, Which::Main)?;
         self.log.reserve().recorded()?;

@@ -12,17 +12,19 @@
 //!   │ Filters ────────────────────────────────►│ reads a thread's filters: of the broker, or of a child of the broker
 //!   │ Learn ──────────────────────────────────►│ starts what listens to a worker whose policy learns
 //!   │ Namespaces, Records ────────────────────►│ reads what /proc has of a child of the broker, and does not judge it
-//!   │ Permit, once ───────────────────────────►│ keeps the addresses that policy grants the main channel of a transfer
+//!   │ Permit, once ───────────────────────────►│ keeps the addresses and taps that policy grants
 //!   │ Listen, Connect ────────────────────────►│ makes a TCP socket there: the broker's filter knows no such
+//!   │ Tap ────────────────────────────────────►│ opens a tap that is there, for a network interface that comes
 //! ```
 //!
-//! One request at a time, each answered within a bound. No message has a path in it. The launcher parses nothing but these
+//! One request at a time, each answered within a bound. No message has a path in it but the patterns of taps. The launcher parses nothing but these
 //! words, and nobody but the broker can reach it. If it dies, the guest runs on, and what needs it is refused: the broker,
 //! confined by then, cannot start another.
 
 mod inspection;
 mod process;
 mod records;
+mod tap;
 mod tcp;
 
 use std::cell::RefCell;
@@ -43,6 +45,7 @@ use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::control::Refusal;
 use baton_policy::Namespace;
+use baton_policy::PathPattern;
 use baton_policy::Program;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
@@ -62,9 +65,12 @@ pub(crate) use self::records::Identity;
 pub(crate) use self::records::Records;
 pub(crate) use self::records::namespaces;
 
+use crate::devices::taps::OpenTap;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
+use crate::vm_file::disk::Label;
+use crate::vm_file::net::Interface;
 use crate::worker::ids::HostIds;
 
 /// How long an answer may take beyond what was asked for takes by itself. It is ready within a millisecond.
@@ -72,6 +78,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The most addresses that policy can have granted.
 const MAX_ADDRESSES: usize = 64;
+/// The most patterns of taps.
+const MAX_PATTERNS: usize = 64;
 
 /// A socket, or why there is none.
 pub(crate) type Made = std::result::Result<OwnedFd, String>;
@@ -98,12 +106,18 @@ enum Ask {
     Namespaces(u32),
     /// To read what else /proc shows of it.
     Records(u32),
-    /// To make TCP sockets at these addresses, and never at others: heard once, before the broker has heard anybody.
-    Permit(Vec<IpAddr>),
+    /// To make TCP sockets at these addresses, and open taps whose places in sysfs match these patterns, and never others: heard
+    /// once, before the broker has heard anybody.
+    Permit {
+        addresses: Vec<IpAddr>,
+        taps: Vec<String>,
+    },
     /// To listen there.
     Listen(SocketAddr),
     /// To connect there.
     Connect(SocketAddr),
+    /// To open so many queues of a tap, for the network interface of this id.
+    Tap { id: String, tap: String, pairs: u8 },
 }
 
 /// What the launcher answers.
@@ -125,6 +139,12 @@ enum Answer {
     Socket,
     /// There is none, and why.
     NoSocket(String),
+    /// A tap of this MTU, in bytes. What keeps it from other VMs comes with this, and its queues with `Queues`.
+    Tap { mtu: u16 },
+    /// The queues of a tap.
+    Queues,
+    /// There is none, and why.
+    NoTap(Refusal),
     /// It could not be done.
     Failed(String),
 }
@@ -267,10 +287,33 @@ impl Launcher {
         baton_ipc::decode(&bytes).map_err(|error| self.lose(error.to_string()))
     }
 
-    /// Has TCP sockets made at these addresses and at no others.
-    pub(crate) fn permit(&self, addresses: impl IntoIterator<Item = IpAddr>) -> Result<()> {
+    /// Has TCP sockets made at these addresses, taps opened of these places, and no others.
+    pub(crate) fn permit(
+        &self,
+        addresses: impl IntoIterator<Item = IpAddr>,
+        taps: &[PathPattern],
+    ) -> Result<()> {
         let addresses = addresses.into_iter().take(MAX_ADDRESSES).collect();
-        self.done(&Ask::Permit(addresses))
+        let taps = taps.iter().take(MAX_PATTERNS);
+        let taps = taps.map(|pattern| pattern.as_str().to_owned()).collect();
+        self.done(&Ask::Permit { addresses, taps })
+    }
+
+    /// A tap that is there.
+    pub(crate) fn tap(&self, id: &Label, tap: &Interface, pairs: u8) -> Result<OpenTap> {
+        let (id, tap) = (id.0.clone(), tap.0.clone());
+        self.send(&Ask::Tap { id, tap, pairs }, &[])?;
+        let (mtu, claim) = match self.answer_with(Duration::ZERO)? {
+            (Answer::Tap { mtu }, claim) => (mtu, claim.into_iter().next()),
+            (Answer::NoTap(refusal), _) => return Err(refusal),
+            (other, _) => return Err(self.out_of_turn(&other)),
+        };
+        match (claim, self.answer_with(Duration::ZERO)?) {
+            (Some(claim), (Answer::Queues, queues)) if queues.len() == usize::from(pairs) => {
+                Ok(OpenTap { queues, mtu, claim })
+            }
+            (_, (other, _)) => Err(self.out_of_turn(&other)),
+        }
     }
 
     /// A socket that listens there, or why there is none.

@@ -69,6 +69,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         balloon,
         vhost_user,
         awaits,
+        netdevs,
     } = status;
     json!({
         "name": name,
@@ -91,6 +92,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "vm_file": vm_file,
         "balloon": balloon,
         "vhost_user": vhost_user,
+        "netdevs": netdevs,
         "awaits": awaits.as_ref().map(|awaited| &awaited.what),
     })
 }

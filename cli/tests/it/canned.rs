@@ -152,6 +152,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         balloon: None,
         vhost_user: Vec::new(),
         awaits: None,
+        netdevs: Vec::new(),
     }
 }
 

@@ -5,6 +5,7 @@
 
 use crate::disk::Disk;
 use crate::layout::*;
+use crate::net::Net;
 use crate::options::Options;
 use crate::power::{in32, out32};
 use crate::report;
@@ -30,12 +31,13 @@ impl Hotplug {
     }
 
     /// One of `layout`'s commands.
-    pub fn obey(&mut self, command: u64, disk: &mut Option<Disk>) {
+    pub fn obey(&mut self, command: u64, disk: &mut Option<Disk>, net: &mut Option<Net>) {
         match command {
             COMMAND_HOTPLUG_KEEP => self.keeps = true,
             COMMAND_HOTPLUG_YIELD => self.keeps = false,
             COMMAND_HOTPLUG_EJECT => {
                 *disk = None;
+                *net = None;
                 out32(EJECT, u32::MAX);
                 report::increment(HOTPLUG_WENT_OFFSET);
             }
@@ -43,8 +45,14 @@ impl Hotplug {
         }
     }
 
-    /// Takes a disk that has come, and lets one go that is to.
-    pub fn step(&mut self, disk: &mut Option<Disk>, options: &Options, nonce: u64) {
+    /// Takes a disk or a network interface that has come, and lets one go that is to.
+    pub fn step(
+        &mut self,
+        disk: &mut Option<Disk>,
+        net: &mut Option<Net>,
+        options: &Options,
+        nonce: u64,
+    ) {
         self.turns += 1;
         if self.turns < LOOK {
             return;
@@ -56,6 +64,9 @@ impl Hotplug {
                 report::increment(HOTPLUG_CAME_OFFSET);
                 if disk.is_none() {
                     *disk = Disk::at(slot, options, nonce);
+                }
+                if net.is_none() && options.net {
+                    *net = Net::at(slot, options);
                 }
             }
         }
@@ -70,6 +81,9 @@ impl Hotplug {
                 }
                 leaver.leave();
                 *disk = None;
+            }
+            if let Some(leaver) = net.take_if(|net| net.slot() == slot) {
+                leaver.leave();
             }
             out32(EJECT, 1 << slot);
             report::increment(HOTPLUG_WENT_OFFSET);

@@ -173,8 +173,8 @@ fn run(vcpu: usize) -> ! {
             let command = report::take_mailbox();
             power::obey(command);
             if let Some(hotplug) = &mut hotplug {
-                hotplug.obey(command, &mut disk);
-                hotplug.step(&mut disk, &machine.options, machine.nonce);
+                hotplug.obey(command, &mut disk, &mut net);
+                hotplug.step(&mut disk, &mut net, &machine.options, machine.nonce);
             }
             if let Some(disk) = &mut disk {
                 disk.obey(command);

@@ -30,6 +30,7 @@ const BUFFER: u64 = 512;
 const TRANSMIT_BUFFER: u64 = 0x800;
 
 pub struct Net {
+    slot: u64,
     common: u64,
     rings: [Ring; 2],
     /// Number of the last frame sent, received, and acknowledged by the other end.
@@ -51,18 +52,28 @@ impl Net {
         if !options.net {
             return None;
         }
-        let Some(function) = Function::find(NET_DEVICE) else {
-            return fail(DRIVER_ABSENT);
-        };
+        match Function::find(NET_DEVICE) {
+            Some(function) => Self::of(&function, options),
+            None => fail(DRIVER_ABSENT),
+        }
+    }
+
+    /// The interface of that PCI device number, if it is one.
+    pub fn at(slot: u64, options: &Options) -> Option<Self> {
+        Self::of(&Function::at(slot, NET_DEVICE)?, options)
+    }
+
+    fn of(function: &Function, options: &Options) -> Option<Self> {
         if !function.agree(FEATURES) {
             return fail(DRIVER_REFUSED);
         }
-        let ring = |queue: u16| Ring::new(&function, queue, RINGS + u64::from(queue) * RING_STEP);
+        let ring = |queue: u16| Ring::new(function, queue, RINGS + u64::from(queue) * RING_STEP);
         let (Some(receive), Some(transmit)) = (ring(0), ring(1)) else {
             return fail(DRIVER_REFUSED);
         };
         function.go();
         let mut net = Self {
+            slot: function.slot,
             common: function.common,
             rings: [receive, transmit],
             sent: 0,
@@ -80,6 +91,17 @@ impl Net {
         net.rings[RECEIVE].publish();
         report::write(NET_STATE_OFFSET, DRIVER_WORKING);
         Some(net)
+    }
+
+    pub fn slot(&self) -> u64 {
+        self.slot
+    }
+
+    /// Lets it go: the device is reset, whatever is under way.
+    pub fn leave(&self) {
+        write(self.common + STATUS, 0_u8);
+        while read::<u8>(self.common + STATUS) != 0 {}
+        report::write(NET_STATE_OFFSET, DRIVER_ABSENT);
     }
 
     /// One of `layout`'s commands.

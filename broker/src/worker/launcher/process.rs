@@ -25,7 +25,9 @@ use super::Ask;
 use super::inspection::Inspection;
 use super::records;
 use super::records::Records;
+use super::tap::Taps;
 use super::tcp::Permitted;
+use crate::devices::taps::OpenTap;
 use crate::worker::ids::HostIds;
 
 /// A thread that did not stop in time is asked about again after so long, in nanoseconds.
@@ -44,6 +46,7 @@ struct Process {
     inspection: Inspection,
     learners: Vec<Child>,
     permitted: Permitted,
+    taps: Taps,
 }
 
 /// Serves the broker on standard input, until that hangs up.
@@ -71,6 +74,7 @@ pub(crate) fn run() -> ExitCode {
         inspection: Inspection::default(),
         learners: Vec::new(),
         permitted: Permitted::default(),
+        taps: Taps::default(),
     };
     while process.turn() {}
     ExitCode::SUCCESS
@@ -94,14 +98,15 @@ impl Process {
         let made = match ask {
             Ask::Listen(address) => self.permitted.listen(address),
             Ask::Connect(address) => self.permitted.connect(address),
+            Ask::Tap { id, tap, pairs } => return self.tap(id, tap, pairs),
             ask => {
                 let answer = self.serve(ask, descriptors).unwrap_or_else(Answer::Failed);
-                return self.say(&answer, None);
+                return self.say(&answer, &[]);
             }
         };
         match made {
-            Ok(socket) => self.say(&Answer::Socket, Some(&socket)),
-            Err(why) => self.say(&Answer::NoSocket(why), None),
+            Ok(socket) => self.say(&Answer::Socket, &[socket]),
+            Err(why) => self.say(&Answer::NoSocket(why), &[]),
         }
     }
 
@@ -122,7 +127,7 @@ impl Process {
                 self.may_inspect(tid)?;
                 let (filters, stood) = self.inspection.filters(tid, count, within)?;
                 for filter in filters {
-                    self.say(&Answer::Filter(filter), None);
+                    self.say(&Answer::Filter(filter), &[]);
                 }
                 Ok(Answer::Read(stood))
             }
@@ -142,16 +147,28 @@ impl Process {
                     return Err(format!("its records take {} bytes", bytes.len()));
                 }
                 for part in bytes.chunks(PART) {
-                    self.say(&Answer::Part(part.to_vec()), None);
+                    self.say(&Answer::Part(part.to_vec()), &[]);
                 }
                 Ok(Answer::Done)
             }
-            Ask::Permit(addresses) => {
+            Ask::Permit { addresses, taps } => {
                 self.permitted.set(addresses)?;
+                self.taps.set(&taps)?;
                 Ok(Answer::Done)
             }
             // They have answers of their own.
-            Ask::Listen(_) | Ask::Connect(_) => Err("it is a socket that is asked for".to_owned()),
+            Ask::Listen(_) | Ask::Connect(_) | Ask::Tap { .. } => {
+                Err("it is a descriptor that is asked for".to_owned())
+            }
+        }
+    }
+
+    fn tap(&self, id: String, tap: String, pairs: u8) -> bool {
+        match self.taps.open(id, tap, pairs) {
+            Ok(OpenTap { queues, mtu, claim }) => {
+                self.say(&Answer::Tap { mtu }, &[claim]) && self.say(&Answer::Queues, &queues)
+            }
+            Err(refusal) => self.say(&Answer::NoTap(refusal), &[]),
         }
     }
 
@@ -228,10 +245,10 @@ impl Process {
     }
 
     /// Whether the broker is there to hear it. It reads answers as they come.
-    fn say(&self, answer: &Answer, socket: Option<&OwnedFd>) -> bool {
-        let sockets: Vec<_> = socket.iter().map(AsFd::as_fd).collect();
+    fn say(&self, answer: &Answer, descriptors: &[OwnedFd]) -> bool {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         loop {
-            match self.channel.send_with(answer, &sockets) {
+            match self.channel.send_with(answer, &descriptors) {
                 Ok(()) => return true,
                 Err(ChannelError::Socket(SocketError::Full)) => {
                     let mut fds = [PollFd::new(&self.channel, PollFlags::OUT)];

@@ -1,6 +1,8 @@
 //! The commands that change what the guest has for devices.
 
 use baton_ipc::control::NewDevice;
+use baton_ipc::control::NewInterface;
+use baton_ipc::control::NewNetdev;
 use baton_ipc::control::NewNode;
 use baton_ipc::control::Request;
 use baton_ipc::control::VmState;
@@ -39,9 +41,38 @@ pub(crate) fn blockdev_del(_: &mut Shared, arguments: &Object) -> Answer {
     })
 }
 
+pub(crate) fn netdev_add(_: &mut Shared, arguments: &Object) -> Answer {
+    // Scripts that QEMU would start: a broker starts nothing.
+    for script in ["script", "downscript"] {
+        if arguments
+            .get(script)
+            .and_then(Value::as_str)
+            .is_some_and(|name| name != "no")
+        {
+            return Answer::failed(Failure::generic(format_args!(
+                "Parameter '{script}' expects 'no'"
+            )));
+        }
+    }
+    match queues(arguments, "queues") {
+        Ok(pairs) => Answer::order(Request::AddNetdev(NewNetdev {
+            id: text(arguments, "id"),
+            tap: text(arguments, "ifname"),
+            pairs,
+        })),
+        Err(failure) => Answer::failed(failure),
+    }
+}
+
+pub(crate) fn netdev_del(_: &mut Shared, arguments: &Object) -> Answer {
+    Answer::order(Request::DeleteNetdev {
+        id: text(arguments, "id"),
+    })
+}
+
 pub(crate) fn device_add(_: &mut Shared, arguments: &Object) -> Answer {
     match new_device(arguments) {
-        Ok(device) => unless_migrating("device_add", Request::AddDevice(device)),
+        Ok(request) => unless_migrating("device_add", request),
         Err(failure) => Answer::failed(failure),
     }
 }
@@ -60,45 +91,78 @@ fn unless_migrating(command: &'static str, request: Request) -> Answer {
     })
 }
 
-fn new_device(arguments: &Object) -> Result<NewDevice, Failure> {
+/// So many queues, or pairs of them.
+fn queues(arguments: &Object, name: &str) -> Result<u8, Failure> {
+    let queues = arguments.get(name).and_then(Value::as_i64);
+    u8::try_from(queues.unwrap_or(1)).map_err(|_| {
+        Failure::generic(format_args!(
+            "Parameter '{name}' expects a number from 1 to 8"
+        ))
+    })
+}
+
+fn new_device(arguments: &Object) -> Result<Request, Failure> {
     let driver = text(arguments, "driver");
-    if driver != "virtio-blk-pci" {
+    let members: &[&str] = match driver.as_str() {
+        "virtio-blk-pci" => &["drive", "serial", "num-queues"],
+        "virtio-net-pci" => &["netdev", "mac"],
+        _ => {
+            return Err(Failure::generic(format_args!(
+                "'{driver}' is not a valid device model name"
+            )));
+        }
+    };
+    for foreign in ["drive", "serial", "num-queues", "netdev", "mac"] {
+        if arguments.contains_key(foreign) && !members.contains(&foreign) {
+            return Err(Failure::generic(format_args!(
+                "Property '{driver}.{foreign}' not found"
+            )));
+        }
+    }
+    let needed: &[&str] = match driver.as_str() {
+        "virtio-net-pci" => &["netdev", "mac"],
+        _ => &["drive"],
+    };
+    if let Some(missing) = needed.iter().find(|name| !arguments.contains_key(**name)) {
         return Err(Failure::generic(format_args!(
-            "'{driver}' is not a valid device model name"
+            "{driver}: the property '{missing}' is needed"
         )));
     }
     let bus = arguments.get("bus").and_then(Value::as_str);
     if let Some(bus) = bus.filter(|bus| !matches!(*bus, "pci.0" | "pcie.0")) {
         return Err(Failure::generic(format_args!("Bus '{bus}' not found")));
     }
-    let queues = arguments.get("num-queues").and_then(Value::as_i64);
-    let Ok(queues) = u8::try_from(queues.unwrap_or(1)) else {
-        return Err(Failure::generic(
-            "Parameter 'num-queues' expects a number from 1 to 8",
-        ));
-    };
-    let serial = arguments.get("serial").and_then(Value::as_str);
     let addr = arguments.get("addr").and_then(Value::as_str);
-    Ok(NewDevice {
+    let slot = addr.map(|addr| slot(&driver, addr)).transpose()?;
+    if driver == "virtio-net-pci" {
+        return Ok(Request::AddInterface(NewInterface {
+            id: text(arguments, "id"),
+            netdev: text(arguments, "netdev"),
+            mac: text(arguments, "mac"),
+            slot,
+        }));
+    }
+    let serial = arguments.get("serial").and_then(Value::as_str);
+    Ok(Request::AddDevice(NewDevice {
         id: text(arguments, "id"),
         node: text(arguments, "drive"),
         serial: serial
             .filter(|serial| !serial.is_empty())
             .map(str::to_owned),
-        queues,
-        slot: addr.map(slot).transpose()?,
-    })
+        queues: queues(arguments, "num-queues")?,
+        slot,
+    }))
 }
 
 /// A PCI device number as QEMU writes it: hexadecimal, perhaps with function 0 (`set_pci_devfn`, hw/core/qdev-properties-system.c).
-fn slot(addr: &str) -> Result<u8, Failure> {
+fn slot(driver: &str, addr: &str) -> Result<u8, Failure> {
     let device = addr.strip_suffix(".0").unwrap_or(addr);
     let digits = device.strip_prefix("0x").unwrap_or(device);
     let plain = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
     let slot = u8::from_str_radix(digits, 16).ok();
     slot.filter(|slot| plain && *slot < 32).ok_or_else(|| {
         Failure::generic(format_args!(
-            "Property 'virtio-blk-pci.addr' doesn't take value '{addr}'"
+            "Property '{driver}.addr' doesn't take value '{addr}'"
         ))
     })
 }
@@ -107,7 +171,10 @@ pub(crate) fn device_del(_: &mut Shared, arguments: &Object) -> Answer {
     let id = text(arguments, "id");
     with_status(move |_, status| {
         let mut disks = status.disks.iter();
-        if disks.any(|disk| disk.added.as_ref() == Some(&id)) {
+        let mut netdevs = status.netdevs.iter();
+        if disks.any(|disk| disk.added.as_ref() == Some(&id))
+            || netdevs.any(|netdev| netdev.added.as_ref() == Some(&id))
+        {
             return match status.state {
                 VmState::Upgrading => migrating("device_del"),
                 _ => Answer::order(Request::DeleteDevice { id }),
@@ -153,10 +220,10 @@ mod tests {
     #[test]
     fn a_slot_is_written_as_qemu_writes_it() {
         for (addr, expected) in [("5", 5), ("0x5", 5), ("1f", 31), ("0x1f.0", 31)] {
-            assert_eq!(slot(addr).unwrap(), expected, "{addr}");
+            assert_eq!(slot("", addr).unwrap(), expected, "{addr}");
         }
         for addr in ["", "0x", "20", "5.1", "+5", "0x5.0.0", "five"] {
-            assert!(slot(addr).is_err(), "{addr}");
+            assert!(slot("", addr).is_err(), "{addr}");
         }
     }
 }

@@ -174,13 +174,23 @@ impl Migration {
         match self.mode {
             Mode::Normal => {}
             Mode::CprTransfer if private => blockers.push(NOT_SHARED.to_owned()),
-            Mode::CprTransfer => {}
+            Mode::CprTransfer => {
+                let netdev = vm.netdevs.first();
+                blockers.extend(netdev.map(|netdev| {
+                    format!(
+                        "State blocked by netdev '{}': no VM file has its tap {}",
+                        netdev.id, netdev.tap
+                    )
+                }));
+            }
             Mode::CprReboot => {
                 blockers.extend(vm.vsock.then(|| device("vsock")));
                 let backends = vm.vhost_user.iter();
                 blockers.extend(backends.map(|id| device(&format!("vhost_user {id}"))));
                 blockers.extend(vm.huge_pages.then(|| HUGE_PAGES.to_owned()));
-                let added = vm.disks.iter().find_map(|disk| disk.added.as_ref());
+                let disks = vm.disks.iter().map(|disk| disk.added.as_ref());
+                let netdevs = vm.netdevs.iter().map(|netdev| netdev.added.as_ref());
+                let added = disks.chain(netdevs).flatten().next();
                 blockers.extend(
                     added.map(|id| format!("State blocked by device '{id}': no VM file has it")),
                 );

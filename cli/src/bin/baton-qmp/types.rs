@@ -275,19 +275,37 @@ object!(
     "q_obj_device_add-arg",
     "Arguments of `device_add`.",
     [
-        member("driver", Str, "`virtio-blk-pci`."),
+        member("driver", Str, "`virtio-blk-pci` or `virtio-net-pci`."),
         member(
             "id",
             Str,
             "Its name, of no other device: a letter, then up to 19 of `A-Z a-z 0-9 . _ -`."
         ),
-        member("drive", Str, "The node that it is made of."),
+        optional(
+            "drive",
+            Str,
+            "Of a disk: the node that it is made of; needed."
+        ),
+        optional(
+            "netdev",
+            Str,
+            "Of a network interface: the netdev that it is made of; needed."
+        ),
+        optional(
+            "mac",
+            Str,
+            "Of a network interface: the guest's address, as in `52:54:00:12:34:56`; needed."
+        ),
         optional(
             "serial",
             Str,
-            "What the guest reads as its serial number; none if left out."
+            "Of a disk: what the guest reads as its serial number; none if left out."
         ),
-        optional("num-queues", Int, "How many queues, 1 to 8; 1 if left out."),
+        optional(
+            "num-queues",
+            Int,
+            "Of a disk: how many queues, 1 to 8; 1 if left out. A network interface has as many as its netdev."
+        ),
         optional("bus", Str, "`pci.0` or `pcie.0`: there is one."),
         optional(
             "addr",
@@ -295,6 +313,43 @@ object!(
             "Its PCI device number, as in `0x5` or `5.0`; the first that is free if left out."
         ),
     ]
+);
+choice!(
+    NET_CLIENT_DRIVER,
+    "NetClientDriver",
+    "What a netdev can be.",
+    [("tap", "A tap of the host.")]
+);
+object!(
+    NETDEV_ADD,
+    "q_obj_netdev_add-arg",
+    "Arguments of `netdev_add`.",
+    [
+        member("type", OneOf(&NET_CLIENT_DRIVER), "What it is."),
+        member(
+            "id",
+            Str,
+            "Its name, of no other netdev and no network interface of the VM file: 1 to 20 of `A-Z a-z 0-9 . _ -`."
+        ),
+        member(
+            "ifname",
+            Str,
+            "The tap's name: one that is there, which policy has to grant under `net`."
+        ),
+        optional(
+            "queues",
+            Int,
+            "How many queues of it, 1 to 8; 1 if left out. For more the tap has to have been made with `multi_queue`."
+        ),
+        optional("script", Str, "`no`: none is started."),
+        optional("downscript", Str, "`no`: none is started."),
+    ]
+);
+object!(
+    NETDEV_DEL,
+    "q_obj_netdev_del-arg",
+    "Arguments of `netdev_del`.",
+    [member("id", Str, "Which.")]
 );
 object!(
     DEVICE_DEL,

@@ -119,6 +119,7 @@ fn status() -> VmStatus {
         balloon: Some(64 << 20),
         vhost_user: Vec::new(),
         awaits: None,
+        netdevs: Vec::new(),
     }
 }
 
