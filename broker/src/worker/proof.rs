@@ -141,8 +141,16 @@ impl Prover {
             .into_iter()
             .flatten()
             .flatten();
+        let own = |mut thread: ObservedThread| {
+            // A thread that did not stop in time for an earlier reading is the launcher's until it does.
+            if self.launcher.pid() == thread.status.tracer {
+                thread.status.tracer = 0;
+            }
+            thread
+        };
+        let threads = tasks.filter_map(|task| thread(&task.path()).map(own));
         Observed {
-            threads: tasks.filter_map(|task| thread(&task.path())).collect(),
+            threads: threads.collect(),
             namespaces,
             own_namespaces: self.own_namespaces.clone(),
         }

@@ -55,8 +55,17 @@ impl Inspection {
             return Err(format!("no thread has {count} filters"));
         }
         let tid = i32::try_from(tid).map_err(|e| e.to_string())?;
+        let by = Instant::now() + within;
+        // Of an earlier reading: it is let go of first, and one thread is not traced twice.
+        while self.held.contains(&tid) {
+            if Instant::now() >= by {
+                return Err("it has not stopped since it was to be read before".to_owned());
+            }
+            std::thread::sleep(Duration::from_micros(20));
+            self.let_go();
+        }
         let began = Instant::now();
-        match read(tid, count, began + within) {
+        match read(tid, count, by) {
             Ok(filters) => Ok((filters, began.elapsed())),
             Err((held, what)) => {
                 self.held.extend(held.then_some(tid));
@@ -95,4 +104,51 @@ fn read(tid: i32, count: u32, by: Instant) -> Result<Vec<Program>, (bool, String
         .map_err(|e| failed(false, "read its filters", &e));
     ptrace::detach(pid, signal).map_err(|e| failed(true, "let go of it", &e))?;
     read
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::process::Command;
+    use std::process::Stdio;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_did_not_stop_in_time_is_read_once_it_does() {
+        // Whoever calls posix_spawn(3) cannot be stopped before the child has executed; this one waits for a FIFO first.
+        let program = "import os, sys
+os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)])
+sys.stdin.read()";
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut child = Command::new("python3")
+            .args(["-c", program])
+            .arg(&fifo)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = format!("/proc/{0}/task/{0}", child.id());
+        let of_it = |file: &str| std::fs::read_to_string(format!("{process}/{file}")).unwrap();
+        let patience = Instant::now() + Duration::from_secs(20);
+        while of_it("children").is_empty() || !of_it("stat").contains(") D ") {
+            assert!(Instant::now() < patience, "it does not spawn");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut inspection = Inspection::default();
+        let mut read = |within| {
+            let read = inspection.filters(child.id(), 0, within);
+            (read.map(|(filters, _)| filters.len()), inspection.holds())
+        };
+        let short = Duration::from_millis(20);
+        let (found, held) = read(short);
+        assert!(held && found.unwrap_err().contains("does not stop"));
+        let (found, held) = read(short);
+        assert!(held && found.unwrap_err().contains("has not stopped"));
+        drop(File::options().write(true).open(&fifo).unwrap());
+        assert_eq!(read(Duration::from_secs(20)), (Ok(0), false));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }
