@@ -1,8 +1,8 @@
 //! Every device of one guest busy at once, with its queues full, whole, in odd pieces and by indirect tables, while its worker is
 //! replaced again and again: each request is completed once, each byte arrives once and in order.
 //!
-//! `BATON_UPGRADES=1000 cargo nextest run -p baton-tests --test busy --no-capture` does it a thousand times; the blackouts are
-//! printed.
+//! `BATON_UPGRADES=1000 cargo test -p baton-tests --test busy -- --nocapture` does it a thousand times, which takes longer than
+//! nextest lets a test take; the blackouts are printed.
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use std::os::unix::net::UnixListener;
@@ -74,11 +74,16 @@ fn every_device_works_on_over_upgrades_and_loses_nothing() {
         Talk::new(stream.try_clone().unwrap(), stream),
         Talk::new(person.stdin.take().unwrap(), person.stdout.take().unwrap()),
     ];
-    let mut blackouts = Vec::new();
+    let (mut blackouts, mut aborted) = (Vec::new(), 0);
     for _ in 0..upgrades() {
         let before = work(&vm, &wire, &talks);
         vm.ram.mail(layout::COMMAND_BALLOON_REPORT);
-        blackouts.push(vm.assert_upgrades().blackout_us);
+        // One that is late on a busy machine is rolled back, over which nothing is lost either.
+        let upgrade = vm.upgrade();
+        match upgrade.outcome.as_str() {
+            "committed" => blackouts.push(upgrade.blackout_us),
+            _ => aborted += 1,
+        }
         for (index, (device, before)) in before.into_iter().enumerate() {
             let goes_on = || {
                 let now = work(&vm, &wire, &talks).get(index).map(|(_, now)| *now);
@@ -90,12 +95,14 @@ fn every_device_works_on_over_upgrades_and_loses_nothing() {
     blackouts.sort_unstable();
     let rank = |percent: usize| blackouts.get((blackouts.len() - 1) * percent / 100);
     println!(
-        "{} upgrades, blackout in microseconds: p50 {:?}, p99 {:?}, max {:?}",
+        "{} upgrades, {aborted} rolled back, blackout in microseconds: p50 {:?}, p99 {:?}, max {:?}",
         blackouts.len(),
         rank(50),
         rank(99),
         blackouts.last()
     );
+
+    assert!(aborted <= blackouts.len() / 10, "{aborted} rolled back");
 
     for talk in talks {
         assert!(talk.finish() > 0);
