@@ -46,6 +46,9 @@ const OWN: &[(&str, &str)] = &[
     ("anon_inode:[timerfd]", "made by the worker: a timer"),
 ];
 
+/// What /proc calls a device that VFIO gave out (Linux, `drivers/vfio/group.c`).
+const VFIO_DEVICE: &str = "anon_inode:[vfio-device]";
+
 /// What tells two files of a kind apart that are one to stat(2), as the line of fdinfo that says it (proc_pid_fdinfo(5)):
 /// the kernel's number of an eventfd, the interface of a tap. None of any other kind.
 fn line_of(kind: DescriptorKind) -> Option<&'static str> {
@@ -107,7 +110,10 @@ impl Broker {
             .iter()
             .map(|finding| finding_of(pid, finding))
             .collect();
-        let limits = self.rules.policy.rlimits(u32::from(self.vm.cpus.count.0));
+        let limits = self
+            .rules
+            .policy
+            .rlimits(u32::from(self.vm.cpus.count.0), self.vm.pinned());
         let executable = crate::worker::evidence::Executable {
             identity: worker.executable,
             digest: worker.digest,
@@ -202,6 +208,8 @@ impl Broker {
                         let told = told_by(line, &info);
                         told.is_some() && told == told_by_own(line, *own)
                     }
+                    // Anonymous, and one inode with all that is: known by what the kernel calls it.
+                    None if description.kind == DescriptorKind::VfioDevice => target == VFIO_DEVICE,
                     None => identity == (description.device, description.inode),
                 }
             });

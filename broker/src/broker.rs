@@ -29,6 +29,7 @@ use baton_ipc::control::StartReport;
 use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::Order;
+use baton_ipc::worker::VfioConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::WorkerStatus;
 use baton_policy::Compiled;
@@ -120,6 +121,8 @@ pub(crate) struct Broker {
     pub(crate) registry: Registry,
     /// Its virtio devices, whose descriptors are in the registry.
     pub(crate) virtio: Vec<VirtioConfig>,
+    /// Its devices that are PCI devices of the host, whose descriptors are in the registry.
+    pub(crate) vfio: Vec<VfioConfig>,
     /// What keeps its taps from other VMs, held.
     pub(crate) claims: Vec<OwnedFd>,
     /// Cgroups of a dead broker whose guest has come here, to be removed when their last process is gone.

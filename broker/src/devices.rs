@@ -12,5 +12,6 @@ pub(crate) mod ram_file;
 pub(crate) mod resizing;
 pub(crate) mod resources;
 pub(crate) mod taps;
+pub(crate) mod vfio;
 pub(crate) mod vhost_user;
 pub(crate) mod vsock;

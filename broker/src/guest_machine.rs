@@ -159,7 +159,8 @@ pub(crate) fn check(
             | DescriptorKind::RamFile
             | DescriptorKind::Kvm
             | DescriptorKind::Disk
-            | DescriptorKind::BlockDevice => {
+            | DescriptorKind::BlockDevice
+            | DescriptorKind::VfioContainer => {
                 Some(fs::read_link(&link).doing(format_args!("cannot resolve {key}"))?)
             }
             DescriptorKind::Tap => {
@@ -171,7 +172,10 @@ pub(crate) fn check(
                 check_tap(vm, key, name)?;
                 Some(tap_place(name))
             }
-            DescriptorKind::GuestRam | DescriptorKind::Stream | DescriptorKind::Eventfd => None,
+            DescriptorKind::GuestRam
+            | DescriptorKind::Stream
+            | DescriptorKind::Eventfd
+            | DescriptorKind::VfioDevice => None,
         };
         if key.name() == descriptor::VHOST_USER {
             check_backend(vm, policy, key, fd)?;

@@ -191,7 +191,7 @@ impl Broker {
     ) -> Result<Nascent> {
         let policy = &rules.policy;
         let confinement = Confinement {
-            rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0)),
+            rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0), self.vm.pinned()),
             keep: policy.capabilities,
             landlock_floor: policy.landlock.floor_abi,
             filters: rules.compiled.build.clone(),

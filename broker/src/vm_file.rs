@@ -19,11 +19,13 @@ use serde::Deserialize;
 pub(crate) mod disk;
 pub(crate) mod net;
 pub(crate) mod slots;
+pub(crate) mod vfio;
 pub(crate) mod vhost_user;
 pub(crate) mod vsock;
 
 use self::disk::Disks;
 use self::net::Nets;
+use self::vfio::Vfios;
 use self::vhost_user::VhostUsers;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -75,6 +77,9 @@ pub(crate) struct VmFile {
     /// Its devices that other processes implement.
     #[serde(default)]
     pub(crate) vhost_user: VhostUsers,
+    /// Its devices that are PCI devices of the host.
+    #[serde(default)]
+    pub(crate) vfio: Vfios,
     /// Its socket device.
     pub(crate) vsock: Option<vsock::Vsock>,
     /// What follows when its kernel says that it has panicked.
@@ -382,7 +387,7 @@ impl VmFile {
         Ok(file)
     }
 
-    fn parse(text: &str) -> std::result::Result<Self, toml::de::Error> {
+    pub(crate) fn parse(text: &str) -> std::result::Result<Self, toml::de::Error> {
         toml::from_str(text)
     }
 
@@ -399,7 +404,19 @@ impl VmFile {
         if self.overfull() {
             return Err("more devices than there are PCI device numbers");
         }
+        if !self.vfio.0.is_empty() {
+            self.check_vfio()?;
+        }
         self.memory.check()
+    }
+
+    /// Bytes of guest RAM that a worker has pinned, for devices of the host.
+    pub(crate) fn pinned(&self) -> u64 {
+        if self.vfio.0.is_empty() {
+            0
+        } else {
+            self.memory.size.0
+        }
     }
 
     fn resolve(&mut self, directory: &Path) {

@@ -497,6 +497,8 @@ pub struct VmStatus {
     pub balloon: Option<u64>,
     /// The names of its devices that other processes implement.
     pub vhost_user: Vec<String>,
+    /// The names of its devices that are PCI devices of the host.
+    pub vfio: Vec<String>,
     /// What an upgrade that is under way, or a broker without a guest, waits for.
     pub awaits: Option<Awaited>,
     /// Its taps that were opened while it ran.

@@ -40,6 +40,13 @@ pub const VHOST_USER: &str = "vhost-user";
 /// The name of the eventfd by which a guest notifies a virtqueue; the id is
 /// [`VirtioConfig::kick`](crate::worker::VirtioConfig::kick)'s.
 pub const KICK: &str = "kick";
+/// The name of the VFIO container, through which guest RAM is mapped for the DMA of all of a VM's host devices.
+pub const VFIO_CONTAINER: &str = "vfio-container";
+/// The name of a PCI device of the host; the id is the device's slot.
+pub const VFIO_DEVICE: &str = "vfio-device";
+/// The name of the eventfd that a vector of a PCI device of the host signals; the id is
+/// [`VfioConfig::vector`](crate::worker::VfioConfig::vector)'s.
+pub const VFIO_VECTOR: &str = "vfio-vector";
 
 /// Seals that every guest-RAM memfd carries before it leaves the broker: its size is fixed, and no holder can add a seal
 /// that would break the next worker's mapping (memfd_create(2), fcntl(2) "File Sealing").
@@ -54,6 +61,8 @@ const FILE_TYPE: u32 = 0o170_000;
 const KVM_DEVICE: (u32, u32) = (10, 232);
 /// `/dev/net/tun`'s device number (Documentation/networking/tuntap.rst: misc major 10, minor 200).
 const TUN_DEVICE: (u32, u32) = (10, 200);
+/// `/dev/vfio/vfio`'s device number (Documentation/admin-guide/devices.txt: misc major 10, minor 196).
+const VFIO_DEVICE_NUMBER: (u32, u32) = (10, 196);
 
 /// A descriptor's name and id, the key of the registry.
 ///
@@ -141,6 +150,10 @@ pub enum DescriptorKind {
     Tap,
     /// A regular file that guest RAM is in, outliving every process. Nothing seals it: its owner has to leave its size alone.
     RamFile,
+    /// `/dev/vfio/vfio`, with an IOMMU.
+    VfioContainer,
+    /// A device that VFIO gave out. All of them look alike to fstat(2): which one it is is the broker's word.
+    VfioDevice,
 }
 
 /// What a descriptor may be used for (O_ACCMODE, open(2)).
@@ -281,7 +294,10 @@ impl Description {
             DescriptorKind::Stream => file_type == FileType::Socket,
             DescriptorKind::BlockDevice => file_type == FileType::BlockDevice,
             // An anonymous inode has no type (Linux, `fs/anon_inodes.c`).
-            DescriptorKind::Eventfd => stat.st_mode & FILE_TYPE == 0,
+            DescriptorKind::Eventfd | DescriptorKind::VfioDevice => stat.st_mode & FILE_TYPE == 0,
+            DescriptorKind::VfioContainer => {
+                file_type == FileType::CharacterDevice && device_number == VFIO_DEVICE_NUMBER
+            }
             DescriptorKind::Tap => {
                 file_type == FileType::CharacterDevice && device_number == TUN_DEVICE
             }
@@ -494,6 +510,8 @@ mod tests {
             DescriptorKind::BlockDevice,
             DescriptorKind::Eventfd,
             DescriptorKind::Tap,
+            DescriptorKind::VfioContainer,
+            DescriptorKind::VfioDevice,
         ] {
             assert!(
                 matches!(

@@ -48,7 +48,7 @@ use crate::StateDigest;
 use crate::VmId;
 
 /// The version of these messages; a worker of another version is refused before it is given anything.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// The most vCPUs of a VM.
 pub const MAX_CPUS: u8 = 8;
@@ -148,6 +148,8 @@ pub struct WorkerConfig {
     pub filters: Filters,
     /// virtio devices, in ascending order of their slots.
     pub virtio: Vec<VirtioConfig>,
+    /// PCI devices of the host, in ascending order of their slots.
+    pub vfio: Vec<VfioConfig>,
     /// Threads that serve them, 1 to [`MAX_IO_THREADS`].
     pub io_threads: u8,
     /// How long requests in flight may take when devices park, in milliseconds.
@@ -292,6 +294,59 @@ pub struct VhostUserConfig {
     pub features: u64,
     /// Its configuration space, at most [`vhost_user::MAX_CONFIG`](crate::vhost_user::MAX_CONFIG) bytes.
     pub config: Vec<u8>,
+}
+
+/// A PCI device of the host that is the guest's, as the broker has found it, on descriptor `vfio-device` with its slot as id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfioConfig {
+    /// Its PCI device number in the guest, from 1 to below [`MAX_SLOTS`].
+    pub slot: u8,
+    /// The first [`VFIO_CONFIG`] bytes of its configuration space, as VFIO shows them.
+    pub space: Vec<u8>,
+    /// Where in its descriptor configuration space begins.
+    pub space_at: u64,
+    /// What is behind each of its BARs, [`VFIO_BARS`] of them; of no bytes where there is none.
+    pub bars: Vec<VfioBar>,
+    /// By what it interrupts.
+    pub interrupts: VfioInterrupts,
+    /// How many vectors it has, 1 to [`MAX_VFIO_VECTORS`].
+    pub vectors: u16,
+    /// It can be reset by itself.
+    pub resets: bool,
+}
+
+/// Bytes of configuration space (PCI Local Bus 3.0, 6.1) that a guest sees of a PCI device of the host.
+pub const VFIO_CONFIG: usize = 256;
+/// BARs of a function (PCI Local Bus 3.0, 6.1).
+pub const VFIO_BARS: usize = 6;
+/// The most vectors of a PCI device of the host: the ids of their descriptors are this many apart.
+pub const MAX_VFIO_VECTORS: u16 = 64;
+
+/// What is behind a BAR of a PCI device of the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VfioBar {
+    /// Where in the device's descriptor it begins.
+    pub at: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// By what a PCI device of the host interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VfioInterrupts {
+    /// Message-signalled interrupts (PCI Local Bus 3.0, 6.8.1).
+    Msi,
+    /// MSI-X (6.8.2).
+    MsiX,
+}
+
+impl VfioConfig {
+    /// The id of the descriptor `vfio-vector` of one of its vectors.
+    #[must_use]
+    pub fn vector(&self, vector: u16) -> u32 {
+        u32::from(self.slot) * u32::from(MAX_VFIO_VECTORS) + u32::from(vector)
+    }
 }
 
 /// What a device that another process implements is to the guest.

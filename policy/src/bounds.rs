@@ -167,6 +167,20 @@ const BOUNDS: &[Bound] = &[
         why: "FIONBIO, terminals and taps: the running worker shares the open file, and would feel it",
     },
     Bound {
+        roles: &Role::ALL,
+        calls: &["ioctl"],
+        when: Arguments::IoctlType(
+            b';',
+            &[
+                "VFIO_DEVICE_SET_IRQS",
+                "VFIO_DEVICE_RESET",
+                "VFIO_IOMMU_MAP_DMA",
+                "VFIO_IOMMU_UNMAP_DMA",
+            ],
+        ),
+        why: "the broker takes devices of the host from VFIO; a worker has those that it was handed",
+    },
+    Bound {
         roles: &Role::STEADY,
         calls: &[
             "execveat",

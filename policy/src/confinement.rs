@@ -64,7 +64,7 @@ impl Policy {
     /// As [`Policy::compile`].
     pub fn confinement(&self, vcpus: u32) -> Result<Confinement, CompileError> {
         Ok(Confinement {
-            rlimits: self.rlimits(vcpus),
+            rlimits: self.rlimits(vcpus, 0),
             keep: self.capabilities,
             landlock_floor: self.landlock.floor_abi,
             filters: self.compile()?.build,

@@ -139,6 +139,11 @@ const TABLE: &[(Family, &str, u64)] = &[
     (Family::Ioctl, "BLKGETSIZE64", 0x8008_1272),
     (Family::Ioctl, "FIONBIO", 0x5421),
     (Family::Ioctl, "TIOCGPTN", 0x8004_5430),
+    // VFIO (`linux/vfio.h`): numbers alone, without direction and size. Some are used twice, for different descriptors.
+    (Family::Ioctl, "VFIO_DEVICE_SET_IRQS", 0x3b6e),
+    (Family::Ioctl, "VFIO_DEVICE_RESET", 0x3b6f),
+    (Family::Ioctl, "VFIO_IOMMU_MAP_DMA", 0x3b71),
+    (Family::Ioctl, "VFIO_IOMMU_UNMAP_DMA", 0x3b72),
     // fcntl.
     (Family::Fcntl, "F_DUPFD", 0),
     (Family::Fcntl, "F_GETFD", 1),

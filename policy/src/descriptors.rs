@@ -58,6 +58,10 @@ pub enum Kind {
     StreamSocket,
     /// A connected sequenced-packet socket.
     SeqpacketSocket,
+    /// A VFIO container, `/dev/vfio/vfio` (character device 10:196).
+    VfioContainer,
+    /// A device that VFIO gave out.
+    VfioDevice,
 }
 
 /// What may be done with a descriptor.
@@ -369,6 +373,8 @@ impl fmt::Display for Kind {
             Self::Eventfd => "eventfd",
             Self::StreamSocket => "stream-socket",
             Self::SeqpacketSocket => "seqpacket-socket",
+            Self::VfioContainer => "vfio-container",
+            Self::VfioDevice => "vfio-device",
         })
     }
 }

@@ -5,13 +5,15 @@
 //! through the call and is as long as the kernel is told.
 #![expect(
     unsafe_code,
-    reason = "seccomp(2), ptrace(2), netdevice(7), TUNSETIFF, signal(2) and close_range(2) have no safe wrapper"
+    reason = "seccomp(2), ptrace(2), netdevice(7), TUNSETIFF, VFIO, signal(2) and close_range(2) have no safe wrapper"
 )]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::program::{Instruction, MAX_INSTRUCTIONS, Program};
+
+pub mod vfio;
 
 /// `PTRACE_SECCOMP_GET_FILTER` (`linux/ptrace.h`).
 const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;

@@ -248,11 +248,14 @@ impl Policy {
         u64::from(vcpus) + u64::from(self.threads.headroom.get())
     }
 
-    /// The resource limits of a worker with this many vCPUs.
+    /// The resource limits of a worker with this many vCPUs, which has so many bytes of guest RAM pinned for devices of the host.
     #[must_use]
-    pub fn rlimits(&self, vcpus: u32) -> Rlimits {
+    pub fn rlimits(&self, vcpus: u32, pinned: u64) -> Rlimits {
         let mut limits = self.rlimits.clone();
         limits.set(Resource::Nproc, Limit::At(self.task_limit(vcpus)));
+        if let Some(Limit::At(locked)) = limits.get(Resource::Memlock) {
+            limits.set(Resource::Memlock, Limit::At(locked.saturating_add(pinned)));
+        }
         limits
     }
 

@@ -30,6 +30,8 @@ pub struct VmPlan {
     pub vcpus: u32,
     /// Guest RAM, in bytes.
     pub ram: u64,
+    /// How much of it a worker has pinned for devices of the host, in bytes.
+    pub pinned: u64,
     /// Every descriptor that a start opens or makes.
     pub descriptors: Vec<Planned>,
     /// The names under which a worker may get more while its guest runs.
@@ -180,11 +182,13 @@ impl Policy {
     }
 
     fn vm_sentences(&self, plan: &VmPlan) -> Vec<String> {
-        let VmPlan { vcpus, ram, .. } = *plan;
+        let VmPlan {
+            vcpus, ram, pinned, ..
+        } = *plan;
         // Two workers are in it during an upgrade.
         let limits = self.cgroup_limits(2, vcpus, ram);
         let rlimits: Vec<String> = self
-            .rlimits(vcpus)
+            .rlimits(vcpus, pinned)
             .iter()
             .map(|(resource, limit)| format!("{resource} {limit}"))
             .collect();
@@ -277,6 +281,7 @@ mod tests {
             worker_is_beside: true,
             vcpus: 2,
             ram: 1 << 29,
+            pinned: 0,
             descriptors,
             later: Vec::new(),
         };
@@ -358,6 +363,7 @@ mod tests {
             worker_is_beside: true,
             vcpus: 2,
             ram: 1 << 29,
+            pinned: 0,
             descriptors: vec![planned("disk", Kind::File, Some("/srv/a.img"))],
             later: vec!["disk".to_owned(), "state".to_owned()],
         };

@@ -4,8 +4,10 @@
 //! uses `/dev/kvm` and the mappings of RAM, and nothing else of what it was handed.
 
 use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use baton_ipc::DescriptorError;
@@ -13,6 +15,7 @@ use baton_ipc::DescriptorKey;
 use baton_ipc::DescriptorKind;
 use baton_ipc::Registry;
 use baton_ipc::RegistryError;
+use baton_ipc::StartMode;
 use baton_ipc::descriptor;
 use baton_ipc::vhost_user;
 use baton_ipc::worker::BlockConfig;
@@ -76,6 +79,7 @@ use crate::platform;
 use crate::platform::Platform;
 use crate::platform::PlatformError;
 use crate::platform::PlatformParts;
+use crate::platform::VfioParts;
 use crate::platform::VirtioParts;
 use crate::transfer::entries::Entries;
 use crate::vcpu::Inventory;
@@ -83,6 +87,9 @@ use crate::vcpu::Rendezvous;
 use crate::vcpu::VcpuError;
 use crate::vcpu::VcpuStateError;
 use crate::vcpu::Vcpus;
+use crate::vfio;
+use crate::vfio::VfioError;
+use crate::vfio::container::Container;
 use crate::vm;
 use crate::vm::VmError;
 
@@ -126,6 +133,9 @@ pub(crate) enum BuildError {
     /// The devices.
     #[error(transparent)]
     Platform(#[from] PlatformError),
+    /// A device of the host.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// The I/O threads.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -201,6 +211,7 @@ pub(crate) fn check(config: &WorkerConfig) -> Result<LastFilters, BuildError> {
         return wrong("virtio", "not in the order of its slots".to_owned());
     }
     config.virtio.iter().try_for_each(check_virtio)?;
+    config.vfio.iter().try_for_each(vfio::check)?;
     // The host bridge stays.
     if config.removable & 1 != 0 {
         return wrong("removable", format!("{:#x}", config.removable));
@@ -428,6 +439,52 @@ fn kicks(config: &VirtioConfig, registry: &mut Registry) -> Result<Vec<Arc<Owned
         .collect()
 }
 
+/// The container of the host's devices, and those.
+fn host_devices(
+    config: &WorkerConfig,
+    registry: &mut Registry,
+) -> Result<Option<(OwnedFd, Vec<VfioParts>)>, BuildError> {
+    if config.vfio.is_empty() {
+        return Ok(None);
+    }
+    let (name, kind) = (descriptor::VFIO_CONTAINER, DescriptorKind::VfioContainer);
+    let container = claim(registry, name, 0, kind)?;
+    let mut devices = Vec::with_capacity(config.vfio.len());
+    for device in &config.vfio {
+        let (name, kind) = (descriptor::VFIO_DEVICE, DescriptorKind::VfioDevice);
+        let file = claim(registry, name, device.slot.into(), kind)?;
+        let (name, kind) = (descriptor::VFIO_VECTOR, DescriptorKind::Eventfd);
+        let vectors = (0..device.vectors)
+            .map(|vector| claim(registry, name, device.vector(vector), kind))
+            .collect::<Result<_, _>>()?;
+        devices.push(VfioParts {
+            config: device.clone(),
+            file,
+            vectors,
+        });
+    }
+    Ok(Some((container, devices)))
+}
+
+/// Maps guest RAM for the host's devices, and has their vectors signal. Those of a guest that another worker has are left alone.
+fn arrange_vfio(
+    container: OwnedFd,
+    devices: Vec<VfioParts>,
+    memory: &'static GuestMemoryMmap,
+    mode: StartMode,
+) -> Result<(Arc<Mutex<Container>>, Vec<VfioParts>), BuildError> {
+    let container = if mode.preserves_guest() {
+        Container::of_another(container, memory)
+    } else {
+        for device in &devices {
+            let kind = device.config.interrupts;
+            vfio::interrupts::enable(device.file.as_fd(), kind, &device.vectors)?;
+        }
+        Container::mapped(container, memory)?
+    };
+    Ok((Arc::new(Mutex::new(container)), devices))
+}
+
 /// A device that comes while the guest runs, of everything that was lent for it.
 ///
 /// # Errors
@@ -516,6 +573,7 @@ pub(crate) fn build(
             kicks: kicks(device, registry)?,
         });
     }
+    let host_devices = host_devices(config, registry)?;
     registry.finish()?;
 
     // The mapping is the VM's, and the VM lives as long as this process.
@@ -555,6 +613,10 @@ pub(crate) fn build(
     }
     let inventory = Arc::new(Inventory::of(first, &host.msrs, host.xsave)?);
     let pool = IoPool::spawn(config.io_threads)?;
+    let vfio = match host_devices {
+        Some((container, devices)) => Some(arrange_vfio(container, devices, memory, config.mode)?),
+        None => None,
+    };
     let mut platform = platform::build(PlatformParts {
         vm: &vm,
         wake,
@@ -562,6 +624,7 @@ pub(crate) fn build(
         pool: &pool,
         drain: Duration::from_millis(config.drain_ms.into()),
         virtio,
+        vfio,
         removable: config.removable,
         preview,
     })?;

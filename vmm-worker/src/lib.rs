@@ -10,6 +10,7 @@
 //! vm_state    what belongs to no vCPU                  sections   what the state stream is made of
 //! boot        the kernel in RAM                        devices    what the guest finds on its buses
 //! pci_host    interrupts and notifications in KVM      io_pool    the threads that serve disks
+//! vfio        PCI devices of the host
 //! ```
 //!
 //! It opens nothing, connects to nothing and starts nothing: every descriptor but the control socket comes from the
@@ -41,6 +42,7 @@ mod sections;
 mod signals;
 mod transfer;
 mod vcpu;
+mod vfio;
 mod vm;
 mod vm_state;
 

@@ -13,6 +13,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
+use baton_ipc::worker::MAX_SLOTS;
 use kvm_bindings::KVM_IRQ_ROUTING_IRQCHIP;
 use kvm_bindings::KVM_IRQ_ROUTING_MSI;
 use kvm_bindings::KVM_IRQCHIP_IOAPIC;
@@ -32,7 +33,6 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::layout;
 use crate::devices::Trigger;
 use crate::devices::lifecycle::DeviceError;
-use crate::devices::pci::Function as _;
 use crate::devices::pci::msix::MAX_VECTORS;
 use crate::devices::pci::msix::Message;
 use crate::devices::pci::msix::Sink;
@@ -42,6 +42,7 @@ use crate::devices::virtio::transport::NOTIFY_STEP;
 use crate::devices::virtio::transport::Transport;
 use crate::diagnostics::log;
 use crate::platform::PlatformError;
+use crate::vfio::device::HostDevice;
 use crate::vm;
 
 /// Interrupts of the I/O APIC; vectors have numbers from here on.
@@ -117,14 +118,28 @@ impl Wired {
     }
 }
 
+/// A function that is a device of the host.
+struct Assigned {
+    slot: u8,
+    device: Arc<Mutex<HostDevice>>,
+}
+
+impl Assigned {
+    fn device(&self) -> MutexGuard<'_, HostDevice> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// All functions.
 pub(crate) struct PciHost {
     vm: Arc<VmFd>,
     functions: Vec<Wired>,
+    assigned: Vec<Assigned>,
     stale: Arc<Stale>,
 }
 
-fn interrupt(slot: u8, vector: u16) -> u32 {
+/// The interrupt number of a vector.
+pub(crate) fn interrupt(slot: u8, vector: u16) -> u32 {
     FIRST_VECTOR + u32::from(slot) * u32::from(MAX_VECTORS) + u32::from(vector)
 }
 
@@ -132,6 +147,29 @@ fn interrupt(slot: u8, vector: u16) -> u32 {
 pub(crate) fn first_bar(slot: u8) -> u32 {
     let window = u32::try_from(layout::PCI_WINDOW_32).unwrap_or(0);
     window + u32::from(slot) * BAR_SIZE
+}
+
+/// Where BARs of devices of the host go at power-on: behind those of our own devices, one after the other.
+pub(crate) struct Room {
+    next: u64,
+    end: u64,
+}
+
+impl Room {
+    pub(crate) fn below_4_gib() -> Self {
+        Self {
+            next: first_bar(MAX_SLOTS).into(),
+            end: layout::PCI_WINDOW_32 + layout::PCI_WINDOW_32_SIZE,
+        }
+    }
+
+    /// The address of the next `size` bytes, a power of two, at a multiple of them.
+    pub(crate) fn take(&mut self, size: u64) -> Option<u32> {
+        let address = self.next.checked_next_multiple_of(size)?;
+        let end = address.checked_add(size).filter(|end| *end <= self.end)?;
+        self.next = end;
+        u32::try_from(address).ok()
+    }
 }
 
 impl PciHost {
@@ -143,6 +181,7 @@ impl PciHost {
         Self {
             vm,
             functions: Vec::new(),
+            assigned: Vec::new(),
             stale,
         }
     }
@@ -173,6 +212,20 @@ impl PciHost {
             stale: Arc::clone(&self.stale),
         };
         Ok((sink, irqs))
+    }
+
+    /// The sink of vectors that a device of the host fires by itself.
+    pub(crate) fn sink(&self) -> KvmSink {
+        KvmSink {
+            vm: Arc::clone(&self.vm),
+            irqs: Arc::default(),
+            stale: Arc::clone(&self.stale),
+        }
+    }
+
+    /// Takes a device of the host in.
+    pub(crate) fn assign(&mut self, slot: u8, device: Arc<Mutex<HostDevice>>) {
+        self.assigned.push(Assigned { slot, device });
     }
 
     /// Takes a function in.
@@ -276,22 +329,56 @@ impl PciHost {
                 .unwrap_or(first_bar(function.slot).into());
             notifications(&self.vm, function, bar, true)?;
             function.notified_at = Some(bar);
-            let vectors = function.irqs.len();
-            let told = told.map(|told| told.routes.clone()).unwrap_or_default();
-            let known = told
-                .into_iter()
-                .filter(|(vector, _)| usize::from(*vector) < vectors)
-                .take(vectors)
-                .collect::<Vec<_>>();
-            routes.push((function.slot, known));
+            routes.push((function.slot, announced(told, function.irqs.len())));
+        }
+        for function in &self.assigned {
+            let told = preview.iter().find(|told| told.slot == function.slot);
+            let vectors = usize::from(function.device().msix().vectors());
+            routes.push((function.slot, announced(told, vectors)));
         }
         if routes.iter().any(|(_, routes)| !routes.is_empty()) {
             self.route(&routes)?;
         }
-        for (function, (_, routes)) in self.functions.iter().zip(&routes) {
-            function.transport().interrupts().msix().installed(routes);
-        }
+        self.installed(&routes);
         Ok(())
+    }
+
+    /// Tells every function which routes KVM holds of it now.
+    fn installed(&self, routes: &[(u8, Vec<(u16, Message)>)]) {
+        let of = |slot: u8| {
+            let mut routes = routes.iter();
+            let found = routes.find(|(routed, _)| *routed == slot);
+            found.map_or(&[][..], |(_, routes)| routes.as_slice())
+        };
+        for function in &self.functions {
+            let transport = function.transport();
+            transport.interrupts().msix().installed(of(function.slot));
+        }
+        for function in &self.assigned {
+            function.device().msix().installed(of(function.slot));
+        }
+    }
+
+    /// The routes that KVM should hold.
+    fn routes(&self) -> Vec<(u8, Vec<(u16, Message)>)> {
+        let own = self.functions.iter().map(|function| {
+            let routes = function.transport().interrupts().msix().routes();
+            (function.slot, routes)
+        });
+        let assigned = self.assigned.iter().map(|function| {
+            let routes = function.device().msix().routes();
+            (function.slot, routes)
+        });
+        own.chain(assigned).collect()
+    }
+
+    /// How many vectors of all functions fire by hand, or do not fire, for want of their routes.
+    fn stale_vectors(&self) -> u32 {
+        let own = self.functions.iter();
+        let own = own.map(|function| function.transport().interrupts().msix().stale());
+        let assigned = self.assigned.iter();
+        let assigned = assigned.map(|function| function.device().msix().stale());
+        own.chain(assigned).sum()
     }
 
     fn route(&self, routes: &[(u8, Vec<(u16, Message)>)]) -> Result<(), PlatformError> {
@@ -316,24 +403,15 @@ impl PciHost {
         if !self.stale.flag.swap(false, Ordering::SeqCst) {
             return;
         }
-        let stale = |function: &Wired| function.transport().interrupts().msix().stale() > 0;
-        if self.functions.iter().any(stale) {
-            let routes: Vec<_> = self
-                .functions
-                .iter()
-                .map(|function| {
-                    let routes = function.transport().interrupts().msix().routes();
-                    (function.slot, routes)
-                })
-                .collect();
+        if self.stale_vectors() > 0 {
+            let routes = self.routes();
             match self.route(&routes) {
-                Ok(()) => {
-                    for (function, (_, routes)) in self.functions.iter().zip(&routes) {
-                        function.transport().interrupts().msix().installed(routes);
-                    }
-                }
+                Ok(()) => self.installed(&routes),
                 Err(error) => log!("interrupt routes: {error}"),
             }
+        }
+        for function in &self.assigned {
+            function.device().settle();
         }
         for function in &mut self.functions {
             let bar = function.transport().bar().map(|bar| bar.start);
@@ -353,26 +431,29 @@ impl PciHost {
 
     /// What a new worker is to know in advance.
     pub(crate) fn preview(&self) -> Preview {
-        self.functions
-            .iter()
-            .map(|function| {
-                let transport = function.transport();
-                FunctionPreview {
-                    slot: function.slot,
-                    bar: transport.bar_address(),
-                    routes: transport.interrupts().msix().enabled_messages(),
-                }
-            })
-            .collect()
+        let own = self.functions.iter().map(|function| {
+            let transport = function.transport();
+            FunctionPreview {
+                slot: function.slot,
+                bar: transport.bar_address(),
+                routes: transport.interrupts().msix().enabled_messages(),
+            }
+        });
+        // KVM has nothing to do with the BARs of these.
+        let assigned = self.assigned.iter().map(|function| FunctionPreview {
+            slot: function.slot,
+            bar: 0,
+            routes: function.device().msix().enabled_messages(),
+        });
+        own.chain(assigned).collect()
     }
 
     /// How much of the preview was no longer so in the state that was loaded: vectors and BARs. It is arranged anew once
     /// the guest runs.
     pub(crate) fn changed(&self) -> u32 {
-        let mut changed = 0;
+        let mut changed = self.stale_vectors();
         for function in &self.functions {
             let transport = function.transport();
-            changed += transport.interrupts().msix().stale();
             let bar = transport.bar().map(|bar| bar.start);
             changed += u32::from(bar.is_some() && bar != function.notified_at);
         }
@@ -382,6 +463,16 @@ impl PciHost {
         }
         changed
     }
+}
+
+/// The routes that an old worker announces of a function with so many vectors.
+fn announced(told: Option<&FunctionPreview>, vectors: usize) -> Vec<(u16, Message)> {
+    let routes = told.into_iter().flat_map(|told| &told.routes);
+    routes
+        .filter(|(vector, _)| usize::from(*vector) < vectors)
+        .take(vectors)
+        .copied()
+        .collect()
 }
 
 /// A copy of an eventfd as the KVM crates want it.

@@ -14,6 +14,7 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use baton_ipc::worker::VfioConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_ipc::worker::WorkerConfig;
@@ -36,8 +37,10 @@ use crate::devices::i8042::I8042;
 use crate::devices::lifecycle::DeviceError;
 use crate::devices::lifecycle::LifecycleError;
 use crate::devices::pci::hotplug::Hotplug;
+use crate::devices::pci::msix::Msix;
 use crate::devices::pci::segment::Segment;
 use crate::devices::pci::segment::SegmentDevice;
+use crate::devices::pci::segment::SharedFunction;
 use crate::devices::pci::segment::Window;
 use crate::devices::pci::segment::WindowDevice;
 use crate::devices::power::Power;
@@ -55,7 +58,13 @@ use crate::io_pool::IoPool;
 use crate::pci_host;
 use crate::pci_host::PciHost;
 use crate::pci_host::Preview;
+use crate::pci_host::Room;
 use crate::vcpu::Exits;
+use crate::vfio;
+use crate::vfio::VfioError;
+use crate::vfio::container::Container;
+use crate::vfio::device::HostDevice;
+use crate::vfio::interrupts::Vectors;
 use crate::vm::VmError;
 
 /// Why the devices cannot be had.
@@ -82,6 +91,9 @@ pub(crate) enum PlatformError {
     /// A device cannot end.
     #[error(transparent)]
     Device(DeviceError),
+    /// A device of the host.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// The device set refuses.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
@@ -162,6 +174,7 @@ pub(crate) fn device_ids(config: &WorkerConfig) -> Vec<DeviceId> {
     DEVICES
         .into_iter()
         .chain(config.virtio.iter().map(device_id))
+        .chain((config.vfio.iter()).map(|one| DeviceId::new(DeviceKind::VFIO, one.slot.into())))
         .collect()
 }
 
@@ -186,6 +199,14 @@ pub(crate) struct VirtioParts {
     pub(crate) kicks: Vec<Arc<OwnedFd>>,
 }
 
+/// A PCI device of the host, not yet plugged in.
+pub(crate) struct VfioParts {
+    pub(crate) config: VfioConfig,
+    pub(crate) file: OwnedFd,
+    /// What each of its vectors signals.
+    pub(crate) vectors: Vec<OwnedFd>,
+}
+
 /// What platform devices are made with.
 pub(crate) struct PlatformParts<'a> {
     pub(crate) vm: &'a Arc<VmFd>,
@@ -196,6 +217,8 @@ pub(crate) struct PlatformParts<'a> {
     /// How long requests in flight may take when devices park.
     pub(crate) drain: Duration,
     pub(crate) virtio: Vec<VirtioParts>,
+    /// PCI devices of the host, and what they share.
+    pub(crate) vfio: Option<(Arc<Mutex<Container>>, Vec<VfioParts>)>,
     /// Slots that devices come to and go from while the guest runs, one bit each.
     pub(crate) removable: u32,
     /// What the old worker of an upgrade says in advance.
@@ -342,6 +365,12 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
         platform.put(slot, transport.clone())?;
         platform.pci.add(slot, transport, irqs);
     }
+    if let Some((container, devices)) = parts.vfio {
+        let mut room = Room::below_4_gib();
+        for device in devices {
+            platform.assign(vm, &mut room, &container, device)?;
+        }
+    }
     platform.pci.arrange(parts.preview)?;
     Ok(platform)
 }
@@ -382,8 +411,48 @@ impl Platform {
         Ok((Arc::new(Mutex::new(transport)), irqs))
     }
 
+    /// Puts a device of the host on the bus.
+    fn assign(
+        &mut self,
+        vm: &Arc<VmFd>,
+        room: &mut Room,
+        container: &Arc<Mutex<Container>>,
+        parts: VfioParts,
+    ) -> Result<(), PlatformError> {
+        let VfioParts {
+            config,
+            file,
+            vectors,
+        } = parts;
+        let slot = config.slot;
+        let shape = vfio::config::shape(&config, |size| {
+            room.take(size).ok_or(VfioError::Room {
+                slot,
+                size,
+                window: layout::PCI_WINDOW_32_SIZE,
+            })
+        })?;
+        let first = pci_host::interrupt(slot, 0);
+        let device = HostDevice::new(vfio::device::Parts {
+            slot,
+            file,
+            space_at: config.space_at,
+            bars: config.bars,
+            shape,
+            resets: config.resets,
+            msix: Msix::new(config.vectors, Box::new(self.pci.sink())),
+            vectors: Vectors::new(Arc::clone(vm), first, vectors),
+            container: Arc::clone(container),
+        });
+        let device = Arc::new(Mutex::new(device));
+        self.devices.add(device.clone())?;
+        self.put(slot, device.clone())?;
+        self.pci.assign(slot, device);
+        Ok(())
+    }
+
     /// Puts a function on the bus.
-    fn put(&self, slot: u8, transport: Arc<Mutex<Transport>>) -> Result<(), PlatformError> {
+    fn put(&self, slot: u8, transport: SharedFunction) -> Result<(), PlatformError> {
         let mut segment = self.segment.lock().unwrap_or_else(PoisonError::into_inner);
         if segment.plug(slot, transport) {
             Ok(())

@@ -329,6 +329,7 @@ mod tests {
                 io: vec![],
             },
             virtio: Vec::new(),
+            vfio: Vec::new(),
             io_threads: 1,
             drain_ms: 40,
             on_panic: baton_ipc::worker::PanicAction::default(),

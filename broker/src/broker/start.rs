@@ -43,6 +43,7 @@ use crate::devices::console::Console;
 use crate::devices::console::Port;
 use crate::devices::resources;
 use crate::devices::resources::Resources;
+use crate::devices::vfio;
 use crate::notify::Manager;
 use crate::own::Own;
 use crate::refusal::Doing;
@@ -90,6 +91,9 @@ impl Broker {
                 ),
                 "give the VM its name again there",
             ));
+        }
+        if options.incoming.is_some() || options.restore.is_some() {
+            vfio::check_stays(&vm)?;
         }
         let signals = Signals::new()?;
         let directory = match options.incoming {
@@ -163,6 +167,7 @@ impl Broker {
         let Resources {
             registry,
             virtio,
+            vfio,
             claims,
         } = resources;
         let mut id = [0; 16];
@@ -193,6 +198,7 @@ impl Broker {
             retired: Vec::new(),
             registry,
             virtio,
+            vfio,
             claims,
             remains: Vec::new(),
             ids,
@@ -416,6 +422,7 @@ impl Broker {
                 io: filter(Role::Io)?,
             },
             virtio: self.virtio.clone(),
+            vfio: self.vfio.clone(),
             io_threads: self.io_threads(),
             drain_ms: u32::try_from(self.deadlines.drain().as_millis()).unwrap_or(u32::MAX),
             on_panic: self.vm.on_panic,

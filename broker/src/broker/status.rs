@@ -111,6 +111,9 @@ impl Broker {
             vhost_user: (self.vm.vhost_user.0.iter())
                 .map(|device| device.id.0.clone())
                 .collect(),
+            vfio: (self.vm.vfio.0.iter())
+                .map(|device| device.id.0.clone())
+                .collect(),
             awaits: self.awaits(),
             netdevs: self.netdev_statuses(),
         }

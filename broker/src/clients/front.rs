@@ -312,7 +312,7 @@ impl Broker {
         // As the worker beside the broker: whoever could replace it could replace the broker.
         let binary = WorkerBinary::admit(file, |_, _| Ok(Some(Permitted::Listed)))?;
         let confinement = Confinement {
-            rlimits: place.rules.policy.rlimits(0),
+            rlimits: place.rules.policy.rlimits(0, 0),
             keep: place.rules.policy.capabilities,
             landlock_floor: place.rules.policy.landlock.floor_abi,
             filters: place.rules.compiled.build.clone(),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use baton_ipc::descriptor;
+use baton_ipc::worker::MAX_VFIO_VECTORS;
 use baton_ipc::worker::VhostUserConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
@@ -19,6 +20,7 @@ use baton_policy::vm_plan::VmPlan;
 use crate::devices::console::Port;
 use crate::devices::ram_file;
 use crate::devices::taps;
+use crate::devices::vfio;
 use crate::reboot::state_file;
 use crate::refusal::Result;
 use crate::transfer::channel_path::Which;
@@ -44,6 +46,7 @@ pub(crate) fn of_file(path: &Path) -> Result<VmPlan> {
         worker,
         vcpus: vm.cpus.count.0.into(),
         ram: vm.memory.size.0,
+        pinned: vm.pinned(),
         descriptors: descriptors(&vm),
         later: later(&vm),
     })
@@ -91,6 +94,7 @@ fn descriptors(vm: &VmFile) -> Vec<Planned> {
     for (slot, device) in vm.devices() {
         all.extend(of_device(slot, &device));
     }
+    all.extend(host_devices(vm));
     for (port, kind) in Port::of(vm) {
         let (name, id, table) = (descriptor::CONSOLE, port.id(), port.table());
         all.push(made(name, (id, id), Kind::StreamSocket, table));
@@ -174,6 +178,31 @@ fn of_device(slot: u8, device: &Plugged<'_>) -> Vec<Planned> {
         .collect()
 }
 
+/// Devices of the host. How many vectors one has, only the open device tells: it is the first that is planned.
+fn host_devices(vm: &VmFile) -> Vec<Planned> {
+    let mut all = Vec::new();
+    for (slot, device) in vm.host_devices() {
+        let what = format!("vfio {}, {}", device.id.0, device.device);
+        let place = vfio::sysfs(device);
+        let obstacle = (!place.exists()).then(|| "the host has no such device".to_owned());
+        let id = u32::from(slot);
+        all.push(Planned {
+            path: Some(place),
+            obstacle,
+            ..made(descriptor::VFIO_DEVICE, (id, id), Kind::VfioDevice, &what)
+        });
+        let first = id * u32::from(MAX_VFIO_VECTORS);
+        let what = format!("{what}, its first interrupt and as many more as it has");
+        let ids = (first, first);
+        all.push(made(descriptor::VFIO_VECTOR, ids, Kind::Eventfd, &what));
+    }
+    if !all.is_empty() {
+        let (name, what) = (descriptor::VFIO_CONTAINER, "DMA of the host's devices");
+        all.push(existing(name, 0, Path::new(vfio::CONTAINER), what));
+    }
+    all
+}
+
 /// What the broker makes, and opens no path for.
 fn made(name: &str, ids: (u32, u32), kind: Kind, purpose: &str) -> Planned {
     Planned {
@@ -225,6 +254,9 @@ fn kind_of(path: &Path, metadata: &Metadata) -> Option<Kind> {
         () if kind.is_file() => Some(Kind::File),
         () if kind.is_block_device() => Some(Kind::Block),
         () if kind.is_char_device() && path == Path::new(KVM) => Some(Kind::Kvm),
+        () if kind.is_char_device() && path == Path::new(vfio::CONTAINER) => {
+            Some(Kind::VfioContainer)
+        }
         () if kind.is_socket() => Some(Kind::StreamSocket),
         () => None,
     }

@@ -21,6 +21,7 @@ use baton_ipc::descriptor::RAM_SEALS;
 use baton_ipc::worker::NetConfig;
 use baton_ipc::worker::Pages;
 use baton_ipc::worker::RamRegion;
+use baton_ipc::worker::VfioConfig;
 use baton_ipc::worker::VirtioConfig;
 use baton_ipc::worker::VirtioKind;
 use baton_policy::Policy;
@@ -36,6 +37,8 @@ use crate::devices::disks::OpenDisk;
 use crate::devices::ram_file;
 use crate::devices::taps;
 use crate::devices::taps::OpenTap;
+use crate::devices::vfio;
+use crate::devices::vfio::OpenDevice;
 use crate::devices::vhost_user;
 use crate::devices::vhost_user::OpenBackend;
 use crate::devices::vsock::Vsock;
@@ -68,6 +71,8 @@ pub(crate) struct Resources {
     pub(crate) registry: Registry,
     /// Its virtio devices.
     pub(crate) virtio: Vec<VirtioConfig>,
+    /// Its devices that are PCI devices of the host.
+    pub(crate) vfio: Vec<VfioConfig>,
     /// What keeps its taps from other VMs.
     pub(crate) claims: Vec<OwnedFd>,
 }
@@ -136,9 +141,11 @@ pub(crate) fn open(
             Plugged::Console => opening.plug(slot, VirtioKind::Console)?,
         });
     }
+    let vfio = opening.host_devices(vm)?;
     Ok(Resources {
         registry: opening.registry,
         virtio,
+        vfio,
         claims: opening.claims,
     })
 }
@@ -266,6 +273,41 @@ impl<'a> Opening<'a> {
         self.plug(slot, VirtioKind::VhostUser(config))
     }
 
+    fn host_devices(&mut self, vm: &VmFile) -> Result<Vec<VfioConfig>> {
+        if vm.vfio.0.is_empty() {
+            return Ok(Vec::new());
+        }
+        let place = |(slot, device)| Ok((slot, device, vfio::place(device, self.policy)?));
+        let granted: Vec<_> = vm.host_devices().map(place).collect::<Result<_>>()?;
+        vfio::check_limit(self.policy, vm.pinned())?;
+        let container = vfio::container()?;
+        let mut configs = Vec::new();
+        for (slot, device, place) in granted {
+            let OpenDevice {
+                file,
+                config,
+                place,
+            } = vfio::open(slot, device, place, &container)?;
+            let (name, kind) = (descriptor::VFIO_DEVICE, DescriptorKind::VfioDevice);
+            self.save(name, slot.into(), kind, file, &place)?;
+            for vector in 0..config.vectors {
+                let (id, kind) = (config.vector(vector), DescriptorKind::Eventfd);
+                let eventfd = disks::kick()?;
+                self.save(
+                    descriptor::VFIO_VECTOR,
+                    id,
+                    kind,
+                    eventfd,
+                    Path::new("eventfd"),
+                )?;
+            }
+            configs.push(config);
+        }
+        let (name, kind) = (descriptor::VFIO_CONTAINER, DescriptorKind::VfioContainer);
+        self.save(name, 0, kind, container, Path::new(vfio::CONTAINER))?;
+        Ok(configs)
+    }
+
     /// Makes what the guest notifies a device by.
     pub(crate) fn plug(&mut self, slot: u8, device: VirtioKind) -> Result<VirtioConfig> {
         let config = VirtioConfig { slot, device };
@@ -296,12 +338,13 @@ impl<'a> Opening<'a> {
             | DescriptorKind::RamFile
             | DescriptorKind::Kvm
             | DescriptorKind::Disk
-            | DescriptorKind::BlockDevice => Some(
+            | DescriptorKind::BlockDevice
+            | DescriptorKind::VfioContainer => Some(
                 std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
                     .doing(format_args!("cannot resolve {}", path.display()))?,
             ),
-            // Where it comes from was asked before it was opened: the kernel only says /dev/net/tun.
-            DescriptorKind::Tap => Some(path.to_owned()),
+            // Where it comes from was asked before it was opened: the kernel only says /dev/net/tun, or that it is VFIO's.
+            DescriptorKind::Tap | DescriptorKind::VfioDevice => Some(path.to_owned()),
             DescriptorKind::GuestRam | DescriptorKind::Stream | DescriptorKind::Eventfd => None,
         };
         let found = Description::of(kind, fd.as_fd()).map_err(|e| {
@@ -393,6 +436,8 @@ pub(crate) fn check_grant(
         DescriptorKind::Eventfd => baton_policy::Kind::Eventfd,
         DescriptorKind::Tap => baton_policy::Kind::Tap,
         DescriptorKind::Stream => baton_policy::Kind::StreamSocket,
+        DescriptorKind::VfioContainer => baton_policy::Kind::VfioContainer,
+        DescriptorKind::VfioDevice => baton_policy::Kind::VfioDevice,
     };
     // A registry holds guest RAM with all of these seals only.
     let seals = match found.kind {

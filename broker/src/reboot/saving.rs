@@ -190,6 +190,12 @@ pub(crate) fn check_savable(vm: &VmFile) -> Result<()> {
             "the process behind it has state that is in no file: leave [[vhost_user]] out of the VM file",
         ));
     }
+    if !vm.vfio.0.is_empty() {
+        return Err(unfit(
+            "VFIO device only supports cpr-reboot for runstate suspended",
+            "nobody suspends this guest, and what the device has is in no file: leave [[vfio]] out of the VM file",
+        ));
+    }
     if vm.memory.pages == Pages::Huge {
         return Err(unfit(
             "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist",
@@ -197,4 +203,21 @@ pub(crate) fn check_savable(vm: &VmFile) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_of_the_host_blocks_it_in_qemus_words() {
+        let plain = "schema = 1\nname = \"vm\"\nmemory.size = \"64M\"\nboot.kernel = \"k\"\n";
+        check_savable(&VmFile::parse(plain).unwrap()).unwrap();
+        let device = "[[vfio]]\nid = \"nic\"\ndevice = \"0000:3b:00.0\"\n";
+        let vm = VmFile::parse(&format!("{plain}{device}")).unwrap();
+        assert_eq!(
+            check_savable(&vm).unwrap_err().reason,
+            "VFIO device only supports cpr-reboot for runstate suspended"
+        );
+    }
 }

@@ -43,6 +43,7 @@ use serde_json::json;
 use crate::broker::Broker;
 use crate::devices::console::Console;
 use crate::devices::console::Port;
+use crate::devices::vfio;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -162,6 +163,7 @@ impl Broker {
         self.refuse_loose_nodes()?;
         self.refuse_netdevs()?;
         self.check_vsock_place()?;
+        vfio::check_stays(&self.vm)?;
         self.doors().check(&main, Which::Main)?;
         self.log.reserve().recorded()?;
         let begun = self.admit_transfer(main, cpr, asked_by, clock);

@@ -5,6 +5,7 @@ use baton_ipc::worker::MAX_SLOTS;
 use super::VmFile;
 use super::disk::Disk;
 use super::net::Net;
+use super::vfio::Vfio;
 use super::vhost_user::VhostUser;
 use super::vsock::Vsock;
 
@@ -53,10 +54,43 @@ impl VmFile {
         !self.devices().is_sorted_by(|(a, _), (b, _)| a < b)
     }
 
+    /// The devices that are PCI devices of the host, with their slots: after those in the order of the VM file.
+    pub(crate) fn host_devices(&self) -> impl Iterator<Item = (u8, &Vfio)> {
+        let before = self.disk.0.len() + self.net.0.len() + self.vhost_user.0.len();
+        let first = u8::try_from(before + 1).unwrap_or(u8::MAX);
+        (first..).zip(&self.vfio.0)
+    }
+
+    /// What does not go together with devices of the host.
+    pub(crate) fn check_vfio(&self) -> Result<(), &'static str> {
+        if !self.memory.share {
+            return Err(
+                "vfio with memory.share = false: memory that is the worker's own cannot be handed over",
+            );
+        }
+        if self.memory.balloon {
+            return Err(
+                "vfio with memory.balloon: all of guest RAM is pinned, and none can be given back",
+            );
+        }
+        // After those that are counted, each has a slot of its own.
+        let first = self.host_devices().map(|(slot, _)| slot).min();
+        let own = self.devices().map(|(slot, _)| slot);
+        let first_own = own.filter(|slot| Some(*slot) >= first).min();
+        if self.host_devices().any(|(slot, _)| Some(slot) >= first_own) {
+            return Err("more devices than there are PCI device numbers");
+        }
+        Ok(())
+    }
+
     /// The PCI device numbers that are free for devices to come to while the guest runs, one bit each: all but the host
     /// bridge's and those of this file.
     pub(crate) fn removable(&self) -> u32 {
-        let taken = self.devices().map(|(slot, _)| 1_u32 << slot);
+        let taken = self.devices().map(|(slot, _)| slot);
+        let host = self.host_devices().map(|(slot, _)| slot);
+        let taken = taken
+            .chain(host)
+            .map(|slot| 1_u32.checked_shl(slot.into()).unwrap_or(0));
         !taken.fold(1, |taken, slot| taken | slot)
     }
 }

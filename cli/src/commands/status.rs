@@ -68,6 +68,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         vm_file,
         balloon,
         vhost_user,
+        vfio,
         awaits,
         netdevs,
     } = status;
@@ -93,6 +94,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "balloon": balloon,
         "vhost_user": vhost_user,
         "netdevs": netdevs,
+        "vfio": vfio,
         "awaits": awaits.as_ref().map(|awaited| &awaited.what),
     })
 }

@@ -89,11 +89,16 @@ fn open_files() -> Check {
     }
 }
 
-/// For information: RAM is shared memory and is not locked.
+/// For information: RAM is shared memory and is not locked, unless a device of the host has it.
 fn locked_memory() -> Check {
     let limit = rustix::process::getrlimit(Resource::Memlock).current;
     let limit = limit.map_or("no limit".to_owned(), units::bytes);
-    Check::ok("locked-memory", format!("{limit}; a worker locks none"))
+    Check::ok(
+        "locked-memory",
+        format!(
+            "{limit}; a worker locks none, but all of guest RAM where the VM file has [[vfio]]"
+        ),
+    )
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod elf;
 mod kvm;
 mod memory;
 mod programs;
+mod vfio;
 
 use std::path::Path;
 use std::path::PathBuf;
@@ -104,6 +105,7 @@ pub(crate) fn examine(host: &Host, worker: Option<&Path>) -> Vec<Check> {
     let mut checks = kvm::examine(host);
     checks.extend(confinement::examine(host));
     checks.extend(memory::examine(host));
+    checks.extend(vfio::examine(host));
     checks.extend(programs::examine(worker));
     checks
 }

@@ -151,6 +151,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         vm_file: "/srv/vm/web1.toml".to_owned(),
         balloon: None,
         vhost_user: Vec::new(),
+        vfio: Vec::new(),
         awaits: None,
         netdevs: Vec::new(),
     }

@@ -230,6 +230,10 @@ fn every_other_request_is_its_encoding() {
         ),
         ("BLKDISCARD", ioc(NONE, 0x12, 119, 0)),
         ("BLKZEROOUT", ioc(NONE, 0x12, 127, 0)),
+        ("VFIO_DEVICE_SET_IRQS", ioc(NONE, u32::from(b';'), 110, 0)),
+        ("VFIO_DEVICE_RESET", ioc(NONE, u32::from(b';'), 111, 0)),
+        ("VFIO_IOMMU_MAP_DMA", ioc(NONE, u32::from(b';'), 113, 0)),
+        ("VFIO_IOMMU_UNMAP_DMA", ioc(NONE, u32::from(b';'), 114, 0)),
         ("FIONBIO", libc::FIONBIO),
         ("TIOCGPTN", libc::TIOCGPTN),
     ];

@@ -40,6 +40,8 @@ impl DeviceKind {
     pub const VHOST_USER_FS: DeviceKind = DeviceKind(15);
     /// [`super::virtio::console::Console`]; the instance is the PCI device number.
     pub const CONSOLE: DeviceKind = DeviceKind(16);
+    /// A PCI device of the host; the instance is the PCI device number.
+    pub const VFIO: DeviceKind = DeviceKind(17);
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]
@@ -61,6 +63,7 @@ impl DeviceKind {
             DeviceKind::VHOST_USER_BLK => "vhost-user-blk",
             DeviceKind::VHOST_USER_FS => "vhost-user-fs",
             DeviceKind::CONSOLE => "virtio-console",
+            DeviceKind::VFIO => "vfio-pci",
             _ => "device",
         }
     }

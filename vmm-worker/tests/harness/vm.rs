@@ -97,6 +97,7 @@ impl Vm {
                 io: steady(Role::Io),
             },
             virtio: Vec::new(),
+            vfio: Vec::new(),
             io_threads: 1,
             drain_ms: 40,
             on_panic: PanicAction::default(),

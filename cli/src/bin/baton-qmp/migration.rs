@@ -32,6 +32,9 @@ const NOT_SHARED: &str = "Memory region ram is not compatible with CPR. share=on
 /// RAM in huge pages in mode `cpr-reboot`.
 const HUGE_PAGES: &str = "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist";
 
+/// What QEMU says of a VFIO device in mode `cpr-reboot` (QEMU, `hw/vfio/cpr.c`).
+const VFIO_NOT_SUSPENDED: &str = "VFIO device only supports cpr-reboot for runstate suspended";
+
 /// What cannot be saved in mode `cpr-reboot` (QEMU, `migration/migration.c`).
 fn device(name: &str) -> String {
     format!("State blocked by non-migratable device '{name}'")
@@ -187,6 +190,7 @@ impl Migration {
                 blockers.extend(vm.vsock.then(|| device("vsock")));
                 let backends = vm.vhost_user.iter();
                 blockers.extend(backends.map(|id| device(&format!("vhost_user {id}"))));
+                blockers.extend((!vm.vfio.is_empty()).then(|| VFIO_NOT_SUSPENDED.to_owned()));
                 blockers.extend(vm.huge_pages.then(|| HUGE_PAGES.to_owned()));
                 let disks = vm.disks.iter().map(|disk| disk.added.as_ref());
                 let netdevs = vm.netdevs.iter().map(|netdev| netdev.added.as_ref());

@@ -18,6 +18,8 @@ const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
 const CACHE_LINE: usize = 0x0C;
 const BAR0: usize = 0x10;
+/// BARs of a function.
+pub const BARS: usize = 6;
 const SUBSYSTEM_VENDOR: usize = 0x2C;
 const SUBSYSTEM: usize = 0x2E;
 const CAPABILITIES: usize = 0x34;
@@ -25,10 +27,18 @@ const INTERRUPT_LINE: usize = 0x3C;
 /// Capabilities begin here.
 const FIRST_CAPABILITY: u8 = 0x40;
 
-/// Command: the memory BAR answers.
-const MEMORY_SPACE: u16 = 1 << 1;
+/// Command: memory BARs answer.
+pub const MEMORY_SPACE: u16 = 1 << 1;
+/// Command: the function may write and read memory by itself.
+pub const BUS_MASTER: u16 = 1 << 2;
+/// Command: no interrupts by its pin.
+pub const INTX_DISABLE: u16 = 1 << 10;
 /// Command bits that a guest sets: memory space, bus master, INTx disable. There is no I/O BAR.
-const COMMAND_BITS: u16 = MEMORY_SPACE | 1 << 2 | 1 << 10;
+const COMMAND_BITS: u16 = MEMORY_SPACE | BUS_MASTER | INTX_DISABLE;
+/// A memory BAR's lowest bits say what it is (6.2.5.1); its type is in two of them, of which this says 64 bits.
+const BAR_KIND: u32 = 0xF;
+const BAR_TYPE: u32 = 0x6;
+const BAR_WIDE: u32 = 0x4;
 /// Status: there is a chain of capabilities.
 const CAPABILITIES_LIST: u16 = 1 << 4;
 
@@ -54,8 +64,8 @@ pub struct Identity {
 pub struct ConfigSpace {
     bytes: [u8; SIZE],
     writable: [u8; SIZE],
-    /// Bytes of the BAR, a power of two; 0 when there is none.
-    bar_size: u32,
+    /// Bytes of each BAR, powers of two; 0 where there is none.
+    bar_sizes: [u64; BARS],
     last_capability: Option<u8>,
     next_capability: u8,
 }
@@ -73,7 +83,7 @@ impl ConfigSpace {
         let mut space = Self {
             bytes: [0; SIZE],
             writable: [0; SIZE],
-            bar_size: 0,
+            bar_sizes: [0; BARS],
             last_capability: None,
             next_capability: FIRST_CAPABILITY,
         };
@@ -93,10 +103,27 @@ impl ConfigSpace {
 
     /// Gives it BAR 0: 32-bit memory, not prefetchable, `size` bytes (a power of two from 16), at `address`.
     #[must_use]
-    pub fn with_bar(mut self, size: u32, address: u32) -> Self {
-        self.bar_size = size;
-        self.put(BAR0, &address.to_le_bytes());
-        self.allow(BAR0, &(!size.saturating_sub(1)).to_le_bytes());
+    pub fn with_bar(self, size: u32, address: u32) -> Self {
+        self.with_memory_bar(0, size.into(), address)
+    }
+
+    /// Gives it a memory BAR of `size` bytes, a power of two from 16. `low` is its address below 4 GiB, with the bits that say
+    /// what it is. One of 64 bits takes the next BAR's place too.
+    #[must_use]
+    pub fn with_memory_bar(mut self, index: usize, size: u64, low: u32) -> Self {
+        let Some(place) = self.bar_sizes.get_mut(index) else {
+            return self;
+        };
+        *place = size;
+        let at = BAR0 + 4 * index;
+        self.put(at, &low.to_le_bytes());
+        let [low0, low1, low2, low3, high @ ..] = (!size.saturating_sub(1)).to_le_bytes();
+        let kind = u32::from_le_bytes([low0, low1, low2, low3]) & !BAR_KIND;
+        self.allow(at, &kind.to_le_bytes());
+        if low & BAR_TYPE == BAR_WIDE && index + 1 < BARS {
+            self.put(at + 4, &[0; 4]);
+            self.allow(at + 4, &high);
+        }
         self
     }
 
@@ -179,11 +206,30 @@ impl ConfigSpace {
     /// Where BAR 0 answers: nowhere while decoding is off.
     #[must_use]
     pub fn bar(&self) -> Option<std::ops::Range<u64>> {
-        let [low, high] = [COMMAND, COMMAND + 1].map(|at| self.bytes.get(at).copied());
-        let command = u16::from_le_bytes([low?, high?]);
-        let start = self.bar_address();
-        let on = self.bar_size > 0 && command & MEMORY_SPACE != 0;
-        on.then(|| start..start + u64::from(self.bar_size))
+        self.memory_bar(0)
+    }
+
+    /// Where a BAR answers: nowhere while decoding is off.
+    #[must_use]
+    pub fn memory_bar(&self, index: usize) -> Option<std::ops::Range<u64>> {
+        let size = self.bar_sizes.get(index).copied()?;
+        if size == 0 || self.command() & MEMORY_SPACE == 0 {
+            return None;
+        }
+        let at = u8::try_from(BAR0 + 4 * index).ok()?;
+        let low = self.dword(at);
+        let high = match low & BAR_TYPE {
+            BAR_WIDE => self.dword(at + 4),
+            _ => 0,
+        };
+        let start = u64::from(high) << 32 | u64::from(low & !BAR_KIND);
+        Some(start..start.checked_add(size)?)
+    }
+
+    /// The command register.
+    #[must_use]
+    pub fn command(&self) -> u16 {
+        u8::try_from(COMMAND).map_or(0, |at| self.word(at))
     }
 
     /// Says all of it.
@@ -192,7 +238,7 @@ impl ConfigSpace {
         let Self {
             bytes,
             writable: _,
-            bar_size: _,
+            bar_sizes: _,
             last_capability: _,
             next_capability: _,
         } = self;
@@ -270,6 +316,38 @@ mod tests {
         let mut past = [7; 4];
         space.read(0xFE, &mut past);
         assert_eq!(past, [0, 0, 7, 7]);
+    }
+
+    #[test]
+    fn bars_of_32_and_of_64_bits_stand_side_by_side() {
+        let mut space = ConfigSpace::new(Identity {
+            vendor: 1,
+            device: 2,
+            class: 0x02_0000,
+            revision: 0,
+            subsystem_vendor: 0,
+            subsystem: 0,
+        })
+        .with_memory_bar(0, 0x10_0000, 0xC000_000C)
+        .with_memory_bar(2, 0x1000, 0xC010_0000)
+        .with_memory_bar(6, 0x1000, 0xC020_0000);
+        space.write(4, &[2, 0]);
+        assert_eq!(space.memory_bar(0), Some(0xC000_0000..0xC010_0000));
+        space.write(0x14, &[1]);
+        assert_eq!(space.memory_bar(0), Some(0x1_C000_0000..0x1_C010_0000));
+        assert_eq!(space.memory_bar(1), None);
+        assert_eq!(space.memory_bar(2), Some(0xC010_0000..0xC010_1000));
+        for (at, sized) in [
+            (0x10, 0xFFF0_000C),
+            (0x14, u32::MAX),
+            (0x18, 0xFFFF_F000),
+            (0x1C, 0),
+        ] {
+            space.write(at, &u32::MAX.to_le_bytes());
+            assert_eq!(space.dword(at), sized, "{at:#x}");
+        }
+        // All ones leave no room above.
+        assert_eq!(space.memory_bar(0), None);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! ports 0xCF8..0xCFF ─┐
-//! ECAM window ────────┼─► segment ─► function (configuration space, MSI-X, one memory BAR)
+//! ECAM window ────────┼─► segment ─► function (configuration space, MSI-X, memory BARs)
 //! memory window ──────┘
 //! ```
 //!
@@ -24,10 +24,11 @@ pub trait Function: Send {
     fn config_read(&mut self, offset: ConfigOffset, data: &mut [u8]);
     /// Writes configuration space, of the same sizes.
     fn config_write(&mut self, offset: ConfigOffset, data: &[u8]);
-    /// Where its BAR answers now, in guest-physical bytes; nowhere while memory decoding is off.
-    fn bar(&self) -> Option<std::ops::Range<u64>>;
-    /// Reads within the BAR; `data` is 1, 2, 4 or 8 bytes of all ones.
+    /// Where in the function's memory these guest-physical bytes begin, counted in its own way, if one of its BARs has all of them
+    /// now; none has while memory decoding is off.
+    fn decode(&self, bytes: &std::ops::Range<u64>) -> Option<u64>;
+    /// Reads where [`Function::decode`] said; `data` is 1, 2, 4 or 8 bytes of all ones.
     fn bar_read(&mut self, offset: u64, data: &mut [u8]);
-    /// Writes within the BAR, of the same sizes.
+    /// Writes there, of the same sizes.
     fn bar_write(&mut self, offset: u64, data: &[u8]);
 }

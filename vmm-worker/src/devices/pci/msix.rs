@@ -221,6 +221,27 @@ impl Msix {
             .collect()
     }
 
+    /// Writes a vector's entry, of a function that has no table for its guest: one with MSI.
+    pub fn program(&self, vector: u16, message: Message) {
+        if let Some(entry) = self.table().entries.get_mut(usize::from(vector)) {
+            entry.message = message;
+            entry.masked = false;
+        }
+    }
+
+    /// The vectors that fire now by the route that KVM holds, when whoever has them fires them.
+    #[must_use]
+    pub fn deliverable(&self) -> Vec<u16> {
+        let table = self.table();
+        let on = table.enabled && !table.function_masked;
+        let fires = |entry: &Entry| on && !entry.masked && entry.routed == Some(entry.message);
+        (0..)
+            .zip(&table.entries)
+            .filter(|(_, entry)| fires(entry))
+            .map(|(vector, _)| vector)
+            .collect()
+    }
+
     /// What the vectors that can fire write now.
     #[must_use]
     pub fn enabled_messages(&self) -> Vec<(u16, Message)> {

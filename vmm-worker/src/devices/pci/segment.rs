@@ -148,16 +148,16 @@ impl Segment {
         here.then(|| (usize::from(devfn >> 3), u64::from(register) + byte))
     }
 
-    /// The function whose BAR has these bytes, and where in it they begin.
+    /// The function that has these bytes, and where in it they begin.
     fn at(&self, offset: u64, length: usize) -> Option<(&SharedFunction, u64)> {
         let start = self.window.checked_add(offset)?;
-        let end = start.checked_add(length as u64)?;
+        let bytes = start..start.checked_add(length as u64)?;
         self.functions.iter().flatten().find_map(|function| {
-            let bar = function
+            let decoded = function
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .bar()?;
-            (bar.start <= start && end <= bar.end).then(|| (function, start - bar.start))
+                .decode(&bytes)?;
+            Some((function, decoded))
         })
     }
 }

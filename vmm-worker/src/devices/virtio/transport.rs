@@ -210,6 +210,12 @@ impl Transport {
         self.config.bar_address()
     }
 
+    /// Where its BAR answers now, in guest-physical bytes; nowhere while memory decoding is off.
+    #[must_use]
+    pub fn bar(&self) -> Option<Range<u64>> {
+        self.config.bar()
+    }
+
     fn offered(&self) -> u64 {
         self.device.features() | F_VERSION_1 | self.device.ring_features()
     }
@@ -457,8 +463,9 @@ impl Function for Transport {
         }
     }
 
-    fn bar(&self) -> Option<Range<u64>> {
-        self.config.bar()
+    fn decode(&self, bytes: &Range<u64>) -> Option<u64> {
+        let bar = self.config.bar()?;
+        (bar.start <= bytes.start && bytes.end <= bar.end).then(|| bytes.start - bar.start)
     }
 
     fn bar_read(&mut self, offset: u64, data: &mut [u8]) {

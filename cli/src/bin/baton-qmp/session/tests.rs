@@ -118,6 +118,7 @@ fn status() -> VmStatus {
         vm_file: "/srv/vm/web1.toml".into(),
         balloon: Some(64 << 20),
         vhost_user: Vec::new(),
+        vfio: Vec::new(),
         awaits: None,
         netdevs: Vec::new(),
     }

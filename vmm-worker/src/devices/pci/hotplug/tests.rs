@@ -9,7 +9,7 @@ struct Nothing;
 impl Function for Nothing {
     fn config_read(&mut self, _offset: u8, _data: &mut [u8]) {}
     fn config_write(&mut self, _offset: u8, _data: &[u8]) {}
-    fn bar(&self) -> Option<std::ops::Range<u64>> {
+    fn decode(&self, _bytes: &std::ops::Range<u64>) -> Option<u64> {
         None
     }
     fn bar_read(&mut self, _offset: u64, _data: &mut [u8]) {}

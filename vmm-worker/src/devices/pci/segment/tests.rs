@@ -13,8 +13,9 @@ impl Function for Probe {
     fn config_write(&mut self, offset: u8, data: &[u8]) {
         self.config.write(offset, data);
     }
-    fn bar(&self) -> Option<std::ops::Range<u64>> {
-        self.config.bar()
+    fn decode(&self, bytes: &std::ops::Range<u64>) -> Option<u64> {
+        let bar = self.config.bar()?;
+        (bar.start <= bytes.start && bytes.end <= bar.end).then(|| bytes.start - bar.start)
     }
     fn bar_read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(u8::try_from(offset & 0xFF).unwrap());
