@@ -27,7 +27,9 @@ impl Subject for Ends {
                 let count = usize::from(script.short() % 1024);
                 let _ = rustix::io::write(&self.person, script.bytes(count));
             }
-            0x80..=0xef => while rustix::io::read(&self.person, &mut [0; 1 << 14]).is_ok() {},
+            0x80..=0xef => {
+                while matches!(rustix::io::read(&self.person, &mut [0; 1 << 14]), Ok(1..)) {}
+            }
             _ => {
                 let _ = rustix::net::shutdown(&self.person, rustix::net::Shutdown::Both);
             }
