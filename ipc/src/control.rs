@@ -24,7 +24,7 @@ use crate::worker::PanicAction;
 use crate::worker::RamBacking;
 
 /// The version of these messages.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// The control socket's name in a VM's directory.
 pub const SOCKET: &str = "control.sock";
