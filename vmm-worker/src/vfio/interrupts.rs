@@ -48,7 +48,7 @@ pub(crate) fn enable(
         0,
         number(eventfds.len()),
     ];
-    set.extend(eventfds.iter().map(|fd| fd.as_raw_fd().cast_unsigned()));
+    set.extend(eventfds.iter().map(|fd| fd.as_raw_fd().unsigned_abs()));
     // SAFETY: the request reads as many bytes as the first word says, which are those of `set`, and keeps no pointer to them.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), VFIO_DEVICE_SET_IRQS, set.as_mut_ptr()) };
     let source = match result {
