@@ -109,8 +109,8 @@ fn one_call_is_explained_and_an_unknown_one_is_a_wrong_command_line() {
             "socket (41): nobody may; refused by the filter of build, control, vcpu, io.",
         ),
         (
-            "pread64",
-            "pread64 (17): build, control, io may; refused by the filter of vcpu.",
+            "preadv",
+            "preadv (295): build, control, io may; refused by the filter of vcpu.",
         ),
         ("read", "read (0): every thread may."),
     ] {

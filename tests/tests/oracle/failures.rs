@@ -268,18 +268,6 @@ pub(crate) const FAILURES: &[Pair] = &[
         r#"done; done; old failed; "running"; new has ended"#,
         "QEMU lets the guest run on in memory that is blank",
     ),
-    same(
-        "somebody on the way drops the descriptor of guest memory",
-        New::Deferred,
-        &[
-            CPR,
-            "somebody in between drops guest memory",
-            MIGRATE,
-            "old settles",
-            OLD,
-            "new lives",
-        ],
-    ),
     differs(
         "somebody on the way puts other memory in its place",
         New::Deferred,

@@ -60,15 +60,10 @@ pub(crate) fn without_descriptor() -> Vec<u8> {
     bytes
 }
 
-/// Stands between two of ours, or two of QEMU, and does this to guest RAM.
-pub(crate) fn between(here: &Path, there: &Path, ours: bool, drops: bool) {
+/// Stands between two of ours, or two of QEMU, and puts other memory in the place of guest RAM.
+pub(crate) fn between(here: &Path, there: &Path, ours: bool) {
     if ours {
-        let swap = if drops {
-            between::no_ram
-        } else {
-            between::other_ram
-        };
-        drop(between::stand_between(here, there, swap));
+        drop(between::stand_between(here, there, between::other_ram));
         return;
     }
     let listener = UnixListener::bind(here).unwrap();
@@ -76,7 +71,7 @@ pub(crate) fn between(here: &Path, there: &Path, ours: bool, drops: bool) {
     std::thread::spawn(move || {
         let (old, _) = listener.accept().unwrap();
         let new = UnixStream::connect(there).unwrap();
-        while pass_record(&old, &new, drops) {}
+        while pass_record(&old, &new) {}
         drop(new.shutdown(std::net::Shutdown::Write));
         // Until it hangs up, which is to be seen on the other side only then.
         let _ = rustix::io::read(&new, &mut [0; 1]);
@@ -84,7 +79,7 @@ pub(crate) fn between(here: &Path, there: &Path, ours: bool, drops: bool) {
 }
 
 /// QEMU sends each record of its CPR state by itself, with its descriptor; `false` when there are no more.
-fn pass_record(from: &UnixStream, to: &UnixStream, drops: bool) -> bool {
+fn pass_record(from: &UnixStream, to: &UnixStream) -> bool {
     let mut bytes = [0; 4096];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -111,13 +106,10 @@ fn pass_record(from: &UnixStream, to: &UnixStream, drops: bool) -> bool {
         descriptors.as_slice(),
         bytes.windows(5).any(|name| name == b"ram0\0"),
     ) {
-        let other = (!drops).then(|| {
-            let other = rustix::fs::memfd_create("other", MemfdFlags::CLOEXEC).unwrap();
-            let size = rustix::fs::fstat(ram).unwrap().st_size;
-            rustix::fs::ftruncate(&other, u64::try_from(size).unwrap()).unwrap();
-            other
-        });
-        descriptors = other.into_iter().collect();
+        let other = rustix::fs::memfd_create("other", MemfdFlags::CLOEXEC).unwrap();
+        let size = rustix::fs::fstat(ram).unwrap().st_size;
+        rustix::fs::ftruncate(&other, u64::try_from(size).unwrap()).unwrap();
+        descriptors = vec![other];
     }
     let borrowed: Vec<_> = descriptors.iter().map(OwnedFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

@@ -230,8 +230,7 @@ impl Sides {
             "nobody accepts at the cpr socket" => self.deaf("deaf", false),
             "nobody can connect to the cpr socket" => self.deaf("full", true),
             "the cpr socket is the waiting side's" => self.cpr = self.waiting().cpr.clone(),
-            "somebody in between drops guest memory" => self.between(true),
-            "somebody in between swaps guest memory" => self.between(false),
+            "somebody in between swaps guest memory" => self.between(),
             message => {
                 // A side that is about to end may answer, or not.
                 if let Some(message) = message.strip_prefix("perhaps ") {
@@ -249,10 +248,10 @@ impl Sides {
         self.kept = impostor::deaf(&self.cpr, full);
     }
 
-    fn between(&mut self, drops: bool) {
+    fn between(&mut self) {
         let ours = matches!(self.party, Party::Ours { .. });
         self.cpr = self.party.dir().join("between");
-        impostor::between(&self.cpr, &self.waiting().cpr, ours, drops);
+        impostor::between(&self.cpr, &self.waiting().cpr, ours);
     }
 
     /// How the transfer ends; what it still is, if it does not.
