@@ -89,7 +89,7 @@ if wrong=$(tr -d '\r' <$console | awk '/^tick [0-9]+ / && $2 != ++n { print $2 "
 else
     fail "every tick once and in order: $wrong"
 fi
-# From its button on: a kernel that goes down takes the disk from under a program that still writes.
+# Up to its button: a kernel that goes down takes the disk from under a program that still writes.
 sed '/guest: power button/,$d' $console >/tmp/up
 if grep -E -B 5 -A 5 'Oops|BUG:|WARNING:|Call Trace|soft lockup|hard LOCKUP|rcu: INFO|blocked for more than|timekeeping watchdog|I/O error|nobody cared' /tmp/up; then
     fail "the guest's kernel is content"
