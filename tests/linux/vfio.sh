@@ -151,6 +151,8 @@ while [ $rolled_back = 0 ] && [ $try -le 8 ]; do
     kill -STOP "$new" 2>/dev/null
     wait $!
     code=$?
+    # One that has the guest by then was stopped too late.
+    kill -CONT "$new" 2>/dev/null
     [ $code = 10 ] && [ "$(worker)" = "$old" ] && rolled_back=1
     patiently 240 "DMA goes on after an upgrade that ended with $code" has_rounds $((round + 4))
     echo "  try $try: exit $code, rounds $round..$(rounds), $(locked_by "$(worker)") KiB locked by $(worker), which was $old"
