@@ -16,12 +16,9 @@ use crate::layout::{BARE_ZERO_PAGE, MAX_VCPUS, TRAMPOLINE_ADDRESS};
 
 global_asm!(
     r#"
-    .section .text.entry, "ax"
-    // Without firmware: 32-bit protected mode, flat. As `trampoline`, and then as a boot loader would.
-    .code32
-bare:
-    cli
-    mov eax, 0x620
+    // From real or 32-bit mode, by the page tables of this image; a far jump to the 64-bit code segment has to follow.
+    .macro to_long_mode
+    mov eax, 0x620                  // as at `_start`
     mov cr4, eax
     mov eax, offset pml4
     mov cr3, eax
@@ -29,8 +26,16 @@ bare:
     mov eax, 0x100                  // LME
     xor edx, edx
     wrmsr
-    mov eax, 0x80010033
+    mov eax, 0x80010033             // as at `enter_cpl3`
     mov cr0, eax
+    .endm
+
+    .section .text.entry, "ax"
+    // Without firmware: 32-bit protected mode, flat. As `trampoline`, and then as a boot loader would.
+    .code32
+bare:
+    cli
+    to_long_mode
     lgdt [gdt_pointer]
     .byte 0xea                      // far jump to the 64-bit code segment
     .long bare_long
@@ -127,16 +132,7 @@ trampoline:
     mov ds, ax
     .byte 0x0f, 0x01, 0x16          // lgdt [disp16]: loads 24 bits of the base, which is enough
     .word trampoline_gdt_pointer - trampoline
-    mov eax, 0x620
-    mov cr4, eax
-    mov eax, offset pml4
-    mov cr3, eax
-    mov ecx, 0xc0000080             // EFER
-    mov eax, 0x100                  // LME
-    xor edx, edx
-    wrmsr
-    mov eax, 0x80010033
-    mov cr0, eax
+    to_long_mode
     .byte 0x66, 0xea                // far jump to the 64-bit code segment
     .long {trampoline_address} + trampoline_long - trampoline
     .word 0x10

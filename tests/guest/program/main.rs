@@ -16,6 +16,7 @@ use core::panic::PanicInfo;
 mod balloon;
 mod boot;
 mod console;
+mod devices;
 mod disk;
 mod entry;
 mod fs;
@@ -41,6 +42,7 @@ mod vsock;
 mod walker;
 
 use boot::BootParameters;
+use devices::Devices;
 use heartbeat::Heartbeat;
 use interrupts::Interrupts;
 use options::Options;
@@ -115,93 +117,13 @@ fn run(vcpu: usize) -> ! {
     let mut heart = Heartbeat::new(vcpu, machine.gap_ticks);
     let mut walker = Walker::new(vcpu, machine.options.vcpus, machine.nonce, &machine.memory);
     let mut interrupts = Interrupts::new(vcpu, &machine.options);
-    let mut console = (vcpu == 0).then(|| console::Console::new(&machine.options, machine.nonce));
-    let mut disk = if vcpu == 0 {
-        disk::Disk::new(&machine.options, machine.nonce)
-    } else {
-        None
-    };
-    let mut net = if vcpu == 0 {
-        net::Net::new(&machine.options)
-    } else {
-        None
-    };
-    let mut vsock = if vcpu == 0 {
-        vsock::Vsock::new(&machine.options)
-    } else {
-        None
-    };
-    let mut balloon = if vcpu == 0 {
-        balloon::Balloon::new(&machine.options)
-    } else {
-        None
-    };
-    let mut hotplug = if vcpu == 0 {
-        hotplug::Hotplug::new(&machine.options)
-    } else {
-        None
-    };
-    let mut hvc = if vcpu == 0 {
-        hvc::Hvc::new(&machine.options)
-    } else {
-        None
-    };
-    let mut rng = if vcpu == 0 {
-        rng::Rng::new(&machine.options)
-    } else {
-        None
-    };
-    let mut fs = if vcpu == 0 {
-        fs::Fs::new(&machine.options, machine.nonce)
-    } else {
-        None
-    };
-    let mut load = if vcpu == 0 {
-        load::Load::new(&machine.options)
-    } else {
-        None
-    };
+    let mut devices = (vcpu == 0).then(|| Devices::new(&machine.options, machine.nonce));
     loop {
         let turn = heart.turn();
-        if let Some(load) = &mut load {
-            load.step();
-        }
         walker.step(&turn);
         interrupts.step(&turn);
-        if let Some(console) = &mut console {
-            console.step(&turn);
-            let command = report::take_mailbox();
-            power::obey(command);
-            if let Some(hotplug) = &mut hotplug {
-                hotplug.obey(command, &mut disk, &mut net);
-                hotplug.step(&mut disk, &mut net, &machine.options, machine.nonce);
-            }
-            if let Some(disk) = &mut disk {
-                disk.obey(command);
-                disk.step();
-            }
-            if let Some(net) = &mut net {
-                net.obey(command);
-                net.step();
-            }
-            if let Some(balloon) = &mut balloon {
-                balloon.obey(command);
-                balloon.step();
-            }
-            if let Some(fs) = &mut fs {
-                fs.obey(command);
-                fs.step();
-            }
-            if let Some(hvc) = &mut hvc {
-                hvc.step();
-            }
-            if let Some(rng) = &mut rng {
-                rng.step();
-            }
-            if let Some(vsock) = &mut vsock {
-                vsock.obey(command);
-                vsock.step();
-            }
+        if let Some(devices) = &mut devices {
+            devices.step(&turn);
         }
     }
 }
