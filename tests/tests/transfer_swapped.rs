@@ -9,12 +9,15 @@ use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
 use baton_tests::Builder;
 use baton_tests::Qmp;
+use baton_tests::Vm;
 use baton_tests::between::Handed;
 use baton_tests::between::Swap;
 use baton_tests::between::no_ram;
 use baton_tests::between::other_ram;
 use baton_tests::between::stand_between;
+use baton_tests::transfer::Waiting;
 use baton_tests::transfer::channel;
+use serde_json::Value;
 use serde_json::json;
 
 /// A console of the one in the middle, who would read what the guest prints and type to it.
@@ -38,29 +41,60 @@ fn same_kvm(key: &DescriptorKey, _: &Description, _: BorrowedFd<'_>) -> Handed {
     Handed::Other(kvm.unwrap().into())
 }
 
+/// A transfer whose cpr connection goes through the one in the middle.
+struct Swapped {
+    waiting: Waiting,
+    /// What the old side says of it in the end.
+    info: Value,
+    /// What it told.
+    events: Vec<String>,
+    /// Of how many entries something else was made.
+    entries: u32,
+}
+
+impl Swapped {
+    fn transfer(vm: &Vm, swap: Swap) -> Self {
+        let waiting = vm.wait_for_guest();
+        let between = waiting.cpr.with_extension("between");
+        let middle = stand_between(&between, &waiting.cpr, swap);
+        let mut qmp = Qmp::connect(vm);
+        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        let channels = [channel("main", &waiting.main), channel("cpr", &between)];
+        qmp.done("migrate", json!({"channels": channels}));
+        let info = qmp.migrated();
+        let events = qmp.event_names();
+        drop(qmp);
+        Self {
+            waiting,
+            info,
+            events,
+            entries: middle.join().unwrap(),
+        }
+    }
+
+    /// It failed for this reason, and the guest runs on where it was.
+    #[track_caller]
+    fn assert_failed(&self, vm: &Vm, old: i32, words: &str) {
+        let info = &self.info;
+        assert_eq!(info["status"], "failed", "{info}");
+        let reason = info["error-desc"].as_str().unwrap();
+        assert!(reason.contains(words), "{reason}");
+        assert_eq!(self.entries, 1);
+        vm.assert_nobody_waits(&self.waiting);
+        vm.assert_only_runner(old);
+    }
+}
+
 #[test]
 fn a_descriptor_put_in_anothers_place_is_named_and_the_guest_runs_on() {
     let mut vm = Builder::release().start();
     let (before, old) = (vm.witness(), vm.worker());
     let cases: [(&str, Swap); 2] = [("ram#0", other_ram), ("console#0", other_console)];
     for (name, swap) in cases {
-        let waiting = vm.wait_for_guest();
-        let between = vm.site.path(&format!("between-{}", &name[..3]));
-        let middle = stand_between(&between, &waiting.cpr, swap);
-        let mut qmp = Qmp::connect(&vm);
-        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
-        let channels = [channel("main", &waiting.main), channel("cpr", &between)];
-        qmp.done("migrate", json!({"channels": channels}));
-        let info = qmp.migrated();
-        assert_eq!(info["status"], "failed", "{info}");
-        let reason = info["error-desc"].as_str().unwrap();
+        let swapped = Swapped::transfer(&vm, swap);
         let words = format!("descriptor {name} is not the old worker's");
-        assert!(reason.contains(&words), "{reason}");
-        assert!(!qmp.event_names().contains(&"STOP".to_owned()));
-        drop(qmp);
-        vm.assert_nobody_waits(&waiting);
-        assert_eq!(middle.join().unwrap(), 1);
-        vm.assert_only_runner(old);
+        swapped.assert_failed(&vm, old, &words);
+        assert!(!swapped.events.contains(&"STOP".to_owned()));
         vm.assert_goes_on(&before);
     }
     vm.assert_transfers();
@@ -70,18 +104,10 @@ fn a_descriptor_put_in_anothers_place_is_named_and_the_guest_runs_on() {
 fn who_only_passes_things_on_is_not_in_the_way() {
     let mut vm = Builder::release().start();
     let before = vm.witness();
-    let waiting = vm.wait_for_guest();
-    let between = vm.site.path("between");
-    let middle = stand_between(&between, &waiting.cpr, same_kvm);
-    let mut qmp = Qmp::connect(&vm);
-    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
-    let channels = [channel("main", &waiting.main), channel("cpr", &between)];
-    qmp.done("migrate", json!({"channels": channels}));
-    let info = qmp.migrated();
-    assert_eq!(info["status"], "completed", "{info}");
-    drop(qmp);
-    vm.assert_taken_over(&waiting);
-    assert_eq!(middle.join().unwrap(), 1);
+    let swapped = Swapped::transfer(&vm, same_kvm);
+    assert_eq!(swapped.info["status"], "completed", "{}", swapped.info);
+    vm.assert_taken_over(&swapped.waiting);
+    assert_eq!(swapped.entries, 1);
     vm.assert_goes_on(&before);
 }
 
@@ -89,24 +115,8 @@ fn who_only_passes_things_on_is_not_in_the_way() {
 fn who_drops_a_descriptor_ends_the_transfer_and_the_guest_runs_on() {
     let mut vm = Builder::release().start();
     let (before, old) = (vm.witness(), vm.worker());
-    let waiting = vm.wait_for_guest();
-    let between = vm.site.path("between");
-    let middle = stand_between(&between, &waiting.cpr, no_ram);
-    let mut qmp = Qmp::connect(&vm);
-    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
-    let channels = [channel("main", &waiting.main), channel("cpr", &between)];
-    qmp.done("migrate", json!({"channels": channels}));
-    let info = qmp.migrated();
-    assert_eq!(info["status"], "failed", "{info}");
-    let reason = info["error-desc"].as_str().unwrap();
-    assert!(
-        reason.contains("0 descriptors came with entry ram#0"),
-        "{reason}"
-    );
-    drop(qmp);
-    vm.assert_nobody_waits(&waiting);
-    assert_eq!(middle.join().unwrap(), 1);
-    vm.assert_only_runner(old);
+    let swapped = Swapped::transfer(&vm, no_ram);
+    swapped.assert_failed(&vm, old, "0 descriptors came with entry ram#0");
     vm.assert_goes_on(&before);
     vm.assert_transfers();
 }

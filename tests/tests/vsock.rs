@@ -21,6 +21,7 @@ use baton_guest::CommandLine;
 use baton_guest::DriverState;
 use baton_guest::VsockReport;
 use baton_guest::layout;
+use baton_ipc::worker::MAX_VSOCK_CONNECTIONS;
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::Site;
@@ -415,6 +416,44 @@ fn who_hangs_up_is_gone_for_the_guest_too() {
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     let report = vm.ram.vsock();
     assert_eq!((report.state, report.open), (DriverState::Working, 0));
+}
+
+#[test]
+fn who_comes_when_there_are_as_many_connections_as_may_be_is_hung_up_on() {
+    let vm = builder().start();
+    wait_for(&vm, "a refusal", |vsock| vsock.refused == 1);
+    // A guest that stands still answers nobody, and turns nobody away.
+    vm.ask("pause").expect(0);
+    let knock = || {
+        let mut stream = patient(UnixStream::connect(vm.site.path("v")).unwrap());
+        stream.write_all(b"CONNECT 7\n").unwrap();
+        stream
+    };
+    let mut crowd: Vec<UnixStream> = (0..MAX_VSOCK_CONNECTIONS).map(|_| knock()).collect();
+    until("all of them are the worker's", || {
+        (audited(&vm) == crowd.len()).then_some(())
+    });
+    let mut byte = [0];
+    assert_eq!(knock().read(&mut byte).unwrap(), 0, "without an OK");
+    let log = vm.audit_log();
+    let refused = log.of("vsock-refused").last().unwrap();
+    assert_eq!(
+        refused.fields["reason"],
+        "there are as many connections as there may be"
+    );
+    // Nobody else notices, nor do they when the worker is replaced.
+    assert_eq!(vm.upgrade().outcome, "committed");
+    assert_eq!(audited(&vm), crowd.len());
+    assert_eq!(knock().read(&mut byte).unwrap(), 0);
+    vm.ask("resume").expect(0);
+    // The guest has room for some of them.
+    crowd.retain_mut(|stream| stream.read_exact(&mut byte).is_ok());
+    assert!(!crowd.is_empty());
+    drop(crowd);
+    wait_for(&vm, "the end of all", |vsock| vsock.open == 0);
+    let (mut stream, _) = call(&vm, 8);
+    stream.write_all(b"x").unwrap();
+    stream.read_exact(&mut byte).unwrap();
 }
 
 #[test]

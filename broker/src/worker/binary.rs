@@ -23,6 +23,11 @@ use crate::refusal::unfit;
 
 /// How often sealing is tried.
 const SEAL_TRIES: u32 = 5;
+/// Nobody changes the copy any more, and nobody takes these off.
+const SEALS: SealFlags = SealFlags::WRITE
+    .union(SealFlags::SHRINK)
+    .union(SealFlags::GROW)
+    .union(SealFlags::SEAL);
 /// The largest binary, in bytes.
 const MAX_SIZE: u64 = 64 << 20;
 /// How much of it is searched for an interpreter, in bytes. Linkers put the program headers right behind the ELF header.
@@ -205,23 +210,71 @@ fn is_static_elf(bytes: &[u8]) -> bool {
         && segments() == Some(true)
 }
 
-/// Seals a copy. The kernel refuses that with EBUSY while anybody holds a page of it, which on a busy host it does itself for longer
-/// than it waits, about 0.1 s (`memfd_wait_for_pins`, mm/memfd.c).
+/// Seals a copy.
 fn seal(copy: &File) -> rustix::io::Result<()> {
-    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    let mut sealed = Ok(());
-    for _ in 0..SEAL_TRIES {
-        sealed = rustix::fs::fcntl_add_seals(copy, seals);
+    until_free(|| rustix::fs::fcntl_add_seals(copy, SEALS))
+}
+
+/// Seals again what is busy. The kernel refuses to seal with EBUSY while anybody holds a page, which on a busy host it does itself for
+/// longer than it waits, about 0.1 s (`memfd_wait_for_pins`, mm/memfd.c).
+fn until_free(mut seal: impl FnMut() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    for _ in 1..SEAL_TRIES {
+        let sealed = seal();
         if sealed != Err(Errno::BUSY) {
-            break;
+            return sealed;
         }
     }
-    sealed
+    seal()
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::pipe::SpliceFlags;
+
     use super::*;
+
+    /// A copy, and a pipe that holds its first page, as the kernel itself does now and then.
+    fn held() -> (File, OwnedFd, OwnedFd) {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let copy = rustix::fs::memfd_create("copy", flags).unwrap();
+        rustix::io::pwrite(&copy, b"worker", 0).unwrap();
+        let (page, end) = rustix::pipe::pipe().unwrap();
+        // No bytes are copied: the pipe has a reference to the page (splice(2)).
+        let held = rustix::pipe::splice(&copy, Some(&mut 0), &end, None, 6, SpliceFlags::empty());
+        assert_eq!(held, Ok(6));
+        (copy.into(), page, end)
+    }
+
+    #[test]
+    fn a_copy_of_which_somebody_holds_a_page_is_sealed_when_it_is_let_go() {
+        let (copy, page, _end) = held();
+        let mut busy = 0;
+        let sealed = until_free(|| {
+            let sealed = rustix::fs::fcntl_add_seals(&copy, SEALS);
+            if sealed == Err(Errno::BUSY) {
+                busy += 1;
+                rustix::io::read(&page, &mut [0; 6]).unwrap();
+            }
+            sealed
+        });
+        assert_eq!((sealed, busy), (Ok(()), 1));
+        assert_eq!(rustix::fs::fcntl_get_seals(&copy), Ok(SEALS));
+        let refused = rustix::io::pwrite(&copy, b"x", 0);
+        assert_eq!(refused, Err(Errno::PERM));
+    }
+
+    #[test]
+    fn a_copy_whose_page_is_never_let_go_is_not_taken() {
+        let (copy, _page, _end) = held();
+        assert_eq!(seal(&copy), Err(Errno::BUSY));
+        // Any other error is no reason to try again.
+        let mut tries = 0;
+        let refused = until_free(|| {
+            tries += 1;
+            Err(Errno::PERM)
+        });
+        assert_eq!((refused, tries), (Err(Errno::PERM), 1));
+    }
 
     #[test]
     fn only_a_static_elf_is_a_worker() {
