@@ -73,14 +73,7 @@ fn questions() -> BTreeSet<String> {
         // A flow's or a case's first argument, by itself in its line or behind its function.
         let line = match line.split_once('(') {
             Some((name, rest))
-                if [
-                    "same",
-                    "differs",
-                    "private(differs",
-                    "with_capability!",
-                    "greeted",
-                ]
-                .contains(&name) =>
+                if ["same", "differs", "with_capability!", "greeted"].contains(&name) =>
             {
                 rest
             }
@@ -89,7 +82,15 @@ fn questions() -> BTreeSet<String> {
         let name = line.strip_prefix('"')?.split('"').next()?;
         Some(name.to_owned())
     };
-    ["cases", "pairs", "failures", "run_states", "starts"]
+    let files = [
+        "cases",
+        "pairs",
+        "failures",
+        "resources",
+        "run_states",
+        "starts",
+    ];
+    files
         .iter()
         .flat_map(|file| {
             let text = read(&format!("tests/tests/oracle/{file}.rs"));

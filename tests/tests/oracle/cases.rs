@@ -1,5 +1,7 @@
 //! The questions.
 
+use crate::qemu::Memory;
+
 /// How Baton's answer differs.
 pub(crate) struct Here {
     pub(crate) says: &'static str,
@@ -15,8 +17,8 @@ pub(crate) struct Case {
     pub(crate) before: &'static [&'static str],
     /// Messages whose answers are compared.
     pub(crate) asks: &'static [&'static str],
-    /// Its machine's memory is its own process's.
-    pub(crate) private: bool,
+    /// Where its machine's memory is, if it can be elsewhere.
+    pub(crate) memory: Memory,
     pub(crate) here: Option<Here>,
 }
 
@@ -30,7 +32,7 @@ const fn same(
         negotiated: true,
         before,
         asks,
-        private: false,
+        memory: Memory::Shared,
         here: None,
     }
 }
@@ -47,7 +49,7 @@ const fn differs(
         negotiated: true,
         before,
         asks,
-        private: false,
+        memory: Memory::Shared,
         here: Some(Here { says, why }),
     }
 }
@@ -58,7 +60,7 @@ const fn greeted(name: &'static str, asks: &'static [&'static str]) -> Case {
         negotiated: false,
         before: &[],
         asks,
-        private: false,
+        memory: Memory::Shared,
         here: None,
     }
 }
@@ -74,16 +76,13 @@ const fn greeted_and_differs(
         negotiated: false,
         before: &[],
         asks,
-        private: false,
+        memory: Memory::Shared,
         here: Some(Here { says, why }),
     }
 }
 
-const fn private(case: Case) -> Case {
-    Case {
-        private: true,
-        ..case
-    }
+const fn with_memory(memory: Memory, case: Case) -> Case {
+    Case { memory, ..case }
 }
 
 const CPR: &[&str] = &[r#"migrate-set-parameters {"mode": "cpr-transfer"}"#];
@@ -318,17 +317,46 @@ pub(crate) const CASES: &[Case] = &[
         r#"GenericError: mode 'normal', which copies RAM, is not supported by this VMM: set mode 'cpr-transfer' or 'cpr-reboot'; "running""#,
         "QEMU migrates by its main channel; only the cpr modes are offered here",
     ),
-    private(differs(
-        "memory that nobody shares",
-        CPR,
-        &[
-            r#"migrate {"channels": [$main, $cpr]}"#,
-            "query-migrate {} => /blocked-reasons/0",
-            "query-status {} => /status",
-        ],
-        r#"GenericError: Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required. (leave memory.share out of the VM file); "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required."; "running""#,
-        "the memory's name is another, and the refusal says what to do",
-    )),
+    with_memory(
+        Memory::Private,
+        differs(
+            "memory that nobody shares",
+            CPR,
+            &[
+                r#"migrate {"channels": [$main, $cpr]}"#,
+                "query-migrate {} => /blocked-reasons/0",
+                "query-status {} => /status",
+            ],
+            r#"GenericError: Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required. (leave memory.share out of the VM file); "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required."; "running""#,
+            "the memory's name is another, and the refusal says what to do",
+        ),
+    ),
+    with_memory(
+        Memory::NoBackend,
+        differs(
+            "memory without a backend",
+            CPR,
+            &[
+                r#"migrate {"channels": [$main, $cpr]}"#,
+                "query-migrate {} => /blocked-reasons/0",
+            ],
+            "GenericError: Failed to connect to 'DIR/cpr.sock': No such file or directory; -",
+            "memory is always the broker's, and can always go",
+        ),
+    ),
+    with_memory(
+        Memory::NoAuxShare,
+        differs(
+            "aux-ram-share is off",
+            CPR,
+            &[
+                r#"migrate {"channels": [$main, $cpr]}"#,
+                "query-migrate {} => /blocked-reasons/0",
+            ],
+            "GenericError: Failed to connect to 'DIR/cpr.sock': No such file or directory; -",
+            "it is always on, and cannot be switched off",
+        ),
+    ),
     same(
         "set the mode while nothing is under way, by the human monitor",
         &[],

@@ -14,10 +14,10 @@ use crate::party::New;
 const CANCEL: &str = "old migrate_cancel {}";
 const YANK: &str = r#"old yank {"instances": [{"type": "migration"}]}"#;
 const CONTINUE: &str = r#"old migrate-continue {"state": "pre-switchover"}"#;
-const RETURN_PATH: &str = r#"old migrate-set-capabilities {"capabilities": [{"capability": "return-path", "state": true}]}"#;
+pub(crate) const RETURN_PATH: &str = r#"old migrate-set-capabilities {"capabilities": [{"capability": "return-path", "state": true}]}"#;
 /// To a side that may have ended by then.
-const RETURN_PATH_THERE: &str = r#"perhaps new migrate-set-capabilities {"capabilities": [{"capability": "return-path", "state": true}]}"#;
-const PERHAPS_INCOMING: &str = r#"perhaps new migrate-incoming {"channels": [$main]}"#;
+pub(crate) const RETURN_PATH_THERE: &str = r#"perhaps new migrate-set-capabilities {"capabilities": [{"capability": "return-path", "state": true}]}"#;
+pub(crate) const PERHAPS_INCOMING: &str = r#"perhaps new migrate-incoming {"channels": [$main]}"#;
 
 pub(crate) const FAILURES: &[Pair] = &[
     same(

@@ -12,10 +12,12 @@
 mod cases;
 mod failures;
 mod impostor;
+mod listener;
 mod pair;
 mod pairs;
 mod party;
 mod qemu;
+mod resources;
 mod run_states;
 mod starts;
 
@@ -35,8 +37,10 @@ use crate::pair::Pair;
 use crate::pairs::PAIRS;
 use crate::party::Party;
 use crate::qemu::Machine;
+use crate::qemu::Memory;
 use crate::qemu::Qemu;
 use crate::qemu::SMALL;
+use crate::resources::RESOURCES;
 use crate::run_states::RUN_STATES;
 use crate::starts::STARTS;
 
@@ -160,17 +164,17 @@ fn every_answer_is_qemus_or_its_difference_is_declared() {
     for case in CASES {
         let dir = tempfile::tempdir().unwrap();
         let machine = Machine {
-            memory_is_shared: !case.private,
+            memory: case.memory,
             ..SMALL
         };
         let qemu = Qemu::start(dir.path(), "old", machine, &[]);
         let theirs = ask(qemu.connect(), case, dir.path());
         drop(qemu);
-        let vm = match case.private {
-            true => Builder::release()
+        let vm = match case.memory {
+            Memory::Private => Builder::release()
                 .memory_lines("share = false")
                 .start_unseen(),
-            false => Builder::release().start(),
+            _ => Builder::release().start(),
         };
         let ours = ask(Qmp::greeted(&vm), case, dir.path());
         report.add(case.name, case.here.as_ref(), &theirs, &ours);
@@ -202,6 +206,11 @@ fn a_transfer_that_fails_leaves_what_it_does_in_qemu_or_the_difference_is_declar
 #[test]
 fn each_run_state_takes_the_commands_that_it_does_in_qemu_or_the_difference_is_declared() {
     both(RUN_STATES);
+}
+
+#[test]
+fn what_both_sides_have_of_the_host_fares_as_in_qemu_or_the_difference_is_declared() {
+    both(RESOURCES);
 }
 
 #[test]

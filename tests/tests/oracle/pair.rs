@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::cases::Here;
 use crate::impostor;
+use crate::listener::Listener;
 use crate::parse;
 use crate::party::New;
 use crate::party::Party;
@@ -85,6 +86,8 @@ struct Sides {
     cpr: PathBuf,
     /// What keeps that one as it is.
     kept: Vec<OwnedFd>,
+    /// Who listens to the guest's serial port.
+    listener: Option<Listener>,
     /// Dropped last: ours ends when its clients have gone.
     party: Party,
 }
@@ -100,6 +103,7 @@ impl Sides {
             waiting: None,
             number: 0,
             kept: Vec::new(),
+            listener: None,
         };
         if kind != New::Nobody {
             sides.another_waits();
@@ -197,10 +201,40 @@ impl Sides {
                     new.wait_for_cpr_state();
                 }
             }
-            "old is held" => until("the old side is held", || {
-                let info = self.old.returns("query-migrate", json!({}));
-                (info.get("status") == Some(&json!("pre-switchover"))).then_some(())
-            }),
+            "old is held" => self.until_old_is(&["pre-switchover"]),
+            // A side that is refused before is never held.
+            "old is held, or has failed" => self.until_old_is(&["pre-switchover", "failed"]),
+            "old has ended" => {
+                let pid = self.party.pid();
+                until("the old side ends", || (!is_alive(pid)).then_some(()));
+            }
+            "the old side's memory" => {
+                let maps = with_children(self.party.pid())
+                    .into_iter()
+                    .any(maps_guest_memory);
+                let maps = if maps {
+                    "maps the guest's memory"
+                } else {
+                    "has nothing of it"
+                };
+                return Some(format!("old {maps}"));
+            }
+            "the socket of both" => {
+                let there = self.party.one_socket().exists();
+                return Some(format!("it is {}", if there { "there" } else { "gone" }));
+            }
+            "somebody listens to the serial port" => self.listener = Some(self.party.listen()),
+            "the listener" => {
+                let ended = self.listener.as_mut().unwrap().is_hung_up_on();
+                let ended = if ended { "is hung up on" } else { "stays" };
+                return Some(format!("the listener {ended}"));
+            }
+            "old gets a device" => {
+                for step in self.party.addition() {
+                    let said = self.message(&step);
+                    assert_eq!(said, "done", "{step}");
+                }
+            }
             "new is told to end" => {
                 let pid = Pid::from_raw(self.waiting().pid).unwrap();
                 rustix::process::kill_process(pid, Signal::TERM).unwrap();
@@ -241,6 +275,16 @@ impl Sides {
             }
         }
         None
+    }
+
+    fn until_old_is(&mut self, states: &[&str]) {
+        until("the old side is as it is to be", || {
+            let info = self.old.returns("query-migrate", json!({}));
+            let status = info.get("status").and_then(Value::as_str);
+            status
+                .is_some_and(|status| states.contains(&status))
+                .then_some(())
+        });
     }
 
     fn deaf(&mut self, name: &str, full: bool) {
@@ -304,6 +348,14 @@ impl Sides {
             )
         })
     }
+}
+
+/// Whether a process has guest memory in its address space (proc_pid_maps(5)): of a memfd, by the name that QEMU's backend has, or ours.
+fn maps_guest_memory(pid: i32) -> bool {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    ["/memfd:memory-backend-memfd", "/memfd:guest-ram"]
+        .iter()
+        .any(|name| maps.contains(name))
 }
 
 /// Whether something comes about within this time.

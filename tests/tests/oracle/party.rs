@@ -14,7 +14,9 @@ use serde_json::Value;
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::listener::Listener;
 use crate::qemu::Machine;
+use crate::qemu::Memory;
 use crate::qemu::Qemu;
 use crate::qemu::SMALL;
 
@@ -41,6 +43,72 @@ pub(crate) enum New {
     FewerDevices,
     /// As `Deferred`, with memory of its own, of the same size: a file's.
     OtherMemory,
+    /// As `Deferred`; QEMU's sides are under a sandbox, as ours always are.
+    Sandboxed,
+    /// As `Deferred`; both sides listen at one socket.
+    OneSocket,
+    /// As `Deferred`; both sides have one disk.
+    OneDisk,
+    /// As `Deferred`; both sides have one tap.
+    OneTap,
+    /// As `Deferred`; a device can be added.
+    Port,
+}
+
+impl New {
+    /// What a QEMU whose files are in `dir` is started with on either side.
+    fn arguments(self, dir: &Path) -> Vec<String> {
+        let path = |name: &str| dir.join(name).display().to_string();
+        let arguments = match self {
+            Self::Sandboxed => {
+                "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+                    .to_owned()
+            }
+            Self::OneSocket => format!(
+                "-chardev socket,id=c0,path={},server=on,wait=off -serial chardev:c0",
+                path(SERIAL)
+            ),
+            Self::OneDisk => format!("-drive file={},format=raw,if=virtio", path(DISK)),
+            Self::OneTap => format!(
+                "-netdev tap,id=n0,ifname={},script=no,downscript=no -device virtio-net-pci,netdev=n0,romfile=",
+                tap()
+            ),
+            Self::Port => "-device pcie-root-port,id=port0,slot=1".to_owned(),
+            _ => return Vec::new(),
+        };
+        arguments.split(' ').map(str::to_owned).collect()
+    }
+
+    /// What of ours is like it.
+    fn builder(self) -> Builder {
+        let builder = Builder::release();
+        match self {
+            Self::FewerDevices | Self::OneSocket => builder.vsock(),
+            Self::OneDisk => builder.disk("root", 1, ""),
+            Self::OneTap => builder.net(&tap(), ""),
+            // A broker that runs reaches the directories that its policy names.
+            Self::Port => {
+                let here = format!(
+                    "paths = [\"/**\", \"{}/**\"",
+                    std::env::temp_dir().display()
+                );
+                let (before, disk) = baton_policy::BUILTIN.split_once("name = \"disk\"").unwrap();
+                let disk = disk.replacen("paths = [\"/**\"", &here, 1);
+                assert!(disk.contains(&here));
+                builder.policy(&format!("{before}name = \"disk\"{disk}"))
+            }
+            _ => builder,
+        }
+    }
+}
+
+/// QEMU's serial port, and a disk, in a directory of its own.
+const SERIAL: &str = "serial";
+const DISK: &str = "disk.img";
+
+/// A tap of this test's own.
+fn tap() -> String {
+    format!("bo{}", std::process::id())
 }
 
 /// A side that waits.
@@ -92,13 +160,14 @@ impl Party {
     /// QEMU, and its monitor.
     pub(crate) fn qemu(new: New) -> (Self, Qmp) {
         let dir = tempfile::tempdir().unwrap();
-        let device = ["-device", "virtio-rng-pci"];
-        let more: &[&str] = if new == New::FewerDevices {
-            &device
-        } else {
-            &[]
-        };
-        let old = Qemu::start(dir.path(), "old", SMALL, more);
+        let mut more = new.arguments(dir.path());
+        if new == New::FewerDevices {
+            more.extend(["-device", "virtio-rng-pci"].map(str::to_owned));
+        }
+        let disk = std::fs::File::create(dir.path().join(DISK)).unwrap();
+        disk.set_len(1 << 20).unwrap();
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
+        let old = Qemu::start(dir.path(), "old", SMALL, &more);
         let mut qmp = old.connect();
         qmp.done("qmp_capabilities", json!({}));
         (
@@ -112,12 +181,7 @@ impl Party {
 
     /// Baton, and its.
     pub(crate) fn baton(new: New) -> (Self, Qmp) {
-        let builder = Builder::release();
-        let vm = match new {
-            New::FewerDevices => builder.vsock(),
-            _ => builder,
-        };
-        let vm = Box::new(vm.start());
+        let vm = Box::new(new.builder().start());
         let mut qmp = Qmp::greeted(&vm);
         qmp.done("qmp_capabilities", json!({}));
         (
@@ -143,6 +207,49 @@ impl Party {
             Self::Qemu { all, .. } => all.first().unwrap().socket().to_owned(),
             Self::Ours { vm, .. } => vm.site.run_dir().join(&vm.site.name).join("qmp.sock"),
         }
+    }
+
+    /// The process of the side that has the guest.
+    pub(crate) fn pid(&self) -> i32 {
+        match self {
+            Self::Qemu { all, .. } => all.first().unwrap().pid(),
+            Self::Ours { vm, .. } => vm.broker,
+        }
+    }
+
+    /// The socket that both sides listen at.
+    pub(crate) fn one_socket(&self) -> PathBuf {
+        match self {
+            Self::Qemu { dir, .. } => dir.path().join(SERIAL),
+            Self::Ours { vm, .. } => vm.site.path("v"),
+        }
+    }
+
+    /// Somebody who listens to the guest's serial port.
+    pub(crate) fn listen(&self) -> Listener {
+        match self {
+            Self::Qemu { .. } => Listener::at(&self.one_socket()),
+            Self::Ours { vm, .. } => Listener::of(vm),
+        }
+    }
+
+    /// What adds a device called `x`.
+    pub(crate) fn addition(&self) -> Vec<String> {
+        let steps: &[&str] = match self {
+            Self::Qemu { .. } => {
+                &[r#"old device_add {"driver": "virtio-rng-pci", "id": "x", "bus": "port0"}"#]
+            }
+            Self::Ours { vm, .. } => {
+                std::fs::File::create(vm.site.path(DISK))
+                    .and_then(|image| image.set_len(1 << 20))
+                    .unwrap();
+                &[
+                    r#"old blockdev-add {"driver": "file", "node-name": "n", "filename": "$dir/disk.img"}"#,
+                    r#"old device_add {"driver": "virtio-blk-pci", "id": "x", "drive": "n"}"#,
+                ]
+            }
+        };
+        steps.iter().map(|step| (*step).to_owned()).collect()
     }
 
     /// Starts a side that waits, the `number`th.
@@ -206,7 +313,8 @@ fn listens(path: &Path) -> bool {
 }
 
 fn qemu_waits(dir: &Path, new: New, number: usize, incoming: &[String]) -> Qemu {
-    let mut arguments: Vec<&str> = Vec::new();
+    let more = new.arguments(dir);
+    let mut arguments: Vec<&str> = more.iter().map(String::as_str).collect();
     for one in incoming {
         arguments.extend(["-incoming", one]);
     }
@@ -218,8 +326,10 @@ fn qemu_waits(dir: &Path, new: New, number: usize, incoming: &[String]) -> Qemu 
             New::LessMemory => SMALL.mebibytes / 2,
             _ => SMALL.mebibytes,
         },
-        memory_is_a_file: new == New::OtherMemory,
-        ..SMALL
+        memory: match new {
+            New::OtherMemory => Memory::File,
+            _ => SMALL.memory,
+        },
     };
     Qemu::start(dir, &format!("new{number}"), machine, &arguments)
 }

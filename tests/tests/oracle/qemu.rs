@@ -18,22 +18,33 @@ const ROM: usize = 64 << 10;
 /// When one that is to end is taken for one that waits.
 const ENDED: Duration = Duration::from_secs(3);
 
+/// Where guest memory is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// In memfds, all of it, as cpr-transfer needs it.
+    Shared,
+    /// In a memfd that is nobody else's.
+    Private,
+    /// In a file.
+    File,
+    /// Where it is without a backend: `-m` alone.
+    NoBackend,
+    /// As `Shared`, but for ROMs and tables.
+    NoAuxShare,
+}
+
 /// What differs from one to the other.
 #[derive(Clone, Copy)]
 pub(crate) struct Machine {
     pub(crate) cpus: u8,
     pub(crate) mebibytes: u32,
-    /// Its memory is a file's, and no memfd.
-    pub(crate) memory_is_a_file: bool,
-    /// Other processes can have it too.
-    pub(crate) memory_is_shared: bool,
+    pub(crate) memory: Memory,
 }
 
 pub(crate) const SMALL: Machine = Machine {
     cpus: 1,
     mebibytes: 16,
-    memory_is_a_file: false,
-    memory_is_shared: true,
+    memory: Memory::Shared,
 };
 
 /// Dropped, it is killed.
@@ -59,13 +70,27 @@ impl Qemu {
         let Machine {
             cpus,
             mebibytes,
-            memory_is_a_file,
-            memory_is_shared,
+            memory,
         } = machine;
-        let share = if memory_is_shared { "on" } else { "off" };
-        let backend = match memory_is_a_file {
-            true => format!("file,mem-path={}", path("memory").display()),
-            false => "memfd".to_owned(),
+        let object = match memory {
+            Memory::NoBackend => None,
+            Memory::File => Some(format!(
+                "file,share=on,mem-path={}",
+                path("memory").display()
+            )),
+            Memory::Private => Some("memfd,share=off".to_owned()),
+            Memory::Shared | Memory::NoAuxShare => Some("memfd,share=on".to_owned()),
+        };
+        let object = object.map(|kind| format!("memory-backend-{kind},id=ram0,size={mebibytes}M"));
+        let aux = if memory == Memory::NoAuxShare {
+            "off"
+        } else {
+            "on"
+        };
+        let main = if object.is_some() {
+            ",memory-backend=ram0"
+        } else {
+            ""
         };
         let mut rom = vec![0xf4; ROM];
         rom.splice(ROM - 16..ROM - 14, [0xeb, 0xfe]);
@@ -80,12 +105,9 @@ impl Qemu {
                 "-accel",
                 "tcg",
             ])
-            .args(["-machine", "q35,aux-ram-share=on,memory-backend=ram0"])
+            .args(["-machine", &format!("q35,aux-ram-share={aux}{main}")])
             .args(["-smp", &cpus.to_string(), "-m", &format!("{mebibytes}M")])
-            .arg("-object")
-            .arg(format!(
-                "memory-backend-{backend},id=ram0,size={mebibytes}M,share={share}"
-            ))
+            .args(object.iter().flat_map(|object| ["-object", object]))
             .arg("-bios")
             .arg(path("rom"))
             .arg("-qmp")
