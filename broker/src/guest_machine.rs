@@ -7,7 +7,6 @@ use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::path::PathBuf;
 
 use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
@@ -31,6 +30,7 @@ use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::vm_file::Console;
 use crate::vm_file::VmFile;
+use crate::vm_file::net::Interface;
 use crate::vm_file::slots::Plugged;
 
 /// The machine of a VM file with these devices.
@@ -74,7 +74,7 @@ pub(crate) fn devices(
     let removable = vm.removable();
     let came = |config: &&VirtioConfig| {
         removable.checked_shr(config.slot.into()).unwrap_or(0) & 1 == 1
-            && matches!(config.device, VirtioKind::Block(_))
+            && matches!(config.device, VirtioKind::Block(_) | VirtioKind::Net(_))
             && hotplugged.iter().any(|one| one.slot == config.slot)
     };
     let came: Vec<_> = running.iter().filter(came).cloned().collect();
@@ -164,13 +164,9 @@ pub(crate) fn check(
                 Some(fs::read_link(&link).doing(format_args!("cannot resolve {key}"))?)
             }
             DescriptorKind::Tap => {
-                // The kernel's own word for which interface it is (tun_chr_show_fdinfo, drivers/net/tun.c).
-                let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
-                    .doing(format_args!("cannot examine {key}"))?;
-                let name = info.lines().find_map(|line| line.strip_prefix("iff:"));
-                let name = name.map(str::trim).unwrap_or_default();
-                check_tap(vm, key, name)?;
-                Some(tap_place(name))
+                let tap = taps::interface_of(fd)?;
+                check_tap(vm, key, &tap)?;
+                Some(Path::new(taps::SYSFS).join(tap.0))
             }
             DescriptorKind::GuestRam
             | DescriptorKind::Stream
@@ -285,24 +281,19 @@ fn check_backend(
     })
 }
 
-fn check_tap(vm: &VmFile, key: &DescriptorKey, found: &str) -> Result<()> {
+fn check_tap(vm: &VmFile, key: &DescriptorKey, found: &Interface) -> Result<()> {
     let slot = key.id() / u32::from(baton_ipc::worker::MAX_NET_QUEUES);
     let index = usize::try_from(slot)
         .ok()
         .and_then(|slot| slot.checked_sub(1 + vm.disk.0.len()));
     match index.and_then(|index| vm.net.0.get(index)) {
-        Some(net) if net.tap.0 != found => Err(unfit(
+        Some(net) if net.tap != *found => Err(unfit(
             format_args!(
-                "network interface {}: the running VM has the tap {found:?}, not {}",
-                net.id.0, net.tap.0
+                "network interface {}: the running VM has the tap {:?}, not {}",
+                net.id.0, found.0, net.tap.0
             ),
             "name the tap that the running VM has",
         )),
         _ => Ok(()),
     }
-}
-
-/// Where a tap that exists comes from, as policy is asked: its place in sysfs.
-fn tap_place(name: &str) -> PathBuf {
-    Path::new(taps::SYSFS).join(name)
 }

@@ -242,13 +242,13 @@ pub struct Offer {
     pub hotplugged: Vec<Hotplugged>,
 }
 
-/// A disk that came while the guest ran.
+/// A disk or a network interface that came while the guest ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hotplugged {
     /// The device's name.
     pub id: String,
-    /// The name of the node that it is made of.
-    pub node: String,
+    /// The name of the node or netdev that it is made of.
+    pub backing: String,
     /// Its PCI device number.
     pub slot: u8,
     /// The guest was asked to let it go.

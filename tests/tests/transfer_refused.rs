@@ -375,7 +375,7 @@ fn a_descriptor_of_another_size_is_refused_and_a_right_one_is_not() {
 }
 
 #[test]
-fn disks_that_are_said_to_have_come_and_are_none_are_refused() {
+fn devices_that_are_said_to_have_come_and_are_none_are_refused() {
     let vm = Builder::release().start();
     for (id, slot, words) in [
         ("d", 31, "device d is no disk"),
@@ -388,7 +388,7 @@ fn disks_that_are_said_to_have_come_and_are_none_are_refused() {
         let mut impostor = Impostor::connect(&waiting);
         let disk = Hotplugged {
             id: id.to_owned(),
-            node: "n".to_owned(),
+            backing: "n".to_owned(),
             slot,
             asked: false,
         };

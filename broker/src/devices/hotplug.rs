@@ -38,7 +38,6 @@ use serde_json::json;
 
 use crate::broker::Broker;
 use crate::clients::Awaiting;
-use crate::devices::nodes;
 use crate::devices::nodes::Node;
 use crate::devices::resources::Opening;
 use crate::devices::taps;
@@ -51,6 +50,7 @@ use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::vm_file::disk::Label;
 use crate::vm_file::net::Mac;
+use crate::vm_file::net::Pairs;
 
 /// How long a guest may take to let a device go before those who wait are told that it does not: libvirt waits as long.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -479,7 +479,7 @@ impl Broker {
     pub(crate) fn hotplugged(&self) -> Vec<Hotplugged> {
         let device = |device: &Device| Hotplugged {
             id: device.id.clone(),
-            node: device.backing.name().to_owned(),
+            backing: device.backing.name().to_owned(),
             slot: device.slot,
             asked: matches!(device.stage, Stage::Asked(_)),
         };
@@ -514,53 +514,59 @@ impl Broker {
         }
     }
 
-    /// Takes the devices of another broker's guest over, whose descriptors are here.
+    /// Takes the devices of another broker's guest over, whose descriptors are here. Claims of their taps are taken from those
+    /// that came.
     pub(crate) fn adopt_devices(
         &mut self,
         offered: &[Hotplugged],
         registry: &Registry,
+        claims: &mut Vec<OwnedFd>,
     ) -> Result<()> {
         for one in offered {
             let Hotplugged {
                 id,
-                node,
+                backing: name,
                 slot,
                 asked,
             } = one;
             self.check_id(id)?;
-            let name = Label::try_from(node.clone()).map_err(|reason| unfit(reason, ""))?;
-            if self.node(node).is_some() || self.vm.disk.0.iter().any(|disk| disk.id == name) {
-                return Err(unfit(
-                    format_args!("Duplicate nodes with node-name='{node}'"),
-                    "",
-                ));
-            }
-            let config = self.virtio.iter().find_map(|config| match &config.device {
-                VirtioKind::Block(block) if config.slot == *slot => Some(block.clone()),
-                _ => None,
-            });
-            let config = config.ok_or_else(|| unfit(format_args!("device {id} is no disk"), ""))?;
-            let key = DescriptorKey::new(descriptor::DISK, (*slot).into())
-                .doing("cannot name a descriptor")?;
-            let found = registry.iter().find(|(found, ..)| **found == key);
-            let (_, description, file) =
-                found.ok_or_else(|| unfit(format_args!("device {id} has no descriptor"), ""))?;
-            let file = file.try_clone_to_owned().doing("cannot hold the disk")?;
-            self.nodes.push(Node {
-                path: nodes::place(
-                    std::os::fd::AsRawFd::as_raw_fd(&file),
-                    std::path::Path::new(node),
-                )?,
-                name,
-                kind: description.kind,
-                config,
-                file,
-            });
+            let held = |name: &str, index: u32| {
+                let key = DescriptorKey::new(name, index).doing("cannot name a descriptor")?;
+                let found = registry.iter().find(|(found, ..)| **found == key);
+                let (_, description, file) =
+                    found.ok_or_else(|| unfit(format_args!("device {id} has no {key}"), ""))?;
+                let file = file.try_clone_to_owned().doing("cannot hold a device")?;
+                Ok((description.kind, file))
+            };
+            let config = self.virtio.iter().find(|config| config.slot == *slot);
+            let backing = match config.map(|config| (&config.device, config)) {
+                Some((VirtioKind::Block(block), _)) => {
+                    let block = block.clone();
+                    let (kind, file) = held(descriptor::DISK, (*slot).into())?;
+                    self.adopt_node(name, block, kind, file)?;
+                    Backing::Node(name.clone())
+                }
+                Some((VirtioKind::Net(net), config)) => {
+                    let net = net.clone();
+                    let Pairs(pairs) = Pairs::try_from(u32::from(net.queues))
+                        .map_err(|reason| unfit(format_args!("device {id}: {reason}"), ""))?;
+                    let queue = |pair| Ok(held(descriptor::NET, config.tap(pair))?.1);
+                    let queues = (0..pairs).map(queue).collect::<Result<_>>()?;
+                    self.adopt_netdev(name, &net, queues, claims)?;
+                    Backing::Netdev(name.clone())
+                }
+                _ => {
+                    return Err(unfit(
+                        format_args!("device {id} is no disk and no network interface"),
+                        "",
+                    ));
+                }
+            };
             let by = Instant::now() + PATIENCE * self.deadlines.slowness();
             self.devices.push(Device {
                 id: id.clone(),
                 slot: *slot,
-                backing: Backing::Node(node.clone()),
+                backing,
                 stage: if *asked {
                     Stage::Asked(by)
                 } else {

@@ -1,11 +1,13 @@
 //! Taps that are opened while the guest runs, before a network interface is made of them and after it is gone: QEMU's netdevs.
 
+use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use baton_audit::Actor;
 use baton_ipc::control::Exit;
 use baton_ipc::control::NewNetdev;
+use baton_ipc::worker::NetConfig;
 use serde_json::json;
 
 use crate::broker::Broker;
@@ -31,7 +33,7 @@ pub(crate) struct Netdev {
     /// Bytes.
     pub(crate) mtu: u16,
     /// Held as long as this is, so that no other broker gives the tap to another VM.
-    _claim: OwnedFd,
+    pub(crate) claim: OwnedFd,
 }
 
 impl Broker {
@@ -70,7 +72,7 @@ impl Broker {
             tap,
             queues,
             mtu,
-            _claim: claim,
+            claim,
         });
         Ok(())
     }
@@ -82,8 +84,7 @@ impl Broker {
             return Err(unfit(format_args!("Device '{id}' not found"), ""));
         };
         let record = json!({"netdev": id, "path": Path::new(taps::SYSFS).join(&netdev.tap.0)});
-        let backing = Backing::Netdev(id.to_owned());
-        if self.devices.iter().any(|device| device.backing == backing) {
+        if self.is_used(netdev) {
             return Err(unfit(
                 format_args!("Netdev {id} is in use"),
                 "`device_del` its device, and wait for DEVICE_DELETED",
@@ -100,17 +101,66 @@ impl Broker {
         self.netdevs.iter().find(|netdev| netdev.id.0 == id)
     }
 
-    /// They stay with this broker: a tap's claim, and the queues that a guest reads, are the VM file's to hand over.
-    pub(crate) fn refuse_netdevs(&self) -> Result<()> {
-        match self.netdevs.first() {
+    /// Netdevs without a device are nobody's in a transfer.
+    pub(crate) fn refuse_loose_netdevs(&self) -> Result<()> {
+        match self.netdevs.iter().find(|netdev| !self.is_used(netdev)) {
             None => Ok(()),
             Some(netdev) => Err(unfit(
                 format_args!(
-                    "State blocked by netdev '{}': no VM file has its tap {}",
-                    netdev.id.0, netdev.tap.0
+                    "netdev {} would be lost: no device is made of it",
+                    netdev.id.0
                 ),
-                "`device_del` its device, then `netdev_del` it",
+                "`netdev_del` it first",
             )),
         }
+    }
+
+    fn is_used(&self, netdev: &Netdev) -> bool {
+        let backing = Backing::Netdev(netdev.id.0.clone());
+        self.devices.iter().any(|device| device.backing == backing)
+    }
+
+    /// Takes over what an interface of another broker's guest is made of: these queues of a tap, with what keeps other VMs from it.
+    pub(crate) fn adopt_netdev(
+        &mut self,
+        name: &str,
+        config: &NetConfig,
+        queues: Vec<OwnedFd>,
+        claims: &mut Vec<OwnedFd>,
+    ) -> Result<()> {
+        let id = Label::try_from(name.to_owned()).map_err(|reason| unfit(reason, ""))?;
+        if self.vm.net.0.iter().any(|net| net.id == id) || self.netdev(name).is_some() {
+            return Err(unfit(format_args!("Duplicate ID '{name}' for netdev"), ""));
+        }
+        let mut taps = queues.iter().map(|queue| taps::interface_of(queue.as_fd()));
+        let tap = taps
+            .next()
+            .unwrap_or_else(|| Err(unfit(format_args!("netdev {name} has no queue"), "")))?;
+        for other in taps {
+            let other = other?;
+            if other != tap {
+                return Err(unfit(
+                    format_args!("netdev {name} has queues of {} and of {}", tap.0, other.0),
+                    "",
+                ));
+            }
+        }
+        let own = self.vm.net.0.iter().map(|net| &net.tap);
+        let mut others = own.chain(self.netdevs.iter().map(|netdev| &netdev.tap));
+        if others.any(|other| *other == tap) {
+            return Err(unfit(
+                format_args!("netdev {name} has the tap {} of another", tap.0),
+                "",
+            ));
+        }
+        let claim = taps::take_claim(claims, &tap)?;
+        self.netdevs.push(Netdev {
+            id,
+            tap,
+            queues,
+            mtu: config.mtu,
+            claim,
+        });
+        Ok(())
     }
 }

@@ -150,13 +150,39 @@ impl Broker {
         Ok(())
     }
 
+    /// Takes over what a disk of another broker's guest is made of.
+    pub(crate) fn adopt_node(
+        &mut self,
+        name: &str,
+        config: BlockConfig,
+        kind: DescriptorKind,
+        file: OwnedFd,
+    ) -> Result<()> {
+        let label = Label::try_from(name.to_owned()).map_err(|reason| unfit(reason, ""))?;
+        if self.node(name).is_some() || self.vm.disk.0.iter().any(|disk| disk.id == label) {
+            // QEMU's words (`bdrv_assign_node_name`, block.c).
+            return Err(unfit(
+                format_args!("Duplicate nodes with node-name='{name}'"),
+                "",
+            ));
+        }
+        self.nodes.push(Node {
+            path: place(file.as_raw_fd(), Path::new(name))?,
+            name: label,
+            kind,
+            config,
+            file,
+        });
+        Ok(())
+    }
+
     pub(crate) fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.iter().find(|node| node.name.0 == name)
     }
 }
 
 /// Where the kernel says that an open file is.
-pub(crate) fn place(descriptor: i32, path: &Path) -> Result<PathBuf> {
+fn place(descriptor: i32, path: &Path) -> Result<PathBuf> {
     std::fs::read_link(format!("/proc/self/fd/{descriptor}"))
         .doing(format_args!("cannot resolve {}", path.display()))
 }

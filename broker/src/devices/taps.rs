@@ -5,6 +5,8 @@
 
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -18,11 +20,11 @@ use rustix::net::SocketAddrUnix;
 use rustix::net::SocketFlags;
 use rustix::net::SocketType;
 
+use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::vm_file::disk::Label;
 use crate::vm_file::net::Interface;
-use crate::vm_file::net::Net;
 
 /// Where the kernel makes taps.
 pub(crate) const TUN: &str = "/dev/net/tun";
@@ -60,35 +62,30 @@ fn claim_name(tap: &str) -> String {
     format!("baton/tap/{tap}")
 }
 
-/// Whether these are the claims of every tap of a VM, and of no other.
-pub(crate) fn check_claims<'a>(
-    nets: &[Net],
-    claims: impl Iterator<Item = &'a OwnedFd>,
-) -> Result<()> {
+/// Takes the claim of this tap out of those that came.
+pub(crate) fn take_claim(claims: &mut Vec<OwnedFd>, tap: &Interface) -> Result<OwnedFd> {
     let name = |claim: &OwnedFd| {
         let address = rustix::net::getsockname(claim).ok()?;
         let address = SocketAddrUnix::try_from(address).ok()?;
         String::from_utf8(address.abstract_name()?.to_vec()).ok()
     };
-    let mut found: Vec<_> = claims.map(name).collect();
-    for net in nets {
-        let wanted = Some(claim_name(&net.tap.0));
-        let Some(index) = found.iter().position(|one| *one == wanted) else {
-            return Err(unfit(
-                format_args!("the claim of the tap {} did not come", net.tap.0),
-                "",
-            ));
-        };
-        found.swap_remove(index);
-    }
-    if found.is_empty() {
-        Ok(())
-    } else {
-        Err(unfit(
-            "a claim came of a tap that the VM file does not name",
+    let wanted = Some(claim_name(&tap.0));
+    match claims.iter().position(|one| name(one) == wanted) {
+        Some(index) => Ok(claims.swap_remove(index)),
+        None => Err(unfit(
+            format_args!("the claim of the tap {} did not come", tap.0),
             "",
-        ))
+        )),
     }
+}
+
+/// The interface that an open queue of a tap belongs to, by the kernel's own word (tun_chr_show_fdinfo, drivers/net/tun.c).
+pub(crate) fn interface_of(queue: BorrowedFd<'_>) -> Result<Interface> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", queue.as_raw_fd()))
+        .doing("cannot examine a tap")?;
+    let name = info.lines().find_map(|line| line.strip_prefix("iff:"));
+    let name = name.map(str::trim).unwrap_or_default();
+    Interface::try_from(name.to_owned()).map_err(|reason| unfit(reason, ""))
 }
 
 /// Claims a tap's name among all brokers of this network namespace: an abstract socket has one owner there, as a tap's name

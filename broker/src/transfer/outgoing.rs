@@ -161,7 +161,7 @@ impl Broker {
         let clock = PhaseClock::start(Instant::now());
         self.check_old()?;
         self.refuse_loose_nodes()?;
-        self.refuse_netdevs()?;
+        self.refuse_loose_netdevs()?;
         self.check_vsock_place()?;
         vfio::check_stays(&self.vm)?;
         self.doors().check(&main, Which::Main)?;
@@ -337,7 +337,8 @@ impl Broker {
             hotplugged,
         };
         let cannot = "cannot send the CPR state";
-        for claim in &self.claims {
+        let netdevs = self.netdevs.iter().map(|netdev| &netdev.claim);
+        for claim in self.claims.iter().chain(netdevs) {
             outgoing
                 .link
                 .send_with(&ToNew::Claim, &[claim.as_fd()])
@@ -553,6 +554,7 @@ impl Broker {
         self.registry = baton_ipc::Registry::default();
         self.devices.clear();
         self.nodes.clear();
+        self.netdevs.clear();
         self.claims.clear();
         if let Err(refusal) = self.ids.record(&[]) {
             complain(&refusal);

@@ -24,6 +24,7 @@ use super::hear;
 use super::hung_up;
 use super::listening;
 use crate::broker::Broker;
+use crate::devices::taps;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
 use crate::refusal::Result;
@@ -80,10 +81,8 @@ impl Broker {
         offer: Box<Offer>,
         registry: Registry,
     ) -> Result<Stage> {
-        let checked = self.check_state(&offer, &registry).and_then(|()| {
-            self.virtio.clone_from(&offer.machine.virtio);
-            self.adopt_devices(&offer.hotplugged, &registry)
-        });
+        let checked = self.check_state(&offer, &registry);
+        let checked = checked.and_then(|()| self.take_devices(&offer, &registry));
         match checked {
             Ok(()) => {
                 self.id = offer.vm;
@@ -92,7 +91,6 @@ impl Broker {
                 let Some(incoming) = &mut self.incoming else {
                     return Ok(Stage::Gone);
                 };
-                self.claims = std::mem::take(&mut incoming.claims);
                 incoming.offer = Some(offer);
                 let deferred = incoming.main.is_none();
                 incoming.deadline = Some(Instant::now() + if deferred { DEFERRED } else { bound });
@@ -122,8 +120,6 @@ impl Broker {
             ));
         }
         crate::guest_machine::check(&self.vm, &self.rules.policy, registry, machine)?;
-        let claims = self.incoming.iter().flat_map(|one| &one.claims);
-        crate::devices::taps::check_claims(&self.vm.net.0, claims)?;
         if let Some(vsock) = &self.vm.vsock {
             let path = crate::devices::resources::vsock_place(vsock, &self.rules.policy)?;
             let listener = self.incoming.as_ref().and_then(|one| one.vsock.as_ref());
@@ -140,6 +136,22 @@ impl Broker {
                 .recorded()?;
         }
         Ok(())
+    }
+
+    /// Takes what the broker itself has of devices: the claims of all taps, and no others, and what came while the guest ran.
+    fn take_devices(&mut self, offer: &Offer, registry: &Registry) -> Result<()> {
+        self.virtio.clone_from(&offer.machine.virtio);
+        let claims = self.incoming.as_mut().map(|one| &mut one.claims);
+        let mut claims = claims.map(std::mem::take).unwrap_or_default();
+        for net in &self.vm.net.0 {
+            self.claims.push(taps::take_claim(&mut claims, &net.tap)?);
+        }
+        self.adopt_devices(&offer.hotplugged, registry, &mut claims)?;
+        if claims.is_empty() {
+            Ok(())
+        } else {
+            Err(unfit("a claim came of a tap that the VM does not have", ""))
+        }
     }
 
     /// Waits for the one connection that begins with the nonce.
