@@ -196,9 +196,25 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
+        let Self {
+            disk,
+            queues: _,
+            block_size: _,
+        } = self;
+        let Disk {
+            file: _,
+            sectors,
+            // What the VM file says, each worker is told.
+            readonly: _,
+            direct: _,
+            serial: _,
+            // By the features, which are the transport's.
+            write_back: _,
+            limits: _,
+        } = &**disk;
         let saved = SavedBlock {
-            sectors: self.disk.sectors(),
-            limits: self.disk.limits().save(),
+            sectors: sectors.load(Ordering::SeqCst),
+            limits: disk.limits().save(),
         };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }

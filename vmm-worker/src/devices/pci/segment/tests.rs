@@ -151,4 +151,18 @@ fn the_address_survives_and_a_wrong_one_is_refused() {
             ..
         }))
     ));
+    let mut other = HOST_BRIDGE;
+    other.device += 1;
+    let wrong = SavedSegment {
+        address: 0,
+        host_bridge: ConfigSpace::new(other).save(),
+    };
+    let section = state::encode(device.id(), VERSION, &wrong).unwrap();
+    assert!(matches!(
+        device.load(StartMode::CprTransfer, &section),
+        Err(DeviceError::State(StateError::Field {
+            name: "config_space",
+            ..
+        }))
+    ));
 }

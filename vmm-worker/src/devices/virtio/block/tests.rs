@@ -385,6 +385,31 @@ fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
 }
 
 #[test]
+fn buckets_that_were_filled_in_the_future_are_refused() {
+    let limit = Some(RateLimit {
+        per_second: 1,
+        burst: 1,
+    });
+    let one = |bytes, operations| DeviceLimits { bytes, operations };
+    for limits in [one(limit, None), one(None, limit)] {
+        let mut config = config();
+        config.limits = limits;
+        let saved = SavedBlock {
+            sectors: SECTORS,
+            limits: Limits::new(limits, u64::MAX).save(),
+        };
+        let state = postcard::to_stdvec(&saved).unwrap();
+        assert!(matches!(
+            disk(&config).0.load(&state, None),
+            Err(StateError::Field {
+                name: "bucket.at_ns",
+                ..
+            })
+        ));
+    }
+}
+
+#[test]
 fn another_size_holds_from_the_next_request_on_and_the_driver_is_told() {
     let (mut rig, file) = rig(&config());
     let generation = |rig: &mut Rig| rig.read(0x15, 1);

@@ -374,24 +374,44 @@ fn taps_are_told_what_the_driver_takes() {
     }
 }
 
+const LIMITS: DeviceLimits = {
+    let limit = RateLimit {
+        per_second: 1,
+        burst: 1,
+    };
+    DeviceLimits {
+        bytes: Some(limit),
+        operations: Some(limit),
+    }
+};
+
+/// Buckets that were filled at a time to come.
+fn of_the_future() -> SavedLimits {
+    Limits::new(LIMITS, u64::MAX).save()
+}
+
 #[test]
 fn impossible_states_are_refused() {
-    let site = Site::new(config(2));
+    let mut limited = config(2);
+    limited.limits = LIMITS;
+    let site = Site::new(limited);
     let good = SavedNet {
         mac: site.config.mac,
         mtu: 1500,
         pairs: 2,
-        received: Limits::new(DeviceLimits::default(), 0).save(),
-        sent: Limits::new(DeviceLimits::default(), 0).save(),
+        received: Limits::new(LIMITS, 0).save(),
+        sent: Limits::new(LIMITS, 0).save(),
     };
     let bytes = postcard::to_stdvec(&good).unwrap();
     site.device().load(&bytes, None).unwrap();
     type Change = fn(&mut SavedNet);
-    let changes: [(&str, Change); 4] = [
+    let changes: [(&str, Change); 6] = [
         ("mac", |saved| saved.mac[5] = 2),
         ("mtu", |saved| saved.mtu = 1501),
         ("pairs", |saved| saved.pairs = 0),
         ("pairs", |saved| saved.pairs = 3),
+        ("bucket.at_ns", |saved| saved.received = of_the_future()),
+        ("bucket.at_ns", |saved| saved.sent = of_the_future()),
     ];
     for (field, change) in changes {
         let mut saved: SavedNet = postcard::from_bytes(&bytes).unwrap();

@@ -347,12 +347,15 @@ fn a_backend_that_does_not_read_breaks_the_device() {
             assert!(peer.hear_all().len() > 100);
             return assert_broken(rig);
         }
-        let _ = park(&mut rig);
+        let refused = park(&mut rig).map_err(|error| error.to_string());
         rig.transport.failed(MODE);
         rig.transport.resume(MODE).unwrap();
         rig.serve();
-        peer.answer_base(0, 0);
-        rig.serve();
+        // On a busy machine nobody may have got around to asking.
+        if refused.is_err_and(|why| why.contains("has not stopped its rings")) {
+            peer.answer_base(0, 0);
+            rig.serve();
+        }
     }
     panic!("its queue is never full");
 }
@@ -367,7 +370,17 @@ fn what_a_driver_finds_is_what_the_broker_found() {
     assert_eq!(rig.read(0x04, 4), FEATURES & 0xFFFF_FFFF);
 }
 
+#[test]
+fn a_state_with_bytes_of_its_own_is_refused() {
+    let (ours, _theirs) = connection();
+    let mut device = device(ours, 1);
+    assert_eq!(device.load(&[], None), Ok(()));
+    assert_eq!(device.load(&[0], None), Err(StateError::Trailing(1)));
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     /// Whatever a driver does and a backend says, nothing here breaks but the device.
     #[test]
     fn hostility_on_both_sides_is_survived(
@@ -399,6 +412,8 @@ proptest! {
         rig.bring_up();
         rig.serve();
         assert_eq!(rig.status() & NEEDS_RESET, NEEDS_RESET);
-        rig.forge(bit, device(connection().0, 2));
+        // With nobody at its other end: what the flipped bit makes of the rings may never be given back.
+        let (alone, _) = connection();
+        rig.forge(bit, device(alone, 2));
     }
 }

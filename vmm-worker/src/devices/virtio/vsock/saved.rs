@@ -22,7 +22,7 @@ use super::table::Table;
 use crate::devices::state::StateError;
 
 /// The most refusals that can be owed: the driver's, and one of each connection.
-const MOST_RESETS: usize = 2 * MAX_RESETS + MAX_VSOCK_CONNECTIONS as usize;
+pub(super) const MOST_RESETS: usize = 2 * MAX_RESETS + MAX_VSOCK_CONNECTIONS as usize;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SavedVsock {
@@ -65,9 +65,9 @@ pub(super) enum SavedStage {
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct SavedReset {
-    cid: u64,
-    kind: u16,
-    ports: Ports,
+    pub(super) cid: u64,
+    pub(super) kind: u16,
+    pub(super) ports: Ports,
 }
 
 impl SavedVsock {

@@ -13,7 +13,9 @@ use super::packet::NO_RECEIVE;
 use super::packet::NO_SEND;
 use super::packet::Operation;
 use super::packet::STREAM;
+use super::saved::MOST_RESETS;
 use super::saved::SavedConnection;
+use super::saved::SavedReset;
 use super::saved::SavedStage;
 use super::saved::SavedVsock;
 use super::*;
@@ -429,7 +431,13 @@ fn each_impossible_field_of_a_state_is_refused() {
     assert_eq!(state(&|_| {}), None);
     let mut refused = Vec::new();
     type Change<'a> = &'a dyn Fn(&mut SavedVsock);
-    let changes: [(&str, Change<'_>); 10] = [
+    let early = |change: &dyn Fn(&mut SavedConnection)| {
+        let mut one = connection.clone();
+        (one.stage, one.held) = (SavedStage::Asked(0), Vec::new());
+        change(&mut one);
+        vec![one]
+    };
+    let changes: [(&str, Change<'_>); 14] = [
         ("cid", &|saved| saved.cid = 4),
         ("next_port", &|saved| saved.next_port = 5),
         ("connections", &|saved| {
@@ -456,9 +464,25 @@ fn each_impossible_field_of_a_state_is_refused() {
         ("owes_request", &|saved| {
             saved.connections[0].owes_request = true
         }),
+        ("held", &|saved| {
+            saved.connections = early(&|one| one.held = vec![1])
+        }),
         ("owes", &|saved| {
-            let one = &mut saved.connections[0];
-            (one.stage, one.held, one.owes_credit) = (SavedStage::Asked(0), Vec::new(), true);
+            saved.connections = early(&|one| one.owes_credit = true)
+        }),
+        ("owes", &|saved| {
+            saved.connections = early(&|one| one.owes_response = true)
+        }),
+        ("owes", &|saved| {
+            saved.connections = early(&|one| one.owes_shutdown = true)
+        }),
+        ("resets", &|saved| {
+            let reset = SavedReset {
+                cid: 2,
+                kind: 1,
+                ports: (1, 2),
+            };
+            saved.resets = vec![reset; MOST_RESETS + 1];
         }),
     ];
     for (name, change) in changes {
