@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::compile::CompileError;
+use crate::descriptors::Kind;
 use crate::parse::PolicyError;
 use crate::policy::{Policy, Role, Violation};
 
@@ -83,6 +84,12 @@ pub fn policy(policy: &Policy) -> Result<Fitness, CompileError> {
     })
 }
 
+/// The first and the last PCI address of a host's first domain: 8 bits of bus, 5 of device, 3 of function (PCI Local Bus 3.0, 3.2.2.3.2).
+const PCI_ENDS: [&str; 2] = [
+    "/sys/bus/pci/devices/0000:00:00.0",
+    "/sys/bus/pci/devices/0000:ff:1f.7",
+];
+
 fn advice(policy: &Policy) -> Vec<Advice> {
     let mut all = Vec::new();
     let mut add = |subject: &str, what: String, remedy: &str| {
@@ -130,7 +137,18 @@ fn advice(policy: &Policy) -> Vec<Advice> {
         );
     }
     for grant in &policy.descriptors {
-        if grant.paths.iter().any(|path| path.as_str() == "/**") {
+        if grant.kinds.contains(&Kind::VfioDevice)
+            && PCI_ENDS
+                .iter()
+                .all(|place| grant.permits_path(Path::new(place)))
+        {
+            let what = "a guest may have every PCI device of the host that is bound to vfio-pci";
+            add(
+                "descriptor",
+                what.to_owned(),
+                "name its devices: /sys/bus/pci/devices/DOMAIN:BUS:DEVICE.FUNCTION",
+            );
+        } else if grant.paths.iter().any(|path| path.as_str() == "/**") {
             let what = format!("{} may be opened from anywhere", grant.name);
             add(
                 "descriptor",

@@ -528,6 +528,22 @@ fn the_builtin_policy_is_fit_and_its_advice_is_about_what_is_open() {
 }
 
 #[test]
+fn a_grant_of_every_pci_device_is_pointed_out_and_one_of_a_slot_is_not() {
+    let warns = |paths: &str| {
+        let policy = parsed(&edited("paths = []", &format!("paths = [{paths}]")));
+        let advice = baton_policy::check::policy(&policy).unwrap().advice;
+        (advice.iter()).any(|advice| advice.what.contains("every PCI device"))
+    };
+    for all in ["/**", "/sys/**", "/sys/bus/pci/devices/0000:*"] {
+        assert!(warns(&format!("\"{all}\"")), "{all}");
+    }
+    assert!(!warns(""));
+    assert!(!warns(
+        "\"/sys/bus/pci/devices/0000:3b:*\", \"/sys/bus/pci/devices/0000:3c:00.1\""
+    ));
+}
+
+#[test]
 fn another_key_is_wider_and_what_is_no_key_points_at_itself() {
     let table = |key: &str| {
         let entry = format!("\n[[workers.key]]\nminisign = \"{key}\"\nwhy = \"a test\"\n\n[ids]");
