@@ -3,33 +3,19 @@
 # upgrade; the audit reads them back, and finds one that somebody has raised. Prints a line `PASS ...` or `FAIL ...` for each.
 #
 #   cgroup.sh CPUS SLOWNESS
+# shellcheck disable=SC3043 # busybox has local
 cpus=$1 slowness=$2
 vm=limited console=/tmp/console.log
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . /common.sh
 
-# policy CPU MEMORY: processors beyond vCPUs, and bytes beyond RAM.
-policy() {
+# limit CPU MEMORY: processors beyond vCPUs, and bytes beyond RAM.
+limit() {
     sed -e "s/^cpu_headroom = \"unlimited\"/cpu_headroom = $1/" -e "s/^memory_headroom = [0-9_]*/memory_headroom = $2/" \
         /default.toml >/tmp/policy.toml
 }
-cat >/tmp/vm.toml <<VM
-schema = 1
-name = "$vm"
-policy = "policy.toml"
-[cpus]
-count = $cpus
-[memory]
-size = "256M"
-[boot]
-kernel = "/guest/bzImage"
-initrd = "/guest/initrd.cpio"
-cmdline = "console=ttyS0 panic=-1"
-[console]
-kind = "file"
-path = "$console"
-VM
-: >$console
+policy=policy.toml
+describe </dev/null
 
 # has FILE VALUE: the VM's cgroup says so.
 has() { [ "$(cat /sys/fs/cgroup/baton/$vm-*/"$1")" = "$2" ]; }
@@ -51,13 +37,12 @@ promise() {
 }
 
 : >/tmp/audit
-policy 2 536870912
-baton run /tmp/vm.toml --detach --slow-host "$slowness" || give_up "the VM does not start"
-worker=$(baton status $vm --json | grep -o '"worker_pid": *[0-9]*' | grep -o '[0-9]*$')
-promise "the worker is in the VM's cgroup" grep -qx "$worker" /sys/fs/cgroup/baton/$vm-*/cgroup.procs
+limit 2 536870912
+start
+promise "the worker is in the VM's cgroup" grep -qx "$(worker)" /sys/fs/cgroup/baton/$vm-*/cgroup.procs
 promise "memory, tasks and processors are limited as the policy says" is_limited 805306368 2
 promise "the audit reads the limits back" audits 0 "memory.max 805306368, cpu.max $(((cpus + 2) * 100000)) 100000"
-policy 1 402653184
+limit 1 402653184
 replace 1
 promise "an upgrade limits them as its policy says" is_limited 671088640 1
 promise "the audit reads those back" audits 0 "memory.max 671088640, cpu.max $(((cpus + 1) * 100000)) 100000"

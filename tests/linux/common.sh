@@ -1,8 +1,14 @@
-# What the scenarios have in common; each sets `vm`, the VM's name, and `console`, the file of its console, and may have an
+# What the scenarios have in common. Each sets `vm`, the VM's name; `console`, the file of its console; `cpus`, its processors; and
+# `slowness`, which multiplies every deadline: the host is emulated. It may set the variables that are set here, too, and have an
 # `aftermath` that says more of a scenario that cannot go on.
 # shellcheck shell=sh disable=SC3043 # busybox has local
 # shellcheck disable=SC2154,SC2034 # the scenario sets these, and reads `failed`
 failed=0
+# Where the VM file and the images of its disks lie.
+place=/tmp
+# The guest's memory, its kernel (a file of /guest), and what more that one is told.
+memory=256M kernel=bzImage words=''
+policy=default
 
 pass() { echo "PASS $*"; }
 fail() {
@@ -31,6 +37,57 @@ patiently() {
 }
 
 is_gone() { ! [ -e "/run/baton/$vm" ]; }
+
+# describe: writes the VM file, whose further tables are on standard input.
+describe() {
+    cat >"$place/vm.toml" <<VM
+schema = 1
+name = "$vm"
+policy = "$policy"
+[cpus]
+count = $cpus
+[memory]
+size = "$memory"
+[boot]
+kernel = "/guest/$kernel"
+initrd = "/guest/initrd.cpio"
+cmdline = "console=ttyS0 panic=-1 $words"
+[console]
+kind = "file"
+path = "$console"
+VM
+    cat >>"$place/vm.toml"
+    : >"$console"
+}
+
+# disks PROGRAM [QUEUES]: makes the images of two disks, and prints their tables. The guest runs the program on the second, which
+# drives the first.
+disks() {
+    dd if=/dev/zero of="$place/data.img" bs=1M count=4 2>/dev/null
+    dd if="$1" of="$place/program.img" bs=4096 conv=sync 2>/dev/null
+    cat <<TABLES
+[[disk]]
+id = "data"
+path = "$place/data.img"
+queues = ${2:-1}
+[[disk]]
+id = "program"
+path = "$place/program.img"
+readonly = true
+TABLES
+}
+
+start() { baton run "$place/vm.toml" --detach --slow-host "$slowness" || give_up "the VM does not start"; }
+
+worker() { baton status "$vm" --json | sed -n 's/.*"worker_pid": *\([0-9]*\).*/\1/p'; }
+
+# qmp COMMAND [ARGUMENTS]: what it returns is in /tmp/qmp.
+qmp() {
+    baton qmp "$vm" "{\"execute\": \"$1\"${2:+, \"arguments\": $2}}" >/tmp/qmp 2>&1 || give_up "$1: $(cat /tmp/qmp)"
+}
+
+# is_migration STATUS: the last upgrade, or what is like one, has got there.
+is_migration() { qmp query-migrate && grep -q "\"status\": *\"$1\"" /tmp/qmp; }
 
 # order COMMAND: types a line on the console. A console stays until it is left: on a busy emulator 3 s were seen to end it
 # before it had typed.
@@ -89,4 +146,9 @@ obeyed_its_button() {
     else
         pass "ends by its power button"
     fi
+}
+
+end_by_its_button() {
+    if baton stop "$vm" >/tmp/stop 2>&1; then obeyed_its_button; else fail "ends by its power button: $(cat /tmp/stop)"; fi
+    patiently 60 "the VM's directory goes" is_gone
 }

@@ -8,38 +8,10 @@ vm=linux console=/tmp/console.log
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . /common.sh
 
-cat >/tmp/vm.toml <<VM
-schema = 1
-name = "$vm"
-[cpus]
-count = $cpus
-[memory]
-size = "256M"
-[boot]
-kernel = "/guest/bzImage"
-initrd = "/guest/initrd.cpio"
-cmdline = "console=ttyS0 panic=-1"
-[console]
-kind = "file"
-path = "$console"
-[[disk]]
-id = "data"
-path = "/tmp/data.img"
-[[disk]]
-id = "program"
-path = "/tmp/program.img"
-readonly = true
-VM
-: >$console
-dd if=/dev/zero of=/tmp/data.img bs=1M count=4 2>/dev/null
-dd if=/disk of=/tmp/program.img bs=4096 conv=sync 2>/dev/null
-baton run /tmp/vm.toml --detach --slow-host "$slowness" || give_up "the VM does not start"
+disks /disk | describe
+start
 patiently 240 "the guest reaches user space" has_ticks 1 5
 
-# qmp COMMAND [ARGUMENTS]: what it returns is in /tmp/qmp.
-qmp() {
-    baton qmp $vm "{\"execute\": \"$1\"${2:+, \"arguments\": $2}}" >/tmp/qmp 2>&1 || give_up "$1: $(cat /tmp/qmp)"
-}
 shows() { grep -q "$1" "$console"; }
 has_let_go() { qmp query-block && ! grep -q '"qdev"' /tmp/qmp; }
 
@@ -55,6 +27,5 @@ patiently 240 "the guest lets it go" has_let_go
 qmp blockdev-del '{"node-name": "spare"}'
 pass "a disk comes, changes its size and goes while the guest runs"
 is_confined
-if baton stop $vm >/tmp/stop 2>&1; then obeyed_its_button; else fail "ends by its power button: $(cat /tmp/stop)"; fi
-patiently 60 "the VM's directory goes" is_gone
+end_by_its_button
 [ $failed = 0 ] || give_up "the scenario"

@@ -6,51 +6,25 @@
 #
 # /dev/vda is that disk; /guest has the guest's kernel and initramfs.
 act=$1 cpus=$2 slowness=$3
-place=/var/lib/baton
-vm=linux console=$place/console.log
-state=$place/$vm.state
+vm=linux console=/var/lib/baton/console.log
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . /common.sh
+place=/var/lib/baton
+state=$place/$vm.state
 
 mkdir -p $place
 mount /dev/vda $place || give_up "the disk that outlives the host cannot be mounted"
 
 if [ "$act" = save ]; then
-    cat >$place/vm.toml <<VM
-schema = 1
-name = "$vm"
-[cpus]
-count = $cpus
-[memory]
-size = "256M"
-[boot]
-kernel = "/guest/bzImage"
-initrd = "/guest/initrd.cpio"
-cmdline = "console=ttyS0 panic=-1"
-[console]
-kind = "file"
-path = "$console"
-[[disk]]
-id = "data"
-path = "$place/data.img"
-[[disk]]
-id = "program"
-path = "$place/program.img"
-readonly = true
-VM
-    : >$console
-    dd if=/dev/zero of=$place/data.img bs=1M count=4 2>/dev/null
-    dd if=/disk of=$place/program.img bs=4096 conv=sync 2>/dev/null
-    baton run $place/vm.toml --detach --slow-host "$slowness" || give_up "the VM does not start"
+    disks /disk | describe
+    start
     patiently 240 "the guest reaches user space" has_ticks 1 20
     upgrade 1 1
     cp /proc/sys/kernel/random/boot_id $place/boot_id
-    baton qmp $vm '{"execute": "migrate-set-parameters", "arguments": {"mode": "cpr-reboot"}}' >/dev/null || give_up "the mode is refused"
-    baton qmp $vm "{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"file:$state\"}}" >/dev/null || give_up "migrate is refused"
-    # shellcheck disable=SC2317 # for `patiently`
-    is_saved() { baton qmp "$vm" query-migrate | grep -q '"status": *"completed"'; }
-    patiently 120 "the guest goes into its file" is_saved
-    baton qmp $vm quit >/dev/null
+    qmp migrate-set-parameters '{"mode": "cpr-reboot"}'
+    qmp migrate "{\"uri\": \"file:$state\"}"
+    patiently 120 "the guest goes into its file" is_migration completed
+    qmp quit
     patiently 60 "the VM's directory goes" is_gone
     umount $place || give_up "the disk is still in use"
     pass "the guest goes into its file"
@@ -82,8 +56,7 @@ fi
 for number in 1 2 3; do upgrade 1 $number; done
 pass "its worker is replaced there, too"
 is_confined
-if baton stop $vm >/tmp/stop 2>&1; then obeyed_its_button; else fail "ends by its power button: $(cat /tmp/stop)"; fi
-patiently 60 "the VM's directory goes" is_gone
+end_by_its_button
 if wrong=$(tr -d '\r' <$console | awk '/^tick [0-9]+ / && $2 != ++n { print $2 " instead of " n; exit 1 }'); then
     pass "every tick once and in order: $(ticks 1)"
 else

@@ -4,13 +4,12 @@
 #
 #   scenario.sh KERNEL CPUS UPGRADES SLOWNESS
 #
-# KERNEL is a file of /guest (vmlinux is entered by PVH, bzImage by the Linux boot protocol). SLOWNESS multiplies every
-# deadline: the host is emulated.
-kernel=$1 cpus=$2 upgrades=$3 slowness=$4
+# KERNEL is a file of /guest: vmlinux is entered by PVH, bzImage by the Linux boot protocol.
+cpus=$2 upgrades=$3 slowness=$4
 vm=linux console=/tmp/console.log
-
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . /common.sh
+kernel=$1
 
 # What the worker's threads do: twice, so that those which run and those which wait can be told apart.
 threads() {
@@ -31,38 +30,12 @@ aftermath() {
     fi
 }
 
-cat >/tmp/vm.toml <<VM
-schema = 1
-name = "$vm"
-[cpus]
-count = $cpus
-[memory]
-size = "256M"
-[boot]
-kernel = "/guest/$kernel"
-initrd = "/guest/initrd.cpio"
-cmdline = "console=ttyS0 panic=-1"
-[console]
-kind = "file"
-path = "$console"
-[[disk]]
-id = "data"
-path = "/tmp/data.img"
-queues = $cpus
-[[disk]]
-id = "program"
-path = "/tmp/program.img"
-readonly = true
-VM
-: >$console
-dd if=/dev/zero of=/tmp/data.img bs=1M count=4 2>/dev/null
-dd if=/disk of=/tmp/program.img bs=4096 conv=sync 2>/dev/null
-
-baton run /tmp/vm.toml --detach --slow-host "$slowness" || give_up "the VM does not start"
+disks /disk "$cpus" | describe
+start
 patiently 240 "boot 1 reaches user space" has_ticks 1 5
 pass "boots to user space"
 cgroup=$(echo /sys/fs/cgroup/baton/$vm-*)
-worker=$(sed -n 's/.*"worker_pid": *\([0-9]*\).*/\1/p' /run/baton/$vm/state.json)
+worker=$(worker)
 if grep -qx "$worker" "$cgroup/cgroup.procs" && grep -qx "0::${cgroup#/sys/fs/cgroup}" "/proc/$worker/cgroup"; then
     pass "the worker is in the VM's cgroup"
 else
@@ -92,8 +65,7 @@ patiently 240 "boot 3 reaches user space" has_ticks 3 3
 pass "reboots after another upgrade"
 upgrade 3 $number
 
-if baton stop $vm >/tmp/stop 2>&1; then obeyed_its_button; else fail "ends by its power button: $(cat /tmp/stop)"; fi
-patiently 60 "the VM's directory goes" is_gone
+end_by_its_button
 if [ -e "$cgroup" ]; then
     fail "the cgroup goes: $(cat "$cgroup/cgroup.procs")"
 else

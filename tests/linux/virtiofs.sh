@@ -14,27 +14,14 @@ mkdir $share
 /virtiofsd --shared-dir $share --socket-path /tmp/share.sock --sandbox chroot --log-level warn &
 backend=$!
 patiently 30 "virtiofsd listens" test -S /tmp/share.sock
-cat >/tmp/vm.toml <<VM
-schema = 1
-name = "$vm"
-[cpus]
-count = $cpus
-[memory]
-size = "256M"
-[boot]
-kernel = "/guest/vmlinux"
-initrd = "/guest/initrd.cpio"
-cmdline = "console=ttyS0 quiet panic=-1"
-[console]
-kind = "file"
-path = "$console"
+kernel=vmlinux words=quiet
+describe <<TABLES
 [[vhost_user]]
 id = "share"
 kind = "fs"
 socket = "/tmp/share.sock"
-VM
-: >$console
-baton run /tmp/vm.toml --detach --slow-host "$slowness" || give_up "the VM does not start"
+TABLES
+start
 patiently 600 "the guest reaches user space" has_ticks 1 1
 # What it writes is what is judged here, and each character that it prints is an exit.
 order quiet
@@ -86,6 +73,5 @@ if [ "$last" -ge 5 ] && ! [ "$wrong" ] && ! [ -e $share/errors ]; then
 else
     fail "of $last files these are not whole:$wrong; these could not be written: $(cat $share/errors 2>/dev/null)"
 fi
-if baton stop $vm >/tmp/stop 2>&1; then obeyed_its_button; else fail "ends by its power button: $(cat /tmp/stop)"; fi
-patiently 60 "the VM's directory goes" is_gone
+end_by_its_button
 [ "$failed" = 0 ] || give_up "the scenario"
