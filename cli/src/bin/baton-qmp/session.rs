@@ -197,8 +197,20 @@ impl Session {
         }
     }
 
-    /// Goes on with what it has said.
+    /// Goes on with what it has said, for as long as it takes the answers: nothing wakes this program for commands that are here already.
     pub(crate) fn advance(&mut self, shared: &mut Shared) {
+        loop {
+            self.work(shared);
+            let full = self.output.len() >= HIGH_WATER;
+            self.flush();
+            let drained = full && self.output.len() < HIGH_WATER;
+            if !drained || self.dead {
+                return;
+            }
+        }
+    }
+
+    fn work(&mut self, shared: &mut Shared) {
         loop {
             while self.has_room() {
                 let Some(byte) = self.input.pop_front() else {

@@ -125,6 +125,15 @@ fn status() -> VmStatus {
 }
 
 #[test]
+fn commands_that_came_in_one_piece_are_all_executed_when_the_answers_are_taken() {
+    let mut pair = Pair::negotiated();
+    let commands = r#"{"execute": "x"}"#.repeat(1000);
+    assert!(commands.len() <= READ);
+    pair.say(&commands);
+    assert_eq!(pair.heard().len(), 1000);
+}
+
+#[test]
 fn nothing_works_before_negotiation_and_it_happens_once() {
     let mut pair = Pair::new();
     assert!(pair.heard().is_empty());
