@@ -196,6 +196,23 @@ fn who_listens_in_between_gets_no_state() {
 }
 
 #[test]
+fn a_crowd_at_the_port_that_says_nothing_is_not_in_the_way() {
+    let mut vm = Builder::release().start();
+    let before = vm.witness();
+    let port = free_port();
+    let waiting = wait_at(&vm, "127.0.0.1", port);
+    let crowd: Vec<TcpStream> = (0..8)
+        .map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap())
+        .collect();
+    let mut qmp = Qmp::connect(&vm);
+    let info = migrate(&mut qmp, channels("127.0.0.1", port, &waiting.cpr));
+    assert_eq!(info["status"], "completed", "{info}");
+    drop((qmp, crowd));
+    vm.assert_taken_over(&waiting);
+    vm.assert_goes_on(&before);
+}
+
+#[test]
 fn policy_may_grant_more_addresses_or_none() {
     let mut vm = Builder::release().start();
     let policy = vm.site.write_policy(&[&vm.site.binaries().worker()]);

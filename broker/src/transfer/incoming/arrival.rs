@@ -34,6 +34,9 @@ use crate::transfer::channel_socket;
 use crate::transfer::channel_socket::Listener;
 use crate::transfer::outgoing::DEFERRED;
 
+/// How many may have connected to the main channel without having said the nonce.
+const MAX_GUESTS: usize = 4;
+
 impl Broker {
     /// Reads the first bytes. Whoever sends others, or none, is forgotten, and the next one is waited for.
     pub(super) fn greet(&mut self, listener: Listener, stream: OwnedFd, by: Instant) -> Stage {
@@ -166,6 +169,10 @@ impl Broker {
             return Ok(Stage::Gone);
         };
         if let Some(stream) = incoming.main.as_ref().and_then(Listener::accept) {
+            // Of those who say nothing the first goes: whoever comes to hand a guest over says the nonce at once.
+            if guests.len() == MAX_GUESTS {
+                guests.remove(0);
+            }
             guests.push(stream);
         }
         let mut main = None;
@@ -181,7 +188,6 @@ impl Broker {
                 _ => false,
             }
         });
-        guests.truncate(4);
         let Some(main) = main else {
             return Ok(Stage::Listening(link, guests));
         };

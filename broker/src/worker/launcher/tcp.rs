@@ -19,6 +19,9 @@ use crate::transfer::channel_socket::words;
 /// How long a connection may take. Within a host it is there at once, unless nobody accepts.
 pub(super) const CONNECTING: Duration = Duration::from_millis(100);
 
+/// How many may have connected before the broker looks at them: anybody on this host can, and says nothing.
+const BACKLOG: i32 = 128;
+
 /// Where sockets may be made.
 #[derive(Debug, Default)]
 pub(super) struct Permitted(Option<Vec<IpAddr>>);
@@ -53,7 +56,7 @@ impl Permitted {
             // A connection that has ended there is in nobody's way.
             rustix::net::sockopt::set_socket_reuseaddr(&socket, true)?;
             rustix::net::bind(&socket, &address)?;
-            rustix::net::listen(&socket, 1)?;
+            rustix::net::listen(&socket, BACKLOG)?;
             Ok(socket)
         };
         listen().map_err(words)
