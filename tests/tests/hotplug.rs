@@ -298,6 +298,16 @@ fn what_cannot_be_is_refused_and_nothing_is_left_of_it() {
         |name: &str, path: &str| json!({"driver": "file", "node-name": name, "filename": path});
     let own = vm.site.path("own.img").display().to_string();
     let directory = vm.site.path("").display().to_string();
+    let leads = |name: &str, to: PathBuf| {
+        let link = vm.site.path(name);
+        std::os::unix::fs::symlink(to, &link).expect("a link");
+        link
+    };
+    let link = leads("link.img", image(&vm, "real.img"))
+        .display()
+        .to_string();
+    let through = leads("link", vm.site.path("")).join("real.img");
+    let through = through.display().to_string();
     for (arguments, said) in [
         (
             file("own", "/dev/null"),
@@ -305,6 +315,8 @@ fn what_cannot_be_is_refused_and_nothing_is_left_of_it() {
         ),
         (file("a", "/nonexistent"), "cannot open /nonexistent"),
         (file("a", "relative.img"), "no absolute path"),
+        (file("a", &link), "a symbolic link lies in the path"),
+        (file("a", &through), "a symbolic link lies in the path"),
         (
             file("a", "/dev/null"),
             "neither a regular file nor a block device",

@@ -10,6 +10,7 @@ use std::io::SeekFrom;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use baton_ipc::DescriptorKind;
 use baton_ipc::worker::BlockConfig;
@@ -37,12 +38,17 @@ pub(crate) struct OpenDisk {
 
 /// Opens and locks a disk.
 pub(crate) fn open(disk: &Disk) -> Result<OpenDisk> {
+    open_at(disk, &disk.path)
+}
+
+/// The same by another path, which leads to it.
+pub(crate) fn open_at(disk: &Disk, door: &Path) -> Result<OpenDisk> {
     let (id, path) = (&disk.id.0, disk.path.display());
     let cannot = |what: &str, e: &dyn std::fmt::Display, remedy: &str| {
         unfit(format_args!("disk {id}: cannot {what} {path}: {e}"), remedy)
     };
-    let metadata = std::fs::metadata(&disk.path)
-        .map_err(|e| cannot("open", &e, "mend the path in the VM file"))?;
+    let metadata =
+        std::fs::metadata(door).map_err(|e| cannot("open", &e, "mend the path in the VM file"))?;
     // A block device that is mounted, or another's, is refused by the kernel itself (open(2), O_EXCL).
     let exclusive = metadata.file_type().is_block_device() && !disk.readonly;
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -52,7 +58,7 @@ pub(crate) fn open(disk: &Disk) -> Result<OpenDisk> {
         .read(true)
         .write(!disk.readonly)
         .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
-        .open(&disk.path)
+        .open(door)
         .map_err(|e| {
             let remedy = match e.raw_os_error() {
                 Some(libc::EINVAL) if disk.direct => {

@@ -12,6 +12,10 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::control::NewNode;
 use baton_ipc::descriptor;
 use baton_ipc::worker::BlockConfig;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::fs::ResolveFlags;
+use rustix::io::Errno;
 use serde_json::json;
 
 use crate::broker::Broker;
@@ -24,6 +28,7 @@ use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
+use crate::transfer::channel_socket::words;
 use crate::vm_file::disk::Disk;
 use crate::vm_file::disk::Label;
 
@@ -73,7 +78,7 @@ impl Broker {
                 "`blockdev-del` those that nobody needs",
             ));
         }
-        let disk = Disk {
+        let mut disk = Disk {
             id: name,
             path: PathBuf::from(path),
             readonly: *readonly,
@@ -88,8 +93,11 @@ impl Broker {
                 "name the file by its whole path",
             ));
         }
+        let held = hold(&disk)?;
+        disk.path = place(held.as_raw_fd(), &disk.path)?;
         resources::check_disk_path(&self.rules.policy, &disk)?;
-        let OpenDisk { file, kind, config } = disks::open(&disk)?;
+        let door = format!("/proc/self/fd/{}", held.as_raw_fd());
+        let OpenDisk { file, kind, config } = disks::open_at(&disk, Path::new(&door))?;
         if (kind == DescriptorKind::BlockDevice) != *device {
             let (is, driver) = match kind {
                 DescriptorKind::BlockDevice => ("a block device", "host_device"),
@@ -110,7 +118,6 @@ impl Broker {
             },
             file,
         };
-        // What was opened is what was asked for, whatever the path leads to by now.
         let found = Description::of(kind, node.file.as_fd()).doing("cannot examine the disk")?;
         let key =
             baton_ipc::DescriptorKey::new(descriptor::DISK, 0).doing("cannot name a descriptor")?;
@@ -179,6 +186,35 @@ impl Broker {
     pub(crate) fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.iter().find(|node| node.name.0 == name)
     }
+}
+
+/// What a client's path names, held before anything of it is opened: no symbolic link leads there (openat2(2)), and what is opened
+/// by this is that, whatever becomes of the path meanwhile.
+fn hold(disk: &Disk) -> Result<OwnedFd> {
+    rustix::fs::openat2(
+        rustix::fs::CWD,
+        &disk.path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+    )
+    .map_err(|error| {
+        let (why, remedy) = match error {
+            Errno::LOOP => (
+                "a symbolic link lies in the path".to_owned(),
+                "name the file where it is (`realpath`)",
+            ),
+            error => (words(error), "mend the path"),
+        };
+        unfit(
+            format_args!(
+                "disk {}: cannot open {}: {why}",
+                disk.id.0,
+                disk.path.display()
+            ),
+            remedy,
+        )
+    })
 }
 
 /// Where the kernel says that an open file is.
