@@ -2,7 +2,10 @@
 
 use std::io::IoSlice;
 use std::io::IoSliceMut;
+use std::io::Read as _;
+use std::io::Write as _;
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -41,6 +44,24 @@ pub enum Handed {
 /// What becomes of an entry in the middle.
 pub type Swap = fn(&DescriptorKey, &Description, BorrowedFd<'_>) -> Handed;
 
+/// What becomes of a connection that somebody stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// Both ends see a hang-up.
+    Cut,
+    /// Nothing comes any more; who hangs up is seen at the other end.
+    Silence,
+}
+
+/// Where a connection breaks.
+#[derive(Clone, Copy, Debug)]
+pub struct Breach {
+    /// So much goes over before: messages, or bytes.
+    pub after: usize,
+    /// How it breaks.
+    pub how: Break,
+}
+
 /// Stands between whoever connects to `here` and whoever listens at `there`, until both have hung up; of how many entries it made
 /// something else.
 ///
@@ -48,6 +69,73 @@ pub type Swap = fn(&DescriptorKey, &Description, BorrowedFd<'_>) -> Handed;
 ///
 /// When it cannot listen at `here`; in its thread, when nobody listens at `there`.
 pub fn stand_between(here: &Path, there: &Path, swap: Swap) -> JoinHandle<u32> {
+    stand(here, there, swap, None)
+}
+
+/// The same, changing nothing, until so many messages of the brokers' link have gone over.
+///
+/// # Panics
+///
+/// As [`stand_between`].
+pub fn break_link(here: &Path, there: &Path, breach: Breach) -> JoinHandle<u32> {
+    stand(here, there, |_, _, _| Handed::Same, Some(breach))
+}
+
+/// The same on the workers' connection, of whose bytes so many go over from whoever connects, or all; how many did.
+///
+/// # Panics
+///
+/// As [`stand_between`].
+pub fn break_stream(here: &Path, there: &Path, breach: Option<Breach>) -> JoinHandle<usize> {
+    let listener = UnixListener::bind(here).unwrap();
+    let there = there.to_owned();
+    std::thread::spawn(move || {
+        let (mut old, _) = listener.accept().unwrap();
+        let mut new = UnixStream::connect(there).unwrap();
+        let mut back = (new.try_clone().unwrap(), old.try_clone().unwrap());
+        let answers = std::thread::spawn(move || {
+            // Who answers to nobody any more is hung up on below.
+            drop(std::io::copy(&mut back.0, &mut back.1));
+            drop(back.1.shutdown(Shutdown::Both));
+        });
+        let mut passed = 0;
+        let mut bytes = [0; 4096];
+        loop {
+            let room = breach.map_or(bytes.len(), |breach| breach.after - passed);
+            if room == 0 {
+                if breach.is_some_and(|breach| breach.how == Break::Silence) {
+                    until_one_hangs_up(&[old.as_fd(), new.as_fd()]);
+                }
+                break;
+            }
+            let room = room.min(bytes.len());
+            let count = match old.read(bytes.get_mut(..room).unwrap()) {
+                Ok(count @ 1..) => count,
+                _ => break,
+            };
+            if new.write_all(bytes.get(..count).unwrap()).is_err() {
+                break;
+            }
+            passed += count;
+        }
+        for end in [&old, &new] {
+            drop(end.shutdown(Shutdown::Both));
+        }
+        answers.join().unwrap();
+        passed
+    })
+}
+
+/// Waits until somebody is gone at one of these connections.
+fn until_one_hangs_up(ends: &[BorrowedFd<'_>]) {
+    let mut fds: Vec<PollFd<'_>> = ends
+        .iter()
+        .map(|end| PollFd::from_borrowed_fd(*end, PollFlags::RDHUP))
+        .collect();
+    rustix::event::poll(&mut fds, None).unwrap();
+}
+
+fn stand(here: &Path, there: &Path, swap: Swap, breach: Option<Breach>) -> JoinHandle<u32> {
     let listener = UnixListener::bind(here).unwrap();
     let there = there.to_owned();
     std::thread::spawn(move || {
@@ -59,8 +147,8 @@ pub fn stand_between(here: &Path, there: &Path, swap: Swap) -> JoinHandle<u32> {
         send_preamble(&new, &preamble, &[link_end.as_fd(), state_end.as_fd()]);
         drop((link_end, state_end));
         let (mut link, mut state) = (Some((link, to_link)), Some((state, to_state)));
-        let mut swapped = 0;
-        while link.is_some() {
+        let (mut swapped, mut passed) = (0, 0);
+        while let Some((old_link, new_link)) = &link {
             let ends = [&link, &state].into_iter().flatten();
             let mut fds: Vec<PollFd<'_>> = ends
                 .flat_map(|(a, b)| [a, b])
@@ -68,18 +156,31 @@ pub fn stand_between(here: &Path, there: &Path, swap: Swap) -> JoinHandle<u32> {
                 .collect();
             rustix::event::poll(&mut fds, None).unwrap();
             drop(fds);
-            let whole = link.as_ref().is_some_and(|(old, new)| {
-                relay(old, new, |_, _| None) && relay(new, old, |_, _| None)
-            });
-            if !whole {
+            let mut pass = |_: &[u8], _: Option<BorrowedFd<'_>>| {
+                if breach.is_some_and(|breach| breach.after == passed) {
+                    return Next::Break;
+                }
+                passed += 1;
+                Next::AsItCame
+            };
+            let flow = match relay(old_link, new_link, &mut pass) {
+                Flow::Goes => relay(new_link, old_link, &mut pass),
+                other => other,
+            };
+            if flow == Flow::Broken && breach.is_some_and(|breach| breach.how == Break::Silence) {
+                until_one_hangs_up(&[old_link.as_fd(), new_link.as_fd()]);
+            }
+            if flow != Flow::Goes {
                 link = None;
             }
+            let mut change = |bytes: &[u8], fd: Option<BorrowedFd<'_>>| {
+                let changed = fd.and_then(|fd| substitute(bytes, fd, swap));
+                swapped += u32::from(changed.is_some());
+                changed.map_or(Next::AsItCame, |(bytes, fd)| Next::Instead(bytes, fd))
+            };
             let whole = state.as_ref().is_some_and(|(old, new)| {
-                relay(old, new, |bytes, fd| {
-                    let changed = substitute(bytes, fd, swap);
-                    swapped += u32::from(changed.is_some());
-                    changed
-                }) && relay(new, old, |_, _| None)
+                relay(old, new, &mut change) == Flow::Goes
+                    && relay(new, old, |_, _| Next::AsItCame) == Flow::Goes
             });
             if !whole {
                 state = None;
@@ -116,27 +217,48 @@ fn send_preamble(stream: &UnixStream, preamble: &[u8], ends: &[BorrowedFd<'_>]) 
     rustix::net::sendmsg(stream, &parts, &mut control, SendFlags::empty()).unwrap();
 }
 
-/// Passes on what has come, changed where `change` says so; `false` when there is nobody any more.
+/// What is done with a message.
+enum Next {
+    AsItCame,
+    Instead(Vec<u8>, Option<OwnedFd>),
+    Break,
+}
+
+#[derive(PartialEq, Eq)]
+enum Flow {
+    Goes,
+    /// There is nobody any more.
+    Over,
+    Broken,
+}
+
+/// Passes on what has come, as `next` says; that sees the descriptor of a message that has one.
 fn relay(
     from: &FdSocket,
     to: &FdSocket,
-    mut change: impl FnMut(&[u8], BorrowedFd<'_>) -> Option<(Vec<u8>, Option<OwnedFd>)>,
-) -> bool {
+    mut next: impl FnMut(&[u8], Option<BorrowedFd<'_>>) -> Next,
+) -> Flow {
     let mut bytes = Vec::new();
     loop {
         let mut descriptors = match from.receive(&mut bytes) {
             Ok(Received::Message((), descriptors)) => descriptors,
-            Ok(Received::Empty) => return true,
-            Ok(Received::HungUp) | Err(_) => return false,
+            Ok(Received::Empty) => return Flow::Goes,
+            Ok(Received::HungUp) | Err(_) => return Flow::Over,
         };
-        if let [only] = descriptors.as_slice() {
-            if let Some((other, descriptor)) = change(&bytes, only.as_fd()) {
+        let only = match descriptors.as_slice() {
+            [only] => Some(only.as_fd()),
+            _ => None,
+        };
+        match next(&bytes, only) {
+            Next::AsItCame => {}
+            Next::Instead(other, descriptor) => {
                 (bytes, descriptors) = (other, descriptor.into_iter().collect());
             }
+            Next::Break => return Flow::Broken,
         }
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         if to.send(&bytes, &borrowed).is_err() {
-            return false;
+            return Flow::Over;
         }
     }
 }

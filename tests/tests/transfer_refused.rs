@@ -78,6 +78,7 @@ fn another_machine_is_refused_by_its_first_difference() {
             "copy.img",
             "disk root: the running VM has another file",
         ),
+        ("period_ms", "period-ms", "boot.cmdline: "),
         (
             "kind = \"file\"\npath = \"console.log\"",
             "kind = \"pty\"",
@@ -97,6 +98,30 @@ fn another_machine_is_refused_by_its_first_difference() {
         vm.assert_only_runner(old);
         vm.assert_goes_on(&before);
     }
+    vm.assert_transfers();
+}
+
+#[test]
+fn the_same_devices_in_another_order_are_another_machine() {
+    let mut vm = Builder::release().disk("a", 4, "").disk("b", 8, "").start();
+    let (before, old) = (vm.witness(), vm.worker());
+    let file = std::fs::read_to_string(vm.site.path("vm.toml")).unwrap();
+    let swapped = file
+        .replace("\"a", "\"x")
+        .replace("\"b", "\"a")
+        .replace("\"x", "\"b");
+    assert_ne!(swapped, file);
+    vm.site.write("other.toml", swapped);
+    let waiting = vm.wait_from("other.toml", &[]);
+    let mut qmp = Qmp::connect(&vm);
+    let info = vm.migrate_to(&mut qmp, &waiting);
+    assert_eq!(info["status"], "failed", "{info}");
+    let reason = info["error-desc"].as_str().unwrap();
+    assert!(reason.contains("device 1: the running VM has "), "{reason}");
+    drop(qmp);
+    vm.assert_nobody_waits(&waiting);
+    vm.assert_only_runner(old);
+    vm.assert_goes_on(&before);
     vm.assert_transfers();
 }
 
