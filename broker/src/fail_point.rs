@@ -16,6 +16,9 @@ mod armed {
     use std::str::FromStr;
 
     use baton_ipc::FailPoint;
+    use rustix::process::Pid;
+    use rustix::process::PidfdFlags;
+    use rustix::process::Signal;
 
     use super::*;
 
@@ -34,6 +37,8 @@ mod armed {
         KillOtherBroker,
         StopOld,
         StopNew,
+        StopBroker,
+        StopOtherBroker,
     }
 
     #[derive(Debug)]
@@ -85,6 +90,8 @@ mod armed {
             "kill-other-broker" => Act::KillOtherBroker,
             "stop-old" => Act::StopOld,
             "stop-new" => Act::StopNew,
+            "stop-broker" => Act::StopBroker,
+            "stop-other-broker" => Act::StopOtherBroker,
             other => return Err(format!("no act {other:?}")),
         };
         Ok(Fault::Broker(step, act))
@@ -145,24 +152,26 @@ mod armed {
                 Act::KillBoth => old.into_iter().chain(new).for_each(Worker::kill),
                 Act::StopOld => old.into_iter().for_each(Worker::stop),
                 Act::StopNew => new.into_iter().for_each(Worker::stop),
-                Act::KillOtherBroker => {
-                    let parent = new
-                        .and_then(|new| crate::worker::process::parent(new.process.pid))
-                        .and_then(rustix::process::Pid::from_raw);
-                    if let Some(parent) = parent {
-                        kill(parent);
-                    }
-                }
-                Act::KillBroker => kill(rustix::process::getpid()),
+                Act::KillOtherBroker => other(new, Signal::KILL),
+                Act::KillBroker => signal(rustix::process::getpid(), Signal::KILL),
+                Act::StopOtherBroker => other(new, Signal::STOP),
+                Act::StopBroker => signal(rustix::process::getpid(), Signal::STOP),
             }
         }
     }
 
+    /// To the broker whose child the new worker is.
+    fn other(new: Option<&Worker>, what: Signal) {
+        let parent = new
+            .and_then(|new| crate::worker::process::parent(new.process.pid))
+            .and_then(Pid::from_raw);
+        parent.into_iter().for_each(|parent| signal(parent, what));
+    }
+
     /// By the only call that the broker's filter has for it.
-    fn kill(process: rustix::process::Pid) {
-        use rustix::process::PidfdFlags;
+    fn signal(process: Pid, what: Signal) {
         if let Ok(pidfd) = rustix::process::pidfd_open(process, PidfdFlags::empty()) {
-            let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+            let _ = rustix::process::pidfd_send_signal(&pidfd, what);
         }
     }
 }
