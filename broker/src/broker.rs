@@ -95,7 +95,7 @@ pub(crate) struct Options {
 }
 
 /// What a worker's privileges come from: a policy as it was read for that worker.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Rules {
     pub(crate) policy: Policy,
     pub(crate) compiled: Compiled,

@@ -16,7 +16,6 @@ pub(crate) mod pause;
 pub(crate) mod phase_clock;
 mod steps;
 
-use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
 use std::time::Instant;
@@ -28,8 +27,6 @@ use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::RamBacking;
-use baton_ipc::worker::WorkerConfig;
-use baton_policy::Confinement;
 use serde_json::json;
 
 use crate::broker::Broker;
@@ -45,9 +42,6 @@ use crate::upgrade::phase_clock::PhaseClock;
 use crate::worker::Phase;
 use crate::worker::Worker;
 use crate::worker::binary::Unchecked;
-use crate::worker::binary::WorkerBinary;
-use crate::worker::launch::Begun;
-use crate::worker::launch::Program;
 use crate::worker::nascent::Advance;
 use crate::worker::nascent::Nascent;
 use crate::worker::process::is_stopped;
@@ -181,32 +175,6 @@ impl Upgrade {
 }
 
 impl Broker {
-    /// Starts a worker on its way.
-    pub(crate) fn launch(
-        &self,
-        begun: Begun,
-        binary: WorkerBinary,
-        config: WorkerConfig,
-        rules: &Rules,
-    ) -> Result<Nascent> {
-        let policy = &rules.policy;
-        let confinement = Confinement {
-            rlimits: policy.rlimits(u32::from(self.vm.cpus.count.0), self.vm.pinned()),
-            keep: policy.capabilities,
-            landlock_floor: policy.landlock.floor_abi,
-            filters: rules.compiled.build.clone(),
-            learn: policy.learn.is_some(),
-        };
-        let lessons = self.lessons.as_ref().map(AsFd::as_fd);
-        let launch = begun.become_of(binary.as_fd(), confinement, lessons)?;
-        Ok(Nascent::new(
-            launch,
-            config,
-            binary,
-            self.deadlines.of(Step::Spawn),
-        ))
-    }
-
     /// S1: policy, and the launch. A refusal here means that nothing has happened.
     pub(crate) fn begin_upgrade(
         &mut self,
@@ -293,14 +261,7 @@ impl Broker {
         crate::fail_point::act_at(Step::Request, self.worker.as_ref(), None);
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run });
-        let launched = Begun::start(
-            &self.launcher,
-            Program::Worker,
-            self.ids.ids,
-            self.cgroup.as_ref(),
-        )
-        .and_then(|begun| self.launch(begun, binary, config, &rules));
-        let nascent = match launched {
+        let nascent = match self.launch(binary, config, &rules) {
             Ok(nascent) => nascent,
             Err(refusal) => {
                 return self.finish(

@@ -10,6 +10,7 @@ pub(crate) mod learner;
 pub(crate) mod nascent;
 pub(crate) mod process;
 pub(crate) mod proof;
+mod starting;
 
 use std::fs::File;
 use std::io::Read;

@@ -273,8 +273,8 @@ mod tests {
         }
     }
 
-    fn answers(policy: &str, descriptors: Vec<Planned>) -> Vec<Verdict> {
-        let plan = VmPlan {
+    fn plan(descriptors: Vec<Planned>) -> VmPlan {
+        VmPlan {
             name: "web1".to_owned(),
             policy: "default".into(),
             worker: "/w".into(),
@@ -284,8 +284,13 @@ mod tests {
             pinned: 0,
             descriptors,
             later: Vec::new(),
-        };
-        let explanation = Policy::parse(policy, "test").unwrap().explain_vm(&plan);
+        }
+    }
+
+    fn answers(policy: &str, descriptors: Vec<Planned>) -> Vec<Verdict> {
+        let explanation = Policy::parse(policy, "test")
+            .unwrap()
+            .explain_vm(&plan(descriptors));
         explanation
             .descriptors
             .into_iter()
@@ -357,15 +362,8 @@ mod tests {
     #[test]
     fn what_a_start_leaves_over_could_come_later() {
         let plan = VmPlan {
-            name: "web1".to_owned(),
-            policy: "default".into(),
-            worker: "/w".into(),
-            worker_is_beside: true,
-            vcpus: 2,
-            ram: 1 << 29,
-            pinned: 0,
-            descriptors: vec![planned("disk", Kind::File, Some("/srv/a.img"))],
             later: vec!["disk".to_owned(), "state".to_owned()],
+            ..plan(vec![planned("disk", Kind::File, Some("/srv/a.img"))])
         };
         let explanation = Policy::builtin().unwrap().explain_vm(&plan);
         let later = |start: &str| explanation.later.iter().any(|one| one.starts_with(start));

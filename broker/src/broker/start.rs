@@ -262,10 +262,8 @@ impl Broker {
                 return Err(refusal);
             }
         };
-        if let Some(rules) = Rc::get_mut(&mut broker.rules) {
-            rules.declared = Some(declared);
-        }
-        broker.first = Some(broker.launch(begun, binary, config, &broker.rules)?);
+        broker.declare(declared);
+        broker.first = Some(broker.launch_begun(begun, binary, config, &broker.rules)?);
         Ok(broker)
     }
 

@@ -2,7 +2,6 @@
 //! and nothing else. It is a cold start whose first worker has that file instead of a kernel to begin with.
 
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::time::Instant;
 
 use baton_audit::Actor;
@@ -24,8 +23,6 @@ use crate::refusal::complain;
 use crate::refusal::unfit;
 use crate::upgrade::pause::PauseFacts;
 use crate::upgrade::phase_clock::PhaseClock;
-use crate::worker::launch::Begun;
-use crate::worker::launch::Program;
 
 /// What `baton run --incoming` asks for when there is no cpr channel.
 #[derive(Clone, Debug)]
@@ -98,19 +95,11 @@ impl Broker {
             None => self.log.write_synced("upgrade-begin", &record),
         }
         .recorded()?;
-        if let Some(rules) = Rc::get_mut(&mut self.rules) {
-            rules.declared = Some(declared);
-        }
+        self.declare(declared);
         self.asked_by = asked_by.cloned();
         clock.enter(Step::Spawn);
         self.happened(Happening::UpgradeBegan { dry_run: false });
-        let begun = Begun::start(
-            &self.launcher,
-            Program::Worker,
-            self.ids.ids,
-            self.cgroup.as_ref(),
-        )?;
-        self.first = Some(self.launch(begun, binary, config, &self.rules)?);
+        self.first = Some(self.launch(binary, config, &self.rules)?);
         self.restoring = Some(Restoring {
             generation: prelude.generation,
             file: Some(file),

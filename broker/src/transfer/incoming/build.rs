@@ -23,8 +23,6 @@ use crate::refusal::Result;
 use crate::refusal::unfit;
 use crate::transfer::channel_socket;
 use crate::worker::Worker;
-use crate::worker::launch::Begun;
-use crate::worker::launch::Program;
 use crate::worker::nascent::Advance;
 use crate::worker::nascent::Nascent;
 
@@ -33,17 +31,9 @@ impl Broker {
         let generation = self.offered_generation();
         let (binary, declared) =
             crate::rules::worker_binary(&self.vm, &self.options, &self.rules.policy, None)?;
-        if let Some(rules) = std::rc::Rc::get_mut(&mut self.rules) {
-            rules.declared = Some(declared);
-        }
+        self.declare(declared);
         let config = self.config(generation, StartMode::CprTransfer, &self.rules.compiled)?;
-        let begun = Begun::start(
-            &self.launcher,
-            Program::Worker,
-            self.ids.ids,
-            self.cgroup.as_ref(),
-        )?;
-        self.launch(begun, binary, config, &self.rules)
+        self.launch(binary, config, &self.rules)
     }
 
     pub(super) fn offered_generation(&self) -> u32 {
