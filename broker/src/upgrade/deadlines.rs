@@ -64,9 +64,10 @@ impl Deadlines {
         Duration::from_millis(2)
     }
 
-    /// How long the reading of all filters of one worker may take.
+    /// How long the reading of all filters of one worker may take: on a busy host, as long as each of its threads waits for a
+    /// processor. Until a thread has one it does not stop, and so stands no longer because of this.
     pub(crate) fn reading(self) -> Duration {
-        Duration::from_millis(50) * self.slowness
+        Duration::from_millis(1_000) * self.slowness
     }
 
     /// How long a guest may take to power off before it is ended anyway: systemd gives each of its services 90 s

@@ -11,8 +11,8 @@ use nix::sys::wait::WaitStatus;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-/// How long a thread's stop is waited for without sleeping.
-const SPIN: Duration = Duration::from_micros(200);
+/// How long a thread's stop is waited for without sleeping. Where a processor is free it takes some microseconds.
+const SPIN: Duration = Duration::from_micros(50);
 
 /// More filters than any thread has: all of them together take at most 32768 instructions, and each counts as at least five
 /// (MAX_INSNS_PER_PATH, kernel/seccomp.c).
@@ -44,7 +44,7 @@ impl Inspection {
         });
     }
 
-    /// All filters of a thread, and for how long it stood still.
+    /// All filters of a thread, and for how long it stood still, at the most: from the last look that found it going on.
     pub(super) fn filters(
         &mut self,
         tid: u32,
@@ -64,33 +64,38 @@ impl Inspection {
             std::thread::sleep(Duration::from_micros(20));
             self.let_go();
         }
-        let began = Instant::now();
-        match read(tid, count, by) {
-            Ok(filters) => Ok((filters, began.elapsed())),
-            Err((held, what)) => {
-                self.held.extend(held.then_some(tid));
-                Err(what)
-            }
-        }
+        read(tid, count, by).map_err(|(held, what)| {
+            self.held.extend(held.then_some(tid));
+            what
+        })
     }
 }
 
 /// `Err(true, …)`: it is still to be let go of.
-fn read(tid: i32, count: u32, by: Instant) -> Result<Vec<Program>, (bool, String)> {
+fn read(tid: i32, count: u32, by: Instant) -> Result<(Vec<Program>, Duration), (bool, String)> {
     let pid = Pid::from_raw(tid);
     let failed =
         |held: bool, what: &str, e: &dyn std::fmt::Display| (held, format!("cannot {what}: {e}"));
     ptrace::seize(pid, ptrace::Options::empty()).map_err(|e| failed(false, "trace it", &e))?;
     ptrace::interrupt(pid).map_err(|e| failed(true, "stop it", &e))?;
     let began = Instant::now();
+    let mut went_on = began;
     let signal = loop {
+        let look = Instant::now();
         match waitpid(pid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
-            // It stops within microseconds where a processor is free, and stands still until this one has gone on.
-            Ok(WaitStatus::StillAlive) if began.elapsed() < SPIN => std::thread::yield_now(),
-            Ok(WaitStatus::StillAlive) if Instant::now() < by => {
-                std::thread::sleep(Duration::from_micros(20));
+            Ok(WaitStatus::StillAlive) if look >= by => {
+                return Err(failed(true, "stop it", &"it does not stop"));
             }
-            Ok(WaitStatus::StillAlive) => return Err(failed(true, "stop it", &"it does not stop")),
+            // From its stop on it waits for this thread, which does not yield to others therefore: they would have the processor
+            // for a slice each.
+            Ok(WaitStatus::StillAlive) => {
+                went_on = look;
+                if look.duration_since(began) < SPIN {
+                    std::hint::spin_loop();
+                } else {
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+            }
             // It was about to take a signal, which it gets when it is let go.
             Ok(WaitStatus::Stopped(_, signal)) => break Some(signal),
             Ok(WaitStatus::PtraceEvent(..)) => break None,
@@ -103,7 +108,7 @@ fn read(tid: i32, count: u32, by: Instant) -> Result<Vec<Program>, (bool, String
         .collect::<Result<_, _>>()
         .map_err(|e| failed(false, "read its filters", &e));
     ptrace::detach(pid, signal).map_err(|e| failed(true, "let go of it", &e))?;
-    read
+    Ok((read?, went_on.elapsed()))
 }
 
 #[cfg(test)]
