@@ -14,6 +14,7 @@ use baton_guest::Report;
 use baton_guest::ReportError;
 use baton_guest::RngReport;
 use baton_guest::VsockReport;
+use baton_guest::WreckReport;
 use baton_guest::layout;
 
 /// The lowest region of a VM's guest RAM, which starts at address 0.
@@ -91,6 +92,16 @@ impl Ram {
     #[must_use]
     pub fn rng(&self) -> RngReport {
         self.says(RngReport::parse)
+    }
+
+    /// What the guest says of the devices that it drives as no driver should.
+    ///
+    /// # Panics
+    ///
+    /// When the RAM cannot be read.
+    #[must_use]
+    pub fn wreck(&self) -> WreckReport {
+        self.says(WreckReport::parse)
     }
 
     /// What the guest says of its network interface.

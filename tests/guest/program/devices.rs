@@ -14,6 +14,7 @@ use crate::power;
 use crate::report;
 use crate::rng::Rng;
 use crate::vsock::Vsock;
+use crate::wreck::Wreck;
 
 pub struct Devices {
     options: &'static Options,
@@ -28,6 +29,7 @@ pub struct Devices {
     rng: Option<Rng>,
     fs: Option<Fs>,
     load: Option<Load>,
+    wreck: Option<Wreck>,
 }
 
 impl Devices {
@@ -45,6 +47,7 @@ impl Devices {
             rng: Rng::new(options),
             fs: Fs::new(options, nonce),
             load: Load::new(options),
+            wreck: Wreck::new(options, nonce),
         }
     }
 
@@ -85,6 +88,10 @@ impl Devices {
         }
         if let Some(load) = &mut self.load {
             load.step();
+        }
+        if let Some(wreck) = &mut self.wreck {
+            wreck.obey(command);
+            wreck.step();
         }
     }
 }

@@ -211,6 +211,19 @@ pub const RNG_DONE_OFFSET: usize = 0x448;
 /// Header: answers to none, answers that are not random, or not whole.
 pub const RNG_WRONG_OFFSET: usize = 0x450;
 
+/// Header: how far the guest is with the devices that it drives as no driver should ([`DRIVER_WORKING`] and kin), with `wreck`.
+pub const WRECK_STATE_OFFSET: usize = 0x460;
+/// Header: how many these are.
+pub const WRECK_DEVICES_OFFSET: usize = 0x468;
+/// Header: what was done to them.
+pub const WRECK_TURNS_OFFSET: usize = 0x470;
+/// Header: how often one of them said that it needs a reset.
+pub const WRECK_BROKEN_OFFSET: usize = 0x478;
+/// Header: at rest, those that serve a driver that behaves.
+pub const WRECK_WELL_OFFSET: usize = 0x480;
+/// Their rings and buffers, where a balloon's memory is with `balloon`; what lies behind is nobody's.
+pub const WRECK_ADDRESS: u64 = BALLOON_ADDRESS;
+
 /// Frames that are sent before one is acknowledged.
 pub const NET_WINDOW: u64 = 32;
 /// What a frame begins with: to everybody, from an address that nobody has, of a protocol for experiments (IEEE 802,
@@ -385,6 +398,8 @@ pub const COMMAND_HOTPLUG_YIELD: u64 = 18;
 pub const COMMAND_HOTPLUG_EJECT: u64 = 19;
 /// Mailbox: begin no further request to the file system.
 pub const COMMAND_FS_REST: u64 = 20;
+/// Mailbox: drive every device as it should be, and then no more.
+pub const COMMAND_WRECK_REST: u64 = 21;
 
 /// The console's commands, with their numbers.
 pub const COMMANDS: [(&str, u64); 5] = [

@@ -40,6 +40,7 @@ mod serial;
 mod virtio;
 mod vsock;
 mod walker;
+mod wreck;
 
 use boot::BootParameters;
 use devices::Devices;

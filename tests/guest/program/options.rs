@@ -39,6 +39,7 @@ pub struct Options {
     pub bare: bool,
     pub hvc: bool,
     pub rng: bool,
+    pub wreck: bool,
 }
 
 impl Options {
@@ -73,6 +74,7 @@ impl Options {
             bare: false,
             hvc: false,
             rng: false,
+            wreck: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -96,6 +98,7 @@ impl Options {
                 (b"bare", None) => options.bare = true,
                 (b"hvc", None) => options.hvc = true,
                 (b"rng", None) => options.rng = true,
+                (b"wreck", None) => options.wreck = true,
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"hotplug", None) => options.hotplug = true,

@@ -10,10 +10,10 @@ pub const ECAM: u64 = 0xe000_0000;
 pub const SLOTS: u64 = 32;
 const BAR_FLAGS: u32 = 0xf;
 /// Offsets in configuration space; memory space and bus master in the command register.
-const COMMAND: u64 = 0x04;
+pub const COMMAND: u64 = 0x04;
 pub const BAR0: u64 = 0x10;
 const CAPABILITIES: u64 = 0x34;
-const ENABLE_DEVICE: u32 = 0b110;
+pub const ENABLE_DEVICE: u32 = 0b110;
 /// Capability ids, and types of virtio's.
 const VENDOR_SPECIFIC: u8 = 0x09;
 const MSIX: u8 = 0x11;
@@ -22,8 +22,10 @@ const NOTIFY: u8 = 2;
 const DEVICE: u8 = 4;
 
 /// Offsets in the common configuration.
-const DRIVER_FEATURE_SELECT: u64 = 0x08;
-const DRIVER_FEATURE: u64 = 0x0c;
+pub const DEVICE_FEATURE_SELECT: u64 = 0x00;
+pub const DEVICE_FEATURE: u64 = 0x04;
+pub const DRIVER_FEATURE_SELECT: u64 = 0x08;
+pub const DRIVER_FEATURE: u64 = 0x0c;
 pub const CONFIG_VECTOR: u64 = 0x10;
 pub const STATUS: u64 = 0x14;
 const CONFIG_GENERATION: u64 = 0x15;
@@ -32,7 +34,7 @@ pub const QUEUE_SIZE: u64 = 0x18;
 pub const QUEUE_VECTOR: u64 = 0x1a;
 pub const QUEUE_ENABLE: u64 = 0x1c;
 pub const QUEUE_NOTIFY_OFF: u64 = 0x1e;
-const QUEUE_RINGS: [u64; 3] = [0x20, 0x28, 0x30];
+pub const QUEUE_RINGS: [u64; 3] = [0x20, 0x28, 0x30];
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
@@ -52,7 +54,7 @@ pub struct Function {
     /// Its PCI device number.
     pub slot: u64,
     /// Its configuration space.
-    function: u64,
+    pub function: u64,
     pub common: u64,
     pub device: u64,
     notify: u64,
@@ -143,8 +145,13 @@ impl Function {
             write(self.common + register, ring as u32);
             write(self.common + register + 4, 0_u32);
         }
-        let notify_off = u64::from(read::<u16>(self.common + QUEUE_NOTIFY_OFF));
         write(self.common + QUEUE_ENABLE, 1_u16);
+        self.notified_at()
+    }
+
+    /// Where the selected queue is notified.
+    pub fn notified_at(&self) -> u64 {
+        let notify_off = u64::from(read::<u16>(self.common + QUEUE_NOTIFY_OFF));
         self.notify + notify_off * self.notify_step
     }
 

@@ -174,6 +174,12 @@ impl CommandLine {
         self.word("rng".into())
     }
 
+    /// Drives every virtio device that nothing else here drives as no driver should, but the balloon.
+    #[must_use]
+    pub fn wreck(self) -> Self {
+        self.word("wreck".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {

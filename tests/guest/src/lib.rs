@@ -54,6 +54,7 @@ mod net;
 mod report;
 mod rng;
 mod vsock;
+mod wreck;
 
 pub use balloon::BalloonReport;
 pub use command_line::CommandLine;
@@ -70,6 +71,7 @@ pub use report::{
 
 pub use rng::RngReport;
 pub use vsock::VsockReport;
+pub use wreck::WreckReport;
 
 /// The guest: a static ELF64 image for x86-64, entered in 64-bit mode.
 pub static ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));

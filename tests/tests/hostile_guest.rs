@@ -1,0 +1,90 @@
+//! A guest that drives half of its devices as no driver should: the other half works on, and so does the worker, and its
+//! replacement.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use baton_guest::CommandLine;
+use baton_guest::DriverState;
+use baton_guest::layout;
+use baton_tests::Builder;
+use baton_tests::Vm;
+use baton_tests::Wire;
+use baton_tests::until;
+
+/// Devices that are driven so: a disk, a network interface, the socket device, the virtio console, and the entropy device.
+const WRECKED: u64 = 5;
+/// How often the worker is replaced meanwhile.
+const UPGRADES: usize = 5;
+/// How often a device has to have said meanwhile that it needs a reset.
+const BROKEN: u64 = 100;
+
+/// All that goes on: what is done to the others, how often they said so, and what the driven ones do.
+fn progress(vm: &Vm) -> [u64; 4] {
+    let (wreck, disk, net) = (vm.ram.wreck(), vm.ram.disk(), vm.ram.net());
+    [
+        wreck.turns / 1000,
+        wreck.broken / BROKEN,
+        disk.done,
+        net.received,
+    ]
+}
+
+#[test]
+fn what_it_does_to_some_devices_neither_the_others_nor_an_upgrade_feel() {
+    let taps = ['a', 'b'].map(|tag| format!("bh{tag}{}", std::process::id()));
+    let [tap, other] = &taps;
+    let line = CommandLine::new().disk_irq().net_rest().wreck();
+    let vm = Builder::release()
+        .line(line.console().period_ms(50))
+        .disk("data", 8, "queues = 2")
+        .disk("spare", 4, "queues = 2")
+        .net(tap, "queues = 2")
+        .net(other, "queues = 2")
+        .vsock()
+        .tables("[virtio_console]\nkind = \"socket\"\n")
+        .start();
+    let wire = Wire::new(tap);
+    vm.ram.mail(layout::COMMAND_NET_WORK);
+    assert_eq!(vm.ram.wreck().devices, WRECKED);
+    for _ in 0..UPGRADES {
+        let before = progress(&vm);
+        until("all to go on", || {
+            let now = progress(&vm);
+            before
+                .iter()
+                .zip(now)
+                .all(|(before, now)| *before < now)
+                .then_some(())
+        });
+        vm.assert_upgrades();
+    }
+    assert_eq!(vm.ask("audit").expect(0).json()["verdict"], "proven");
+
+    // Whoever behaves from now on is served.
+    vm.ram.mail(layout::COMMAND_WRECK_REST);
+    until("every device to be ready", || {
+        (vm.ram.wreck().well == WRECKED).then_some(())
+    });
+    vm.assert_upgrades();
+    assert_eq!(vm.ram.wreck().well, WRECKED);
+    vm.ram.mail(layout::COMMAND_NET_REST);
+    until("the network at rest", || {
+        let (net, peer) = (vm.ram.net(), wire.peer());
+        (net.state == DriverState::Resting && net.received == peer.sent).then_some(())
+    });
+    let (net, peer) = (vm.ram.net(), wire.peer());
+    assert_eq!((net.faults(), peer.faults()), (0, 0), "{net:?} {peer:?}");
+    assert_eq!(net.sent, peer.received, "{net:?} {peer:?}");
+    vm.ram.mail(layout::COMMAND_DISK_REST);
+    let disk = until("the disk at rest", || {
+        let disk = vm.ram.disk();
+        (disk.state == DriverState::Resting).then_some(disk)
+    });
+    assert_eq!((disk.faults(), disk.flying), (0, 0), "{disk:?}");
+    let image = std::fs::read(vm.site.path("data.img")).unwrap();
+    let nonce = vm.ram.report().unwrap().nonce;
+    assert!(disk.check(nonce, &image).unwrap() > 32, "{disk:?}");
+    let spare = std::fs::metadata(vm.site.path("spare.img")).unwrap();
+    assert_eq!(spare.len(), 4 << 20);
+    let guest = vm.ram.report().unwrap();
+    assert_eq!((guest.boots, guest.faults()), (1, 0), "{guest:?}");
+}
