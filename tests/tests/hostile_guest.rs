@@ -1,6 +1,5 @@
 //! A guest that drives half of its devices as no driver should: the other half works on, and so does the worker, and its
 //! replacement.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use baton_guest::CommandLine;
 use baton_guest::DriverState;
