@@ -20,7 +20,7 @@ fail() {
 give_up() {
     fail "$*"
     ! type aftermath >/dev/null 2>&1 || aftermath
-    echo "--- the console's end" && tail -n 60 "$console"
+    echo "--- the console's end" && tail -n 120 "$console"
     echo "--- the audit log's end" && tail -n 10 "/run/baton/.audit/$vm.jsonl"
     exit 1
 }

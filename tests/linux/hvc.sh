@@ -30,7 +30,7 @@ exec 3>/tmp/keys
 # shellcheck disable=SC2016 # the guest's shell expands it
 order 'sh stty -F /dev/hvc0 -echo; (while read -r word; do echo "heard $word"; done </dev/hvc0 >/dev/hvc0 2>&1 &)'
 # shellcheck disable=SC2016 # likewise
-order 'sh (n=0; while :; do echo line $((n += 1)); sleep 0.02; done >/dev/hvc0 2>&1 &)'
+order 'sh (n=0; while :; do echo line $((n += 1)); sleep 0.1; done >/dev/hvc0 2>&1 &)'
 patiently 120 "the guest writes to /dev/hvc0" beyond 20
 pass "the guest finds /dev/hvc0, beside its serial port"
 number=1
