@@ -1,5 +1,5 @@
-//! Two brokers and two workers, and each of them killed at each step of a transfer: never two runners. Before the commit the old
-//! worker runs on, and another transfer of the same guest succeeds; after it the new one does, under whichever broker is left,
+//! Two brokers and two workers, and each of them killed at each step of a transfer, or hung: never two runners. Before the commit the
+//! old worker runs on, and another transfer of the same guest succeeds; after it the new one does, under whichever broker is left,
 //! or as an orphan that is found by its name.
 #![expect(
     clippy::expect_used,
@@ -8,12 +8,16 @@
     reason = "a test that cannot do its work fails"
 )]
 
+use std::time::Duration;
+
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::Vm;
 use baton_tests::Waiting;
 use baton_tests::Witness;
+use baton_tests::continue_process;
 use baton_tests::is_alive;
+use baton_tests::is_stopped;
 use baton_tests::until;
 use serde_json::Value;
 use serde_json::json;
@@ -30,7 +34,46 @@ struct Faulted {
 
 /// With these faults in the old broker and its worker, and these in the new broker and its worker.
 fn transferring(old_faults: &str, new_faults: &str) -> Faulted {
-    let mut vm = Builder::faulty(old_faults).start();
+    transferring_while(Builder::faulty(old_faults).start(), new_faults, |_, _| ())
+}
+
+/// Deadlines of seconds, which are all that ends it.
+fn impatient(faults: &str) -> Vm {
+    Builder::faulty(faults).slowness(2).start()
+}
+
+/// The old broker hangs at this step, until the new one has given up, or will not, since the old one alone decides.
+fn with_old_broker_hung(step: &str, gives_up: bool) -> Faulted {
+    let vm = impatient(&format!("{step}:stop-broker"));
+    transferring_while(vm, "", |vm, waiting| {
+        until("the old broker hangs", || {
+            is_stopped(vm.broker).then_some(())
+        });
+        if gives_up {
+            vm.assert_nobody_waits(waiting);
+        } else {
+            // Past every bound of the pause.
+            std::thread::sleep(Duration::from_secs(1));
+            assert!(is_alive(waiting.broker));
+        }
+        continue_process(vm.broker);
+    })
+}
+
+/// The new broker hangs, until the old one has ended the transfer.
+fn with_new_broker_hung(old_faults: &str, new_faults: &str) -> Faulted {
+    let hung = transferring_while(impatient(old_faults), new_faults, |_, _| ());
+    assert!(is_stopped(hung.waiting.broker));
+    continue_process(hung.waiting.broker);
+    hung
+}
+
+/// Something is done as soon as it has been asked for.
+fn transferring_while(
+    mut vm: Vm,
+    new_faults: &str,
+    meanwhile: impl FnOnce(&Vm, &Waiting),
+) -> Faulted {
     let (old, before) = (vm.worker(), vm.witness());
     vm.site.environment("BATON_FAIL", new_faults);
     let waiting = vm.wait_for_guest();
@@ -38,6 +81,7 @@ fn transferring(old_faults: &str, new_faults: &str) -> Faulted {
     let mut qmp = Qmp::connect(&vm);
     qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
     qmp.done("migrate", json!({"channels": waiting.channels()}));
+    meanwhile(&vm, &waiting);
     let info = loop {
         // Nobody may be there any more.
         qmp.flood(b"{\"execute\": \"query-migrate\"}\n");
@@ -165,6 +209,14 @@ impl Faulted {
         }
     }
 
+    /// Rolled back for its being late, or committed: one of them, whole.
+    fn assert_either_runs(self) {
+        match self.status() {
+            "failed" => self.assert_old_runs(),
+            _ => self.assert_new_runs(),
+        }
+    }
+
     fn assert_lost_or_new_runs(self) {
         match self.status() {
             "failed" => self.assert_lost(),
@@ -248,5 +300,42 @@ mod old_worker {
         s8_load_rolls_forward: "S8:kill-old", "" => assert_lost_or_new_runs;
         s9_commit_rolls_forward: "S9:kill-old", "" => assert_new_runs;
         s10_run_rolls_forward: "S10:kill-old", "" => assert_new_runs;
+    }
+}
+
+/// One that hangs neither runs the guest twice nor loses it, and is as good as any other when it goes on.
+mod hung {
+    use super::*;
+
+    macro_rules! cells {
+        ($($name:ident: $hung:expr => $check:ident;)*) => {
+            $(
+                #[test]
+                fn $name() {
+                    $hung.$check();
+                }
+            )*
+        };
+    }
+
+    cells! {
+        new_broker_s2: with_new_broker_hung("", "S2:stop-broker") => assert_old_runs;
+        new_broker_s3: with_new_broker_hung("", "S3:stop-broker") => assert_old_runs;
+        new_broker_s4: with_new_broker_hung("", "S4:stop-broker") => assert_old_runs;
+        new_broker_s5: with_new_broker_hung("", "S5:stop-broker") => assert_old_runs;
+        new_broker_s6: with_new_broker_hung("S6:stop-other-broker", "") => assert_new_runs;
+        new_broker_s7: with_new_broker_hung("S7:stop-other-broker", "") => assert_new_runs;
+        new_broker_s8: with_new_broker_hung("S8:stop-other-broker", "") => assert_new_runs;
+        new_broker_s9: with_new_broker_hung("S9:stop-other-broker", "") => assert_new_runs;
+        new_broker_s10: with_new_broker_hung("S10:stop-other-broker", "") => assert_new_runs;
+        old_broker_s3: with_old_broker_hung("S3", true) => assert_old_runs;
+        old_broker_s4: with_old_broker_hung("S4", true) => assert_old_runs;
+        old_broker_s5: with_old_broker_hung("S5", true) => assert_old_runs;
+        old_broker_s6: with_old_broker_hung("S6", false) => assert_either_runs;
+        old_broker_s7: with_old_broker_hung("S7", false) => assert_either_runs;
+        old_broker_s8: with_old_broker_hung("S8", false) => assert_either_runs;
+        old_broker_s9: with_old_broker_hung("S9", false) => assert_either_runs;
+        old_broker_s10: with_old_broker_hung("S10", false) => assert_either_runs;
+        old_worker_s6: transferring_while(impatient("S6:stop-old"), "", |_, _| ()) => assert_either_runs;
     }
 }
