@@ -24,7 +24,7 @@ use crate::worker::PanicAction;
 use crate::worker::RamBacking;
 
 /// The version of these messages.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// The control socket's name in a VM's directory.
 pub const SOCKET: &str = "control.sock";
@@ -476,8 +476,6 @@ pub struct VmStatus {
     pub paused: bool,
     /// Where its RAM is.
     pub ram_backing: RamBacking,
-    /// It is in huge pages.
-    pub huge_pages: bool,
     /// It has a socket device.
     pub vsock: bool,
     /// Its disks, in the order in which the guest finds them.

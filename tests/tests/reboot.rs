@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use baton_tests::Builder;
+use baton_tests::HugePages;
 use baton_tests::Qmp;
 use baton_tests::Vm;
 use baton_tests::until;
@@ -109,6 +110,18 @@ fn a_guest_comes_back_to_ram_that_stayed_in_place() {
     let place = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = place.path().join("guest-ram");
     let lines = format!("path = \"{}\"", path.display());
+    comes_back_with_its_ram(Builder::release().memory_lines(&lines), true);
+    assert!(path.exists(), "it is its owner's");
+}
+
+#[test]
+fn a_guest_comes_back_in_huge_pages_out_of_the_file_or_in_place() {
+    // For 64 MiB in a memfd, then in a file.
+    let pages = HugePages::set_aside(64);
+    let lines = "pages = \"2M\"";
+    comes_back_with_its_ram(Builder::release().memory_lines(lines), false);
+    let path = pages.directory().join("guest-ram");
+    let lines = format!("{lines}\npath = \"{}\"", path.display());
     comes_back_with_its_ram(Builder::release().memory_lines(&lines), true);
     assert!(path.exists(), "it is its owner's");
 }

@@ -9,7 +9,6 @@ use baton_ipc::control::DiskStatus;
 use baton_ipc::control::NetdevStatus;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
-use baton_ipc::worker::Pages;
 use serde_json::json;
 
 use super::Broker;
@@ -96,7 +95,6 @@ impl Broker {
             cpus: self.vm.cpus.count.0,
             paused: self.paused,
             ram_backing: self.vm.memory.backing(),
-            huge_pages: self.vm.memory.pages == Pages::Huge,
             vsock: self.vm.vsock.is_some(),
             disks: self.disks(),
             vcpu_threads: worker.map_or_else(Vec::new, |worker| {

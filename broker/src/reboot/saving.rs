@@ -19,7 +19,6 @@ use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::Order;
-use baton_ipc::worker::Pages;
 use serde_json::json;
 
 use crate::broker::Broker;
@@ -194,12 +193,6 @@ pub(crate) fn check_savable(vm: &VmFile) -> Result<()> {
         return Err(unfit(
             "VFIO device only supports cpr-reboot for runstate suspended",
             "nobody suspends this guest, and what the device has is in no file: leave [[vfio]] out of the VM file",
-        ));
-    }
-    if vm.memory.pages == Pages::Huge {
-        return Err(unfit(
-            "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist",
-            "use memory.pages = \"4K\" or \"thp\"",
         ));
     }
     Ok(())

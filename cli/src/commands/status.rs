@@ -58,7 +58,6 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         paused,
         // For the QMP front.
         ram_backing: _,
-        huge_pages: _,
         vsock: _,
         disks,
         vcpu_threads,

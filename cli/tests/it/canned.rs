@@ -140,7 +140,6 @@ pub(crate) fn status(name: &str) -> VmStatus {
         ram_bytes: 256 << 20,
         cpus: 1,
         ram_backing: baton_ipc::worker::RamBacking::Shared,
-        huge_pages: false,
         vsock: false,
         paused: false,
         disks: Vec::new(),

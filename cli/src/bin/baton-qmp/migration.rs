@@ -29,8 +29,6 @@ pub(crate) const IN_PROGRESS: &str = "There's a migration process in progress";
 
 /// Private RAM in mode `cpr-transfer` (QEMU, `migration/cpr.c`).
 const NOT_SHARED: &str = "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required.";
-/// RAM in huge pages in mode `cpr-reboot`.
-const HUGE_PAGES: &str = "Memory region ram is in huge pages, which cannot be saved: the kernel does not tell which of them exist";
 
 /// What QEMU says of a VFIO device in mode `cpr-reboot` (QEMU, `hw/vfio/cpr.c`).
 const VFIO_NOT_SUSPENDED: &str = "VFIO device only supports cpr-reboot for runstate suspended";
@@ -191,7 +189,6 @@ impl Migration {
                 let backends = vm.vhost_user.iter();
                 blockers.extend(backends.map(|id| device(&format!("vhost_user {id}"))));
                 blockers.extend((!vm.vfio.is_empty()).then(|| VFIO_NOT_SUSPENDED.to_owned()));
-                blockers.extend(vm.huge_pages.then(|| HUGE_PAGES.to_owned()));
                 let disks = vm.disks.iter().map(|disk| disk.added.as_ref());
                 let netdevs = vm.netdevs.iter().map(|netdev| netdev.added.as_ref());
                 let added = disks.chain(netdevs).flatten().next();

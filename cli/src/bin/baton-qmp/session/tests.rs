@@ -100,7 +100,6 @@ fn status() -> VmStatus {
         ram_bytes: 64 << 20,
         cpus: 1,
         ram_backing: baton_ipc::worker::RamBacking::Shared,
-        huge_pages: false,
         vsock: false,
         paused: false,
         disks: vec![DiskStatus {
