@@ -41,6 +41,7 @@ mod verdict;
 mod vm;
 mod wire;
 mod witness;
+mod work;
 
 pub use answer::Answer;
 pub use answer::Upgrade;

@@ -3,6 +3,8 @@
 use std::ffi::OsStr;
 use std::path::Path;
 use std::path::PathBuf;
+use std::process::Child;
+use std::process::Stdio;
 
 use baton_guest::CommandLine;
 use baton_guest::StatusLog;
@@ -327,6 +329,22 @@ impl Vm {
     /// The same, without more arguments.
     pub fn ask(&self, command: &str) -> Answer {
         self.baton::<&str>(command, [])
+    }
+
+    /// Somebody at the console, by `baton console`.
+    ///
+    /// # Panics
+    ///
+    /// If the program cannot be executed.
+    #[must_use]
+    pub fn at_console(&self, arguments: &[&str]) -> Child {
+        let mut command = self.site.command();
+        command.args(["console", &self.site.name]).args(arguments);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        command.spawn().expect("baton console")
     }
 
     /// `baton status`.

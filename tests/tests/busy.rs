@@ -6,10 +6,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use std::os::unix::net::UnixListener;
-use std::process::Stdio;
 
 use baton_guest::CommandLine;
-use baton_guest::DriverState;
 use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Talk;
@@ -61,15 +59,7 @@ fn every_device_works_on_over_upgrades_and_loses_nothing() {
     vm.ram.mail(layout::COMMAND_NET_WORK);
     until("frames", || (vm.ram.net().received > 0).then_some(()));
     let (stream, _) = listener.unwrap().accept().unwrap();
-    let mut person = vm
-        .site
-        .command()
-        .args(["console", &vm.site.name, "--virtio"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut person = vm.at_console(&["--virtio"]);
     let talks = [
         Talk::new(stream.try_clone().unwrap(), stream),
         Talk::new(person.stdin.take().unwrap(), person.stdout.take().unwrap()),
@@ -107,23 +97,8 @@ fn every_device_works_on_over_upgrades_and_loses_nothing() {
     for talk in talks {
         assert!(talk.finish() > 0);
     }
-    vm.ram.mail(layout::COMMAND_NET_REST);
-    until("the network at rest", || {
-        let (net, peer) = (vm.ram.net(), wire.peer());
-        (net.state == DriverState::Resting && net.received == peer.sent).then_some(())
-    });
-    let (net, peer) = (vm.ram.net(), wire.peer());
-    assert_eq!((net.faults(), peer.faults()), (0, 0), "{net:?} {peer:?}");
-    assert_eq!(net.sent, peer.received, "{net:?} {peer:?}");
-    vm.ram.mail(layout::COMMAND_DISK_REST);
-    let disk = until("the disk at rest", || {
-        let disk = vm.ram.disk();
-        (disk.state == DriverState::Resting).then_some(disk)
-    });
-    assert_eq!((disk.faults(), disk.flying), (0, 0), "{disk:?}");
-    let image = std::fs::read(vm.site.path("data.img")).unwrap();
-    let nonce = vm.ram.report().unwrap().nonce;
-    assert!(disk.check(nonce, &image).unwrap() > 32, "{disk:?}");
+    vm.assert_frames_arrived(&wire);
+    vm.assert_disk_is_whole("data.img");
     let (rng, hvc, vsock) = (vm.ram.rng(), vm.ram.hvc(), vm.ram.vsock());
     assert_eq!(
         (rng.wrong, hvc.wrong, vsock.wrong),

@@ -1,13 +1,7 @@
 //! A disk keeps its work, its lock and its grant, whatever happens to the workers.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use baton_guest::CommandLine;
-use baton_guest::DiskReport;
-use baton_guest::DriverState;
-use baton_guest::layout;
 use baton_tests::Builder;
-use baton_tests::Vm;
-use baton_tests::until;
 
 fn busy() -> Builder {
     Builder::release()
@@ -15,38 +9,18 @@ fn busy() -> Builder {
         .disk("data", 4, "")
 }
 
-fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) -> DiskReport {
-    until(what, || {
-        let report = vm.ram.disk();
-        wanted(&report).then_some(report)
-    })
-}
-
-/// The guest comes to rest, and its file is what it says that it wrote.
-fn assert_whole(vm: &Vm) -> DiskReport {
-    vm.ram.mail(layout::COMMAND_DISK_REST);
-    let report = wait_for(vm, "rest", |disk| disk.state == DriverState::Resting);
-    assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
-    let image = std::fs::read(vm.site.path("data.img")).unwrap();
-    let nonce = vm.ram.report().unwrap().nonce;
-    assert!(report.check(nonce, &image).unwrap() > 32, "{report:?}");
-    report
-}
-
 #[test]
 fn every_request_is_completed_once_over_twenty_upgrades() {
     let vm = busy().start();
     let mut done = 0;
     for _ in 0..20 {
-        let before = wait_for(&vm, "requests", |disk| disk.done > done + 100);
+        let before = vm.until_disk("requests", |disk| disk.done > done + 100);
         done = before.done;
         vm.assert_upgrades();
-        wait_for(&vm, "interrupts", |disk| {
-            disk.interrupts > before.interrupts
-        });
+        vm.until_disk("interrupts", |disk| disk.interrupts > before.interrupts);
     }
-    wait_for(&vm, "requests", |disk| disk.done > done + 100);
-    assert_whole(&vm);
+    vm.until_disk("requests", |disk| disk.done > done + 100);
+    vm.assert_disk_is_whole("data.img");
     let audit = vm.ask("audit").expect(0).json();
     assert_eq!(audit["verdict"], "proven", "{audit}");
     for (field, name) in [
@@ -75,7 +49,7 @@ fn a_writable_disk_is_one_vms_alone_until_that_ends() {
         );
         vm.assert_upgrades();
     }
-    assert_whole(&vm);
+    vm.assert_disk_is_whole("data.img");
     vm.end().expect(0);
     vm.site.run("other.toml").expect(0);
     let other = format!("{}-other", vm.site.name);

@@ -2,7 +2,6 @@
 //! replacement.
 
 use baton_guest::CommandLine;
-use baton_guest::DriverState;
 use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Vm;
@@ -65,23 +64,8 @@ fn what_it_does_to_some_devices_neither_the_others_nor_an_upgrade_feel() {
     });
     vm.assert_upgrades();
     assert_eq!(vm.ram.wreck().well, WRECKED);
-    vm.ram.mail(layout::COMMAND_NET_REST);
-    until("the network at rest", || {
-        let (net, peer) = (vm.ram.net(), wire.peer());
-        (net.state == DriverState::Resting && net.received == peer.sent).then_some(())
-    });
-    let (net, peer) = (vm.ram.net(), wire.peer());
-    assert_eq!((net.faults(), peer.faults()), (0, 0), "{net:?} {peer:?}");
-    assert_eq!(net.sent, peer.received, "{net:?} {peer:?}");
-    vm.ram.mail(layout::COMMAND_DISK_REST);
-    let disk = until("the disk at rest", || {
-        let disk = vm.ram.disk();
-        (disk.state == DriverState::Resting).then_some(disk)
-    });
-    assert_eq!((disk.faults(), disk.flying), (0, 0), "{disk:?}");
-    let image = std::fs::read(vm.site.path("data.img")).unwrap();
-    let nonce = vm.ram.report().unwrap().nonce;
-    assert!(disk.check(nonce, &image).unwrap() > 32, "{disk:?}");
+    vm.assert_frames_arrived(&wire);
+    vm.assert_disk_is_whole("data.img");
     let spare = std::fs::metadata(vm.site.path("spare.img")).unwrap();
     assert_eq!(spare.len(), 4 << 20);
     let guest = vm.ram.report().unwrap();

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use baton_guest::CommandLine;
-use baton_guest::DiskReport;
 use baton_guest::DriverState;
 use baton_guest::layout;
 use baton_tests::Builder;
@@ -34,13 +33,6 @@ fn waiting() -> Builder {
     )
 }
 
-fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) -> DiskReport {
-    until(what, || {
-        let report = vm.ram.disk();
-        wanted(&report).then_some(report)
-    })
-}
-
 fn image(vm: &Vm, name: &str) -> PathBuf {
     let path = vm.site.path(name);
     let file = File::create(&path).expect("an image");
@@ -64,7 +56,7 @@ fn plug(vm: &Vm, qmp: &mut Qmp, id: &str, node_name: &str) {
 /// The guest works on its disk.
 fn assert_works(vm: &Vm) {
     let done = vm.ram.disk().done;
-    let report = wait_for(vm, "requests", |disk| disk.done > done + 100);
+    let report = vm.until_disk("requests", |disk| disk.done > done + 100);
     assert_eq!(report.faults(), 0, "{report:?}");
 }
 
@@ -102,12 +94,12 @@ fn audited(vm: &Vm) -> Vec<String> {
 #[test]
 fn a_disk_comes_works_over_upgrades_and_goes_and_another_takes_its_place() {
     let vm = waiting().start();
-    wait_for(&vm, "no disk", |disk| disk.state == DriverState::Absent);
+    vm.until_disk("no disk", |disk| disk.state == DriverState::Absent);
     let mut qmp = Qmp::connect(&vm);
     let mut residue = None;
     for round in 1..=3 {
         plug(&vm, &mut qmp, "d", "n");
-        wait_for(&vm, "a disk", |disk| {
+        vm.until_disk("a disk", |disk| {
             disk.came == round && disk.state == DriverState::Working
         });
         assert_works(&vm);
@@ -122,11 +114,7 @@ fn a_disk_comes_works_over_upgrades_and_goes_and_another_takes_its_place() {
         assert_eq!(place("/0/inserted/node-name"), Some("n".into()));
         assert_eq!(audited(&vm), ["disk#1"]);
         // At its end the image is what the guest says that it wrote.
-        vm.ram.mail(layout::COMMAND_DISK_REST);
-        let report = wait_for(&vm, "rest", |disk| disk.state == DriverState::Resting);
-        let bytes = std::fs::read(vm.site.path("n.img")).expect("the image");
-        let nonce = vm.ram.report().expect("a report").nonce;
-        assert!(report.check(nonce, &bytes).expect("a whole disk") > 32);
+        vm.assert_disk_is_whole("n.img");
         vm.ram.mail(layout::COMMAND_DISK_WORK);
         assert_works(&vm);
 
@@ -182,7 +170,7 @@ fn disks_that_came_go_to_another_broker_with_their_guest() {
     let mut qmp = Qmp::connect(&vm);
     plug(&vm, &mut qmp, "d", "n");
     plug(&vm, &mut qmp, "e", "m");
-    wait_for(&vm, "two disks", |disk| disk.came == 2);
+    vm.until_disk("two disks", |disk| disk.came == 2);
     let spare = json!({"driver": "file", "node-name": "spare", "filename": image(&vm, "s.img")});
     qmp.done("blockdev-add", spare);
     let waiting = vm.wait_for_guest();
@@ -232,13 +220,13 @@ fn a_reset_keeps_a_disk_and_takes_one_that_was_to_go() {
         });
     };
     reset(&mut qmp);
-    wait_for(&vm, "the disk", |disk| disk.state == DriverState::Working);
+    vm.until_disk("the disk", |disk| disk.state == DriverState::Working);
     assert_works(&vm);
     vm.ram.mail(layout::COMMAND_HOTPLUG_KEEP);
     qmp.done("device_del", json!({"id": "d"}));
     reset(&mut qmp);
     await_event(&mut qmp, "DEVICE_DELETED", "d");
-    wait_for(&vm, "no disk", |disk| disk.state == DriverState::Absent);
+    vm.until_disk("no disk", |disk| disk.state == DriverState::Absent);
     vm.assert_upgrades();
     assert!(audited(&vm).is_empty());
 }
@@ -249,7 +237,7 @@ fn a_guest_may_let_go_what_came_while_it_works_and_nothing_else() {
     let mut qmp = Qmp::connect(&vm);
     assert_works(&vm);
     plug(&vm, &mut qmp, "d", "n");
-    wait_for(&vm, "another disk", |disk| disk.came == 1);
+    vm.until_disk("another disk", |disk| disk.came == 1);
     vm.ram.mail(layout::COMMAND_HOTPLUG_EJECT);
     await_event(&mut qmp, "DEVICE_DELETED", "d");
     assert_eq!(audited(&vm), ["disk#1"]);
@@ -285,7 +273,7 @@ fn a_disk_comes_to_a_guest_that_stands_still() {
     // Its size, too.
     let size = json!({"node-name": "n", "size": 8 * MIB});
     qmp.done("block_resize", size);
-    wait_for(&vm, "another size", |disk| disk.bytes == 8 * MIB);
+    vm.until_disk("another size", |disk| disk.bytes == 8 * MIB);
     vm.assert_upgrades();
     assert_works(&vm);
 }
@@ -415,7 +403,7 @@ fn what_cannot_be_is_refused_and_nothing_is_left_of_it() {
     }
     // What the guest lets go meanwhile is gone when the upgrade is over.
     vm.ram.mail(layout::COMMAND_HOTPLUG_EJECT);
-    wait_for(&vm, "it to be let go", |disk| disk.went == 1);
+    vm.until_disk("it to be let go", |disk| disk.went == 1);
     qmp.done("migrate-continue", json!({"state": "pre-switchover"}));
     assert_eq!(qmp.migrated().get("status"), Some(&json!("completed")));
     await_event(&mut qmp, "DEVICE_DELETED", "d");

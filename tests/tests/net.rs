@@ -2,8 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use baton_guest::CommandLine;
-use baton_guest::DriverState;
-use baton_guest::NetReport;
 use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Vm;
@@ -26,38 +24,18 @@ fn busy(lines: &str) -> (Vm, Wire) {
     (vm, wire)
 }
 
-fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&NetReport) -> bool) -> NetReport {
-    until(what, || {
-        let report = vm.ram.net();
-        wanted(&report).then_some(report)
-    })
-}
-
-fn assert_whole(vm: &Vm, wire: &Wire) {
-    vm.ram.mail(layout::COMMAND_NET_REST);
-    wait_for(vm, "rest", |net| net.state == DriverState::Resting);
-    let report = wait_for(vm, "the last answer", |net| {
-        net.received == wire.peer().sent
-    });
-    let peer = wire.peer();
-    assert_eq!(
-        (report.faults(), peer.faults()),
-        (0, 0),
-        "{report:?} {peer:?}"
-    );
-    assert_eq!(report.sent, peer.received, "{report:?} {peer:?}");
-}
-
 #[test]
 fn every_frame_arrives_once_over_twenty_upgrades() {
     let (vm, wire) = busy("queues = 2");
     let mut received = 0;
     for _ in 0..20 {
-        received = wait_for(&vm, "frames", |net| net.received > received + 100).received;
+        received = vm
+            .until_net("frames", |net| net.received > received + 100)
+            .received;
         vm.assert_upgrades();
     }
-    wait_for(&vm, "frames", |net| net.received > received + 100);
-    assert_whole(&vm, &wire);
+    vm.until_net("frames", |net| net.received > received + 100);
+    vm.assert_frames_arrived(&wire);
     let audit = vm.ask("audit").expect(0).json();
     assert_eq!(audit["verdict"], "proven", "{audit}");
     let descriptors = audit["descriptors"].as_array().unwrap();
@@ -73,13 +51,15 @@ fn every_frame_arrives_once_over_transfers_and_the_tap_stays_one_vms_alone() {
     let (mut vm, wire) = busy("queues = 2");
     let mut received = 0;
     for _ in 0..3 {
-        received = wait_for(&vm, "frames", |net| net.received > received + 100).received;
+        received = vm
+            .until_net("frames", |net| net.received > received + 100)
+            .received;
         vm.assert_transfers();
         // The brokers that had it are gone by now.
         assert_taken(&vm);
     }
-    wait_for(&vm, "frames", |net| net.received > received + 100);
-    assert_whole(&vm, &wire);
+    vm.until_net("frames", |net| net.received > received + 100);
+    vm.assert_frames_arrived(&wire);
     let place = format!("/sys/class/net/{}", tap());
     vm.end().expect(0);
     until("the tap is gone", || {
@@ -102,7 +82,7 @@ fn assert_alone(lines: &str) {
     let (vm, wire) = busy(lines);
     assert_taken(&vm);
     vm.assert_upgrades();
-    assert_whole(&vm, &wire);
+    vm.assert_frames_arrived(&wire);
     let place = format!("/sys/class/net/{}", tap());
     assert!(std::fs::exists(&place).unwrap());
     vm.end().expect(0);

@@ -9,7 +9,6 @@ use std::process::Command;
 
 use baton_guest::CommandLine;
 use baton_guest::DriverState;
-use baton_guest::NetReport;
 use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Qmp;
@@ -52,15 +51,8 @@ fn waiting(policy: &str) -> Vm {
         .console()
         .period_ms(50);
     let vm = Builder::release().policy(policy).line(line).start();
-    wait_for(&vm, "no interface", |net| net.state == DriverState::Absent);
+    vm.until_net("no interface", |net| net.state == DriverState::Absent);
     vm
-}
-
-fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&NetReport) -> bool) -> NetReport {
-    until(what, || {
-        let report = vm.ram.net();
-        wanted(&report).then_some(report)
-    })
 }
 
 fn netdev(id: &str, tap: &Tap) -> Value {
@@ -74,7 +66,7 @@ fn device(id: &str, netdev: &str) -> Value {
 /// Frames go both ways.
 fn assert_works(vm: &Vm) {
     let received = vm.ram.net().received;
-    wait_for(vm, "frames", |net| net.received > received + 100);
+    vm.until_net("frames", |net| net.received > received + 100);
 }
 
 /// The descriptors of the worker's taps, as a proven audit names them.
@@ -108,7 +100,7 @@ fn an_interface_comes_works_over_upgrades_and_goes_and_another_takes_its_place()
         arguments["queues"] = queues.into();
         qmp.done("netdev_add", arguments);
         qmp.done("device_add", device("d", "n"));
-        wait_for(&vm, "an interface", |net| net.state == DriverState::Resting);
+        vm.until_net("an interface", |net| net.state == DriverState::Resting);
         let wire = Wire::new(&tap.0);
         vm.ram.mail(layout::COMMAND_NET_WORK);
         assert_works(&vm);
@@ -117,15 +109,7 @@ fn an_interface_comes_works_over_upgrades_and_goes_and_another_takes_its_place()
             assert_works(&vm);
         }
         assert_eq!(audited(&vm).len(), queues);
-        vm.ram.mail(layout::COMMAND_NET_REST);
-        wait_for(&vm, "rest", |net| net.state == DriverState::Resting);
-        let (report, peer) = (vm.ram.net(), wire.peer());
-        assert_eq!(
-            (report.faults(), peer.faults()),
-            (0, 0),
-            "{report:?} {peer:?}"
-        );
-        assert_eq!(report.sent, peer.received, "{report:?} {peer:?}");
+        vm.assert_frames_arrived(&wire);
 
         let busy = qmp.refused("netdev_del", json!({"id": "n"}));
         assert!(busy.contains("Netdev n is in use"), "{busy}");
@@ -157,7 +141,7 @@ fn an_interface_that_came_goes_to_another_broker_with_its_guest() {
     arguments["queues"] = 2.into();
     qmp.done("netdev_add", arguments);
     qmp.done("device_add", device("d", "n"));
-    wait_for(&vm, "an interface", |net| net.state == DriverState::Resting);
+    vm.until_net("an interface", |net| net.state == DriverState::Resting);
     let wire = Wire::new(&tap.0);
     vm.ram.mail(layout::COMMAND_NET_WORK);
     assert_works(&vm);
@@ -178,12 +162,7 @@ fn an_interface_that_came_goes_to_another_broker_with_its_guest() {
     vm.assert_upgrades();
     vm.assert_transfers();
     assert_works(&vm);
-    vm.ram.mail(layout::COMMAND_NET_REST);
-    wait_for(&vm, "rest", |net| net.state == DriverState::Resting);
-    let (report, peer) = (vm.ram.net(), wire.peer());
-    let faults = (report.faults(), peer.faults());
-    assert_eq!(faults, (0, 0), "{report:?} {peer:?}");
-    assert_eq!(report.sent, peer.received, "{report:?} {peer:?}");
+    vm.assert_frames_arrived(&wire);
 
     // The tap is this VM's alone as before, and has its name there; with its device and netdev the claim is gone.
     let mut qmp = Qmp::connect(&vm);

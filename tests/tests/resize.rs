@@ -6,9 +6,6 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use baton_guest::CommandLine;
-use baton_guest::DiskReport;
-use baton_guest::DriverState;
-use baton_guest::layout;
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::Vm;
@@ -23,16 +20,9 @@ fn busy() -> Builder {
         .disk("data", 4, "")
 }
 
-fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) -> DiskReport {
-    until(what, || {
-        let report = vm.ram.disk();
-        wanted(&report).then_some(report)
-    })
-}
-
 /// The guest and everybody who asks is told of this size, which the file has.
 fn assert_size(vm: &Vm, qmp: &mut Qmp, bytes: u64) {
-    wait_for(vm, "the guest to be told", |disk| disk.bytes == bytes);
+    vm.until_disk("the guest to be told", |disk| disk.bytes == bytes);
     let blocks = qmp.returns("query-block", json!({}));
     let told = |place| blocks.pointer(place).cloned();
     let size = told("/0/inserted/image/virtual-size");
@@ -49,7 +39,7 @@ fn a_disk_grows_and_shrinks_under_its_guest_and_stays_so_over_upgrades_and_trans
     let mut vm = busy().start();
     let file = vm.site.path("data.img");
     let mut qmp = Qmp::connect(&vm);
-    wait_for(&vm, "a disk", |disk| disk.done > 100);
+    vm.until_disk("a disk", |disk| disk.done > 100);
     let mut changes = vm.ram.disk().changes;
     for (name, mib) in [("device", 8), ("node-name", 6), ("device", 7)] {
         qmp.done("block_resize", json!({name: "data", "size": mib * MIB}));
@@ -59,7 +49,7 @@ fn a_disk_grows_and_shrinks_under_its_guest_and_stays_so_over_upgrades_and_trans
         assert_eq!(vm.ram.disk().changes, changes);
         vm.assert_upgrades();
         let done = vm.ram.disk().done;
-        wait_for(&vm, "requests", |disk| disk.done > done + 100);
+        vm.until_disk("requests", |disk| disk.done > done + 100);
         assert_size(&vm, &mut qmp, mib * MIB);
     }
     drop(qmp);
@@ -78,12 +68,7 @@ fn a_disk_grows_and_shrinks_under_its_guest_and_stays_so_over_upgrades_and_trans
     assert_eq!(vm.ram.disk().bytes, 7 * MIB);
     qmp.done("cont", json!({}));
     assert_size(&vm, &mut qmp, 9 * MIB);
-    vm.ram.mail(layout::COMMAND_DISK_REST);
-    let report = wait_for(&vm, "rest", |disk| disk.state == DriverState::Resting);
-    assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
-    let image = std::fs::read(&file).expect("the disk's file");
-    let nonce = vm.ram.report().expect("a report").nonce;
-    assert!(report.check(nonce, &image).expect("a whole disk") > 32);
+    vm.assert_disk_is_whole("data.img");
     let audit = vm.ask("audit").expect(0).json();
     assert_eq!(audit["verdict"], "proven", "{audit}");
     assert_eq!(vm.audit_log().count("resize"), 4);
@@ -94,7 +79,7 @@ fn a_guest_that_writes_all_over_its_disk_does_not_make_it_longer_again() {
     let vm = busy().start();
     let file = vm.site.path("data.img");
     let mut qmp = Qmp::connect(&vm);
-    wait_for(&vm, "a disk", |disk| disk.done > 1000);
+    vm.until_disk("a disk", |disk| disk.done > 1000);
     for _ in 0..10 {
         for mib in [1, 4] {
             let size = json!({"device": "data", "size": mib * MIB});
@@ -106,7 +91,7 @@ fn a_guest_that_writes_all_over_its_disk_does_not_make_it_longer_again() {
                 done.then_some(())
             });
             let before = vm.ram.disk();
-            wait_for(&vm, "requests", |disk| disk.done > before.done + 200);
+            vm.until_disk("requests", |disk| disk.done > before.done + 200);
             assert_eq!(file_size(&file), mib * MIB);
         }
     }
@@ -197,7 +182,7 @@ fn a_block_device_has_the_size_that_it_has() {
         .disk_at("data", &device.0)
         .start();
     let mut qmp = Qmp::connect(&vm);
-    wait_for(&vm, "a disk", |disk| disk.done > 100);
+    vm.until_disk("a disk", |disk| disk.done > 100);
     let size = json!({"device": "data", "size": 8 * MIB});
     let refusal = qmp.refused("block_resize", size.clone());
     assert!(refusal.contains("Cannot grow device files"), "{refusal}");

@@ -2,7 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use std::io::Read;
-use std::process::Stdio;
 
 use baton_tests::Builder;
 use baton_tests::Qmp;
@@ -137,15 +136,7 @@ fn a_disk_stays_open_and_locked() {
 #[test]
 fn who_listens_to_the_console_goes_on_listening() {
     let mut vm = Builder::release().start();
-    let mut console = vm
-        .site
-        .command()
-        .args(["console", &vm.site.name])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut console = vm.at_console(&[]);
     let mut stream = console.stdout.take().unwrap();
     let mut seen = String::new();
     let mut read_on = |seen: &mut String, until_longer_than: usize| {

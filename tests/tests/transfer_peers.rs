@@ -4,6 +4,7 @@
 use std::fs::Permissions;
 use std::io::Read as _;
 use std::os::fd::AsRawFd as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
@@ -49,6 +50,16 @@ fn vm() -> Vm {
     })
 }
 
+/// Listens where the broker does not: the socket, and what it is called as a channel of this kind.
+fn to_inherit(kind: &str, path: &Path) -> (OwnedFd, String) {
+    let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&listener, 8).unwrap();
+    let fd = listener.as_raw_fd();
+    let place = format!("{kind},addr.transport=socket,addr.type=fd,addr.str={fd}");
+    (listener, place)
+}
+
 /// Hung up on without a word.
 fn assert_refused(mut stream: UnixStream) {
     let mut said = Vec::new();
@@ -57,21 +68,18 @@ fn assert_refused(mut stream: UnixStream) {
 }
 
 #[test]
-fn strangers_at_an_inherited_socket_are_hung_up_on_and_a_guest_comes_over_it() {
+fn strangers_at_an_inherited_socket_are_hung_up_on_and_a_guest_comes_over_two() {
     let mut vm = vm();
     let before = vm.witness();
     let cpr = vm.site.path("open/inherited");
-    // Inherited, and open to everybody: what the broker makes itself has mode 600.
-    let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
-    rustix::net::bind(&listener, &SocketAddrUnix::new(&cpr).unwrap()).unwrap();
-    rustix::net::listen(&listener, 8).unwrap();
+    let main = vm.site.path("open/inherited-main");
+    let (cpr_listener, cpr_place) = to_inherit("cpr", &cpr);
+    let (main_listener, main_place) = to_inherit("main", &main);
+    // Open to everybody: what the broker makes itself has mode 600.
     std::fs::set_permissions(&cpr, Permissions::from_mode(0o666)).unwrap();
-    let fd = listener.as_raw_fd();
-    let inherited = format!("cpr,addr.transport=socket,addr.type=fd,addr.str={fd}");
-    let main = vm.site.path("main");
-    let place = format!("unix:{}", main.display());
-    let waiting = vm.wait_from("vm.toml", &["--incoming", &place, "--incoming", &inherited]);
-    drop(listener);
+    let places = ["--incoming", &main_place, "--incoming", &cpr_place];
+    let waiting = vm.wait_from("vm.toml", &places);
+    drop((cpr_listener, main_listener));
     for _ in 0..3 {
         assert_refused(as_stranger(|| UnixStream::connect(&cpr).unwrap()));
     }
@@ -84,8 +92,8 @@ fn strangers_at_an_inherited_socket_are_hung_up_on_and_a_guest_comes_over_it() {
     drop(qmp);
     vm.assert_taken_over(&waiting);
     vm.assert_goes_on(&before);
-    // It is not the broker's, and stays.
-    assert!(cpr.exists());
+    // They are not the broker's, and stay.
+    assert!(cpr.exists() && main.exists());
 }
 
 #[test]

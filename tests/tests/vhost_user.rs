@@ -2,7 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use baton_guest::CommandLine;
-use baton_guest::DiskReport;
 use baton_guest::DriverState;
 use baton_guest::layout;
 use baton_tests::Backend;
@@ -30,29 +29,12 @@ fn start(builder: Builder) -> (Vm, Backend) {
     (vm, backend.unwrap())
 }
 
-fn wait_for(vm: &Vm, what: &str, mut wanted: impl FnMut(&DiskReport) -> bool) -> DiskReport {
-    until(what, || {
-        let report = vm.ram.disk();
-        wanted(&report).then_some(report)
-    })
-}
-
 /// So many more requests are done, and an interrupt comes.
 fn assert_works(vm: &Vm) {
     let before = vm.ram.disk();
-    wait_for(vm, "requests and interrupts", |disk| {
+    vm.until_disk("requests and interrupts", |disk| {
         disk.done > before.done + 100 && disk.interrupts > before.interrupts
     });
-}
-
-/// The guest comes to rest, and the image is what it says that it wrote.
-fn assert_whole(vm: &Vm) {
-    vm.ram.mail(layout::COMMAND_DISK_REST);
-    let report = wait_for(vm, "rest", |disk| disk.state == DriverState::Resting);
-    assert_eq!((report.faults(), report.flying), (0, 0), "{report:?}");
-    let image = std::fs::read(vm.site.path("data.img")).unwrap();
-    let nonce = vm.ram.report().unwrap().nonce;
-    assert!(report.check(nonce, &image).unwrap() > 32, "{report:?}");
 }
 
 #[test]
@@ -67,7 +49,7 @@ fn every_request_is_completed_once_over_fifty_upgrades_and_the_process_stays() {
     assert_works(&vm);
     assert_eq!(backend.sockets(), sockets);
     assert!(backend.runs());
-    assert_whole(&vm);
+    vm.assert_disk_is_whole("data.img");
     let audit = vm.ask("audit").expect(0).json();
     assert_eq!(audit["verdict"], "proven", "{audit}");
     let listed = audit["descriptors"].as_array().unwrap();
@@ -94,7 +76,7 @@ fn a_process_that_does_not_stop_its_rings_costs_the_upgrade_and_not_the_guest() 
     assert_works(&vm);
     vm.assert_upgrades();
     assert_works(&vm);
-    assert_whole(&vm);
+    vm.assert_disk_is_whole("data.img");
 }
 
 const SHARE: &str =
@@ -144,9 +126,7 @@ fn a_process_that_dies_breaks_its_device_and_nothing_else() {
     assert_works(&vm);
     let before = vm.witness();
     backend.kill();
-    wait_for(&vm, "a broken disk", |disk| {
-        disk.state == DriverState::Broken
-    });
+    vm.until_disk("a broken disk", |disk| disk.state == DriverState::Broken);
     let _ = vm.assert_goes_on(&before);
     for _ in 0..3 {
         vm.assert_upgrades();
@@ -168,7 +148,7 @@ fn the_process_stays_when_the_guest_goes_to_another_broker() {
     assert_works(&vm);
     assert_eq!(backend.sockets(), sockets);
     assert!(backend.runs());
-    assert_whole(&vm);
+    vm.assert_disk_is_whole("data.img");
 }
 
 #[test]
@@ -191,7 +171,7 @@ fn another_process_than_the_running_vms_is_refused_to_another_broker() {
     );
     assert_works(&vm);
     vm.assert_upgrades();
-    assert_whole(&vm);
+    vm.assert_disk_is_whole("data.img");
 }
 
 #[test]
@@ -203,7 +183,7 @@ fn a_guest_that_is_paused_and_reset_finds_its_disk() {
     vm.assert_stands_still();
     vm.upgrade();
     vm.ask("resume").expect(0);
-    wait_for(&vm, "requests", |disk| disk.done > before + 100);
+    vm.until_disk("requests", |disk| disk.done > before + 100);
     let boots = vm.ram.report().unwrap().boots;
     vm.ask("reset").expect(0);
     until("it boots again", || {
@@ -212,5 +192,5 @@ fn a_guest_that_is_paused_and_reset_finds_its_disk() {
     });
     assert_works(&vm);
     vm.assert_upgrades();
-    assert_whole(&vm);
+    vm.assert_disk_is_whole("data.img");
 }

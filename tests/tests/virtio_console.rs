@@ -8,7 +8,6 @@
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::process::Child;
-use std::process::Stdio;
 
 use baton_guest::CommandLine;
 use baton_guest::DriverState;
@@ -36,17 +35,6 @@ fn start(table: &str) -> Vm {
     vm
 }
 
-/// Somebody at the console, by `baton console`.
-fn attach(vm: &Vm) -> Child {
-    let mut command = vm.site.command();
-    command.args(["console", &vm.site.name, "--virtio"]);
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    command.spawn().unwrap()
-}
-
 /// All that was typed has come back once; how many numbers that were.
 #[track_caller]
 fn finish(talk: Talk, vm: &Vm) -> u64 {
@@ -66,7 +54,7 @@ fn leave(mut person: Child) {
 #[test]
 fn what_is_typed_comes_back_once_and_in_order_over_twenty_upgrades() {
     let vm = start("kind = \"socket\"");
-    let mut person = attach(&vm);
+    let mut person = vm.at_console(&["--virtio"]);
     let talk = Talk::new(person.stdin.take().unwrap(), person.stdout.take().unwrap());
     for _ in 0..20 {
         talk.wait_for(500);
@@ -112,7 +100,7 @@ fn a_terminal_goes_along_to_other_brokers() {
 #[test]
 fn a_file_has_all_that_the_guest_wrote_however_the_upgrades_end() {
     let vm = start("kind = \"file\"\npath = \"hvc.log\"");
-    let mut person = attach(&vm);
+    let mut person = vm.at_console(&["--virtio"]);
     let talk = Talk::new(person.stdin.take().unwrap(), person.stdout.take().unwrap());
     for _ in 0..3 {
         talk.wait_for(500);

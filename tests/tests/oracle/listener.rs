@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Child;
-use std::process::Stdio;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -43,15 +42,7 @@ impl Listener {
 
     /// `baton console`.
     pub(crate) fn of(vm: &Vm) -> Self {
-        let mut child = vm
-            .site
-            .command()
-            .args(["console", &vm.site.name])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child = vm.at_console(&[]);
         let mut listener = Self {
             stream: child.stdout.take().unwrap().into(),
             child: Some(child),
