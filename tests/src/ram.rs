@@ -17,6 +17,8 @@ use baton_guest::VsockReport;
 use baton_guest::WreckReport;
 use baton_guest::layout;
 
+use crate::until;
+
 /// The lowest region of a VM's guest RAM, which starts at address 0.
 #[derive(Debug)]
 pub struct Ram(File);
@@ -173,5 +175,20 @@ impl Ram {
         self.0
             .write_all_at(&command.to_le_bytes(), at)
             .expect("guest RAM can be written");
+    }
+
+    /// The same, and waits until the guest has taken it: whatever it does from then on, it knows of it.
+    ///
+    /// # Panics
+    ///
+    /// When it does not take it.
+    pub fn tell(&self, command: u64) {
+        let at = layout::REPORT_ADDRESS + layout::MAILBOX_OFFSET as u64;
+        self.mail(command);
+        until("the command to be taken", || {
+            let mut word = [0; 8];
+            self.0.read_exact_at(&mut word, at).ok()?;
+            (u64::from_le_bytes(word) == layout::COMMAND_NONE).then_some(())
+        });
     }
 }

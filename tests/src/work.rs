@@ -7,7 +7,7 @@ use baton_guest::layout;
 
 use crate::Vm;
 use crate::Wire;
-use crate::until;
+use crate::patience::until_said;
 
 impl Vm {
     /// Waits until the guest says this of its disk; what it says.
@@ -16,17 +16,25 @@ impl Vm {
         what: &str,
         mut wanted: impl FnMut(&DiskReport) -> bool,
     ) -> DiskReport {
-        until(what, || {
-            let report = self.ram.disk();
-            wanted(&report).then_some(report)
+        until_said(what, || {
+            let report = Box::new(self.ram.disk());
+            if wanted(&report) {
+                Ok(*report)
+            } else {
+                Err(report)
+            }
         })
     }
 
     /// The same of its network.
     pub fn until_net(&self, what: &str, mut wanted: impl FnMut(&NetReport) -> bool) -> NetReport {
-        until(what, || {
-            let report = self.ram.net();
-            wanted(&report).then_some(report)
+        until_said(what, || {
+            let report = Box::new(self.ram.net());
+            if wanted(&report) {
+                Ok(*report)
+            } else {
+                Err(report)
+            }
         })
     }
 

@@ -145,7 +145,7 @@ fn a_guest_that_keeps_its_disk_is_asked_again_and_a_new_worker_goes_on_asking() 
     let mut qmp = Qmp::connect(&vm);
     plug(&vm, &mut qmp, "d", "n");
     assert_works(&vm);
-    vm.ram.mail(layout::COMMAND_HOTPLUG_KEEP);
+    vm.ram.tell(layout::COMMAND_HOTPLUG_KEEP);
     qmp.done("device_del", json!({"id": "d"}));
     let twice = qmp.refused("device_del", json!({"id": "d"}));
     assert!(
@@ -222,7 +222,7 @@ fn a_reset_keeps_a_disk_and_takes_one_that_was_to_go() {
     reset(&mut qmp);
     vm.until_disk("the disk", |disk| disk.state == DriverState::Working);
     assert_works(&vm);
-    vm.ram.mail(layout::COMMAND_HOTPLUG_KEEP);
+    vm.ram.tell(layout::COMMAND_HOTPLUG_KEEP);
     qmp.done("device_del", json!({"id": "d"}));
     reset(&mut qmp);
     await_event(&mut qmp, "DEVICE_DELETED", "d");
