@@ -57,8 +57,12 @@ has_rounds() {
 patiently 400 "the guest drives its device" has_rounds 3
 pass "a guest's DMA goes through the host's IOMMU, and MSIs come back"
 
-# KiB that all processes have locked, as the kernel counts them; workers alone lock any here.
-locked() { cat /proc/[0-9]*/status 2>/dev/null | awk '/^VmLck:/ { sum += $2 } END { print sum + 0 }'; }
+# KiB that all processes have locked, as the kernel counts them; workers alone lock any here. In the order in which they began: what
+# one has no more when it is looked at, its successor has already.
+locked() {
+    ls /proc | grep '^[0-9]' | sort -n | sed 's,.*,/proc/&/status,' | xargs cat 2>/dev/null |
+        awk '/^VmLck:/ { sum += $2 } END { print sum + 0 }'
+}
 locked_by() { awk '/^VmLck:/ { print $2 }' "/proc/$1/status"; }
 # The least that was locked, sampled while the worker is replaced.
 watch_locked() {
