@@ -337,5 +337,12 @@ mod hung {
         old_broker_s9: with_old_broker_hung("S9", false) => assert_either_runs;
         old_broker_s10: with_old_broker_hung("S10", false) => assert_either_runs;
         old_worker_s6: transferring_while(impatient("S6:stop-old"), "", |_, _| ()) => assert_either_runs;
+        old_worker_s7: transferring_while(impatient("S7:stop-old"), "", |_, _| ()) => assert_either_runs;
+        new_worker_s2: transferring_while(impatient(""), "S2:stop-new", |_, _| ()) => assert_old_runs;
+        new_worker_s3: transferring_while(impatient(""), "S3:stop-new", |_, _| ()) => assert_old_runs;
+        new_worker_s4: transferring_while(impatient(""), "S4:stop-new", |_, _| ()) => assert_old_runs;
+        new_worker_s5: transferring_while(impatient(""), "S5:stop-new", |_, _| ()) => assert_old_runs;
+        new_worker_s6: transferring_while(impatient("S6:stop-new"), "", |_, _| ()) => assert_old_runs;
+        new_worker_s7: transferring_while(impatient("S7:stop-new"), "", |_, _| ()) => assert_old_runs;
     }
 }
