@@ -4,6 +4,7 @@
 
 mod audit;
 mod broker;
+mod client_path;
 mod clients;
 mod devices;
 mod fail_point;

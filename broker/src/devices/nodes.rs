@@ -12,13 +12,12 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::control::NewNode;
 use baton_ipc::descriptor;
 use baton_ipc::worker::BlockConfig;
-use rustix::fs::Mode;
 use rustix::fs::OFlags;
-use rustix::fs::ResolveFlags;
 use rustix::io::Errno;
 use serde_json::json;
 
 use crate::broker::Broker;
+use crate::client_path;
 use crate::devices::disks;
 use crate::devices::disks::OpenDisk;
 use crate::devices::hotplug::Backing;
@@ -28,7 +27,6 @@ use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::refusal;
 use crate::refusal::unfit;
-use crate::transfer::channel_socket::words;
 use crate::vm_file::disk::Disk;
 use crate::vm_file::disk::Label;
 
@@ -64,14 +62,7 @@ impl Broker {
                 "choose another node-name",
             )
         })?;
-        let of_the_vm_file = self.vm.disk.0.iter().any(|disk| disk.id == name);
-        if of_the_vm_file || self.node(&name.0).is_some() {
-            // QEMU's words (`bdrv_assign_node_name`, block.c).
-            return Err(unfit(
-                format_args!("Duplicate nodes with node-name='{}'", name.0),
-                "",
-            ));
-        }
+        self.check_node_name(&name)?;
         if self.nodes.len() >= MAX_NODES {
             return Err(unfit(
                 format_args!("there are {MAX_NODES} nodes"),
@@ -166,13 +157,7 @@ impl Broker {
         file: OwnedFd,
     ) -> Result<()> {
         let label = Label::try_from(name.to_owned()).map_err(|reason| unfit(reason, ""))?;
-        if self.node(name).is_some() || self.vm.disk.0.iter().any(|disk| disk.id == label) {
-            // QEMU's words (`bdrv_assign_node_name`, block.c).
-            return Err(unfit(
-                format_args!("Duplicate nodes with node-name='{name}'"),
-                "",
-            ));
-        }
+        self.check_node_name(&label)?;
         self.nodes.push(Node {
             path: place(file.as_raw_fd(), Path::new(name))?,
             name: label,
@@ -180,6 +165,19 @@ impl Broker {
             config,
             file,
         });
+        Ok(())
+    }
+
+    /// Whether nobody else has it.
+    fn check_node_name(&self, name: &Label) -> Result<()> {
+        let of_the_vm_file = self.vm.disk.0.iter().any(|disk| disk.id == *name);
+        if of_the_vm_file || self.node(&name.0).is_some() {
+            // QEMU's words (`bdrv_assign_node_name`, block.c).
+            return Err(unfit(
+                format_args!("Duplicate nodes with node-name='{}'", name.0),
+                "",
+            ));
+        }
         Ok(())
     }
 
@@ -191,26 +189,17 @@ impl Broker {
 /// What a client's path names, held before anything of it is opened: no symbolic link leads there (openat2(2)), and what is opened
 /// by this is that, whatever becomes of the path meanwhile.
 fn hold(disk: &Disk) -> Result<OwnedFd> {
-    rustix::fs::openat2(
-        rustix::fs::CWD,
-        &disk.path,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-    )
-    .map_err(|error| {
-        let (why, remedy) = match error {
-            Errno::LOOP => (
-                "a symbolic link lies in the path".to_owned(),
-                "name the file where it is (`realpath`)",
-            ),
-            error => (words(error), "mend the path"),
+    client_path::open(rustix::fs::CWD, &disk.path, OFlags::PATH).map_err(|error| {
+        let remedy = match error {
+            Errno::LOOP => "name the file where it is (`realpath`)",
+            _ => "mend the path",
         };
         unfit(
             format_args!(
-                "disk {}: cannot open {}: {why}",
+                "disk {}: cannot open {}: {}",
                 disk.id.0,
-                disk.path.display()
+                disk.path.display(),
+                client_path::words(error)
             ),
             remedy,
         )

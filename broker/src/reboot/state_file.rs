@@ -22,17 +22,15 @@ use rustix::fs::AtFlags;
 use rustix::fs::CWD;
 use rustix::fs::FileType;
 use rustix::fs::FlockOperation;
-use rustix::fs::Mode;
 use rustix::fs::OFlags;
-use rustix::fs::ResolveFlags;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use crate::client_path;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::refusal::unfit;
-use crate::transfer::channel_socket::words;
 
 /// The grant that has the patterns.
 pub(crate) const GRANT: &str = "state";
@@ -57,9 +55,9 @@ impl StateFile {
             _ => return Err(unable(Errno::ISDIR)),
         };
         let directory =
-            open_plainly(CWD, parent, OFlags::RDONLY | OFlags::DIRECTORY).map_err(unable)?;
+            client_path::open(CWD, parent, OFlags::RDONLY | OFlags::DIRECTORY).map_err(unable)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = open_plainly(&directory, Path::new(&name), flags).map_err(unable)?;
+        let file = client_path::open(&directory, Path::new(&name), flags).map_err(unable)?;
         let stat = rustix::fs::fstat(&file).map_err(unable)?;
         let ours = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_nlink == 1;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || !ours {
@@ -155,7 +153,7 @@ impl Mark {
 pub(crate) fn open(place: &FileAddress, policy: &Policy) -> Result<Stored> {
     let path = permitted(&place.path, policy)?;
     let unable = |e: Errno| unable(&path, e);
-    let open = |access| open_plainly(CWD, &path, access | OFlags::NONBLOCK | OFlags::NOCTTY);
+    let open = |access| client_path::open(CWD, &path, access | OFlags::NONBLOCK | OFlags::NOCTTY);
     let file = open(OFlags::RDONLY).map_err(unable)?;
     let mark = open(OFlags::WRONLY).map_err(unable)?;
     let stat = rustix::fs::fstat(&file).map_err(unable)?;
@@ -216,25 +214,6 @@ fn permitted(path: &str, policy: &Policy) -> Result<PathBuf> {
     Ok(plain)
 }
 
-fn open_plainly(
-    directory: impl AsFd,
-    path: &Path,
-    flags: OFlags,
-) -> std::result::Result<OwnedFd, Errno> {
-    let mode = if flags.contains(OFlags::CREATE) {
-        Mode::RUSR | Mode::WUSR
-    } else {
-        Mode::empty()
-    };
-    rustix::fs::openat2(
-        directory,
-        path,
-        flags | OFlags::CLOEXEC,
-        mode,
-        ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-    )
-}
-
 fn lock(file: &OwnedFd, how: FlockOperation, path: &Path) -> Result<()> {
     rustix::fs::flock(file, how).map_err(|_| {
         unfit(
@@ -245,17 +224,17 @@ fn lock(file: &OwnedFd, how: FlockOperation, path: &Path) -> Result<()> {
 }
 
 fn unable(path: &Path, error: Errno) -> baton_ipc::control::Refusal {
-    let why = match error {
-        Errno::LOOP => "a symbolic link lies in the path".to_owned(),
-        error => words(error),
-    };
     let remedy = if error == Errno::ACCESS {
         crate::own::OUT_OF_REACH
     } else {
         ""
     };
     unfit(
-        format_args!("Unable to open {}: {why}", path.display()),
+        format_args!(
+            "Unable to open {}: {}",
+            path.display(),
+            client_path::words(error)
+        ),
         remedy,
     )
 }

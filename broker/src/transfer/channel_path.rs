@@ -19,10 +19,10 @@ use rustix::fs::OFlags;
 use rustix::fs::ResolveFlags;
 use rustix::io::Errno;
 
+use crate::client_path;
 use crate::refusal::Result;
 use crate::refusal::refused;
 use crate::run_dir::VmDirectory;
-use crate::transfer::channel_socket::words;
 
 /// A channel, by the name of its grant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,9 +54,8 @@ pub(crate) struct Unreachable(pub(crate) Errno);
 impl fmt::Display for Unreachable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Errno::LOOP => f.write_str("a symbolic link lies in the path"),
             Errno::AGAIN => f.write_str("nobody accepts there, and its backlog is full"),
-            error => f.write_str(&words(error)),
+            error => f.write_str(&client_path::words(error)),
         }
     }
 }
@@ -121,15 +120,7 @@ impl Place {
 
     /// What lies there, held; no symbolic link.
     pub(crate) fn hold(&self) -> std::result::Result<OwnedFd, Unreachable> {
-        rustix::fs::openat2(
-            &self.directory,
-            self.name(),
-            // Without O_NOFOLLOW, with which a link would be opened itself (openat2(2)).
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-        )
-        .map_err(Unreachable::from)
+        client_path::open(&self.directory, self.name(), OFlags::PATH).map_err(Unreachable::from)
     }
 
     /// The directory and the name.
