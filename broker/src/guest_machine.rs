@@ -6,7 +6,6 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
@@ -166,7 +165,7 @@ pub(crate) fn check(
             DescriptorKind::Tap => {
                 let tap = taps::interface_of(fd)?;
                 check_tap(vm, key, &tap)?;
-                Some(Path::new(taps::SYSFS).join(tap.0))
+                Some(taps::place(&tap))
             }
             DescriptorKind::GuestRam
             | DescriptorKind::Stream

@@ -12,7 +12,6 @@
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -213,7 +212,7 @@ impl Broker {
                 "`netdev_add` opens one",
             ));
         };
-        let place = Path::new(taps::SYSFS).join(&found.tap.0);
+        let place = taps::place(&found.tap);
         let queues = found.queues.iter().map(OwnedFd::try_clone);
         let queues: Vec<_> = queues
             .collect::<std::io::Result<_>>()

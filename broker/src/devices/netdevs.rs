@@ -2,7 +2,6 @@
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use baton_audit::Actor;
 use baton_ipc::control::Exit;
@@ -43,8 +42,7 @@ impl Broker {
         let wrong = |reason: String| refusal(Exit::Usage, reason, "");
         let id = Label::try_from(id.clone()).map_err(wrong)?;
         let tap = Interface::try_from(tap.clone()).map_err(wrong)?;
-        let of_the_vm_file = self.vm.net.0.iter().any(|net| net.id == id);
-        if of_the_vm_file || self.netdev(&id.0).is_some() {
+        if self.has_netdev(&id) {
             // QEMU's words (`qemu_opts_create`, util/qemu-option.c).
             return Err(unfit(
                 format_args!("Duplicate ID '{}' for netdev", id.0),
@@ -57,7 +55,7 @@ impl Broker {
                 "`netdev_del` those that nobody needs",
             ));
         }
-        let place = Path::new(taps::SYSFS).join(&tap.0);
+        let place = taps::place(&tap);
         resources::check_tap_origin(&self.rules.policy, &id, &tap, &place)?;
         let OpenTap { queues, mtu, claim } = self.launcher.tap(&id, &tap, *pairs)?;
         self.log
@@ -83,7 +81,7 @@ impl Broker {
             // QEMU's words (`qmp_netdev_del`, net/net.c).
             return Err(unfit(format_args!("Device '{id}' not found"), ""));
         };
-        let record = json!({"netdev": id, "path": Path::new(taps::SYSFS).join(&netdev.tap.0)});
+        let record = json!({"netdev": id, "path": taps::place(&netdev.tap)});
         if self.is_used(netdev) {
             return Err(unfit(
                 format_args!("Netdev {id} is in use"),
@@ -115,6 +113,12 @@ impl Broker {
         }
     }
 
+    /// Of that name, the VM file's own among them.
+    fn has_netdev(&self, id: &Label) -> bool {
+        let of_the_vm_file = self.vm.net.0.iter().any(|net| net.id == *id);
+        of_the_vm_file || self.netdev(&id.0).is_some()
+    }
+
     fn is_used(&self, netdev: &Netdev) -> bool {
         let backing = Backing::Netdev(netdev.id.0.clone());
         self.devices.iter().any(|device| device.backing == backing)
@@ -129,7 +133,7 @@ impl Broker {
         claims: &mut Vec<OwnedFd>,
     ) -> Result<()> {
         let id = Label::try_from(name.to_owned()).map_err(|reason| unfit(reason, ""))?;
-        if self.vm.net.0.iter().any(|net| net.id == id) || self.netdev(name).is_some() {
+        if self.has_netdev(&id) {
             return Err(unfit(format_args!("Duplicate ID '{name}' for netdev"), ""));
         }
         let mut taps = queues.iter().map(|queue| taps::interface_of(queue.as_fd()));

@@ -29,7 +29,7 @@ use crate::vm_file::net::Interface;
 /// Where the kernel makes taps.
 pub(crate) const TUN: &str = "/dev/net/tun";
 /// Where interfaces that exist are found (Documentation/ABI/testing/sysfs-class-net).
-pub(crate) const SYSFS: &str = "/sys/class/net";
+const SYSFS: &str = "/sys/class/net";
 /// Bytes of the header of each frame (`struct virtio_net_hdr_v1`, `linux/virtio_net.h`).
 const HEADER: i32 = 12;
 /// The least MTU that a guest can be told (virtio 1.2, 5.1.4.1: VIRTIO_NET_F_MTU).
@@ -46,12 +46,16 @@ pub(crate) struct OpenTap {
     pub(crate) claim: OwnedFd,
 }
 
+/// Where an interface that exists is found, as policy is asked.
+pub(crate) fn place(tap: &Interface) -> PathBuf {
+    Path::new(SYSFS).join(&tap.0)
+}
+
 /// Where a tap comes from, as policy is asked: its place in sysfs when it exists, else /dev/net/tun.
 pub(crate) fn origin(tap: &Interface) -> PathBuf {
-    let place = Path::new(SYSFS).join(&tap.0);
     // The kernel answers for the broker's own network namespace, which sysfs may not.
     if kernel::interface_mtu(&tap.0).is_ok() {
-        place
+        place(tap)
     } else {
         PathBuf::from(TUN)
     }

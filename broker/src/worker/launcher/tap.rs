@@ -1,8 +1,6 @@
 //! Taps for network interfaces that come while the guest runs: those that are there, and whose places in sysfs policy grants. A
 //! broker whose guest runs can open none.
 
-use std::path::Path;
-
 use baton_ipc::worker::MAX_NET_QUEUES;
 use baton_policy::PathPattern;
 
@@ -43,7 +41,7 @@ impl Taps {
             Label::try_from(id).map_err(wrong)?,
             Interface::try_from(tap).map_err(wrong)?,
         );
-        let place = Path::new(taps::SYSFS).join(&tap.0);
+        let place = taps::place(&tap);
         if !self.0.iter().flatten().any(|one| one.matches(&place)) {
             return Err(refused(
                 format_args!(
