@@ -333,13 +333,7 @@ impl Broker {
                 json!({"request": name, "reason": "policy does not let this user ask for it"});
             self.log.note_by("request-refused", Some(&who), &record);
         }
-        for id in self.clients.overdue(self.deadlines.order()) {
-            let reply = Reply::Refused(unfit(
-                "the worker does not answer",
-                "`baton stop --force` ends it",
-            ));
-            self.clients.reply(id, &reply);
-        }
+        self.answer_overdue();
         if self.start_by.is_some_and(|by| Instant::now() > by) {
             return Err(unfit(
                 "the first worker took too long to run its guest",

@@ -409,8 +409,8 @@ impl Clients {
             .collect()
     }
 
-    /// Who waits for the worker's answer, and since when.
-    pub(crate) fn overdue(&self, bound: Duration) -> Vec<u64> {
+    /// Who has waited for the worker's answer for longer than this, and for which.
+    pub(crate) fn overdue(&self, bound: Duration) -> Vec<(u64, Awaiting)> {
         let waits_for_worker = |client: &&Client| {
             matches!(
                 client.awaiting,
@@ -421,7 +421,7 @@ impl Clients {
             .iter()
             .filter(waits_for_worker)
             .filter(|client| client.since.elapsed() > bound)
-            .map(|client| client.id)
+            .map(|client| (client.id, client.awaiting))
             .collect()
     }
 

@@ -26,6 +26,7 @@ use crate::refusal::refusal;
 use crate::refusal::unfit;
 use crate::upgrade::Upgrade;
 use crate::worker::Phase;
+use crate::worker::Worker;
 use crate::worker::binary::Unchecked;
 
 impl Broker {
@@ -280,10 +281,13 @@ impl Broker {
         Ok(())
     }
 
-    /// Passes an order on; the worker's word is the answer. Without a worker a status is what the broker knows.
+    /// Passes an order on; the worker's word is the answer. Without a worker, or with one that does not answer, a status is what
+    /// the broker knows.
     fn order_for(&mut self, client: u64, order: &Order, awaiting: Awaiting) {
         // A worker that writes its guest into a file hears nothing but that it is to stop.
-        let worker = self.worker.as_ref().filter(|_| !self.is_saving());
+        let deaf =
+            |worker: &Worker| self.is_saving() || (worker.silent && awaiting == Awaiting::Status);
+        let worker = self.worker.as_ref().filter(|worker| !deaf(worker));
         match worker {
             Some(worker) if worker.order(order).is_ok() => self.await_for(client, awaiting),
             _ if awaiting == Awaiting::Status => {
@@ -312,6 +316,25 @@ impl Broker {
             Err(refusal) => Reply::Refused(refusal),
         };
         self.clients.reply(client, &reply);
+    }
+
+    /// Tells those who have waited for the worker's answer long enough.
+    pub(crate) fn answer_overdue(&mut self) {
+        for (client, awaiting) in self.clients.overdue(self.deadlines.order()) {
+            let reply = if awaiting == Awaiting::Status {
+                // Its answer is still to come, and says then that it answers.
+                if let Some(worker) = &mut self.worker {
+                    worker.silent = true;
+                }
+                Reply::Status(Box::new(self.vm_status()))
+            } else {
+                Reply::Refused(unfit(
+                    "the worker does not answer",
+                    "`baton stop --force` ends it",
+                ))
+            };
+            self.clients.reply(client, &reply);
+        }
     }
 
     fn await_for(&mut self, client: u64, awaiting: Awaiting) {

@@ -162,6 +162,8 @@ pub(crate) struct Worker {
     channel: Channel<Order, Report>,
     diagnostics: Option<File>,
     bond: Bond,
+    /// It was asked how it is, and has not said anything for as long as it may take.
+    pub(crate) silent: bool,
 }
 
 /// Whose child a worker is.
@@ -203,6 +205,7 @@ impl Worker {
             channel: Channel::new(FdSocket::from(channel)),
             diagnostics: None,
             bond: Bond::Lent,
+            silent: false,
         })
     }
 
@@ -237,6 +240,7 @@ impl Worker {
             channel: Channel::new(launched.socket),
             diagnostics: Some(File::from(launched.diagnostics)),
             bond: Bond::Child,
+            silent: false,
         })
     }
 
@@ -288,7 +292,11 @@ impl Worker {
 
     /// The next thing that it said, if it may say that now.
     pub(crate) fn hear(&mut self) -> std::result::Result<Option<Report>, WorkerFault> {
-        match self.channel.receive() {
+        let received = self.channel.receive();
+        if matches!(received, Ok(Received::Message(..))) {
+            self.silent = false;
+        }
+        match received {
             Ok(Received::Empty) => Ok(None),
             Ok(Received::HungUp) => {
                 Err(WorkerFault::Died("it closed its control socket".to_owned()))

@@ -24,7 +24,7 @@ use crate::worker::PanicAction;
 use crate::worker::RamBacking;
 
 /// The version of these messages.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// The control socket's name in a VM's directory.
 pub const SOCKET: &str = "control.sock";
@@ -460,6 +460,8 @@ pub struct VmStatus {
     pub broker_pid: u32,
     /// The worker's process, in the broker's pid namespace.
     pub worker_pid: u32,
+    /// The worker has answered whenever it was asked lately; if not, `tsc_khz`, `console_dropped` and `balloon` are older.
+    pub worker_answers: bool,
     /// The worker's generation.
     pub generation: u32,
     /// SHA-256 of the worker's binary, in hex.

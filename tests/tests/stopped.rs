@@ -1,13 +1,20 @@
 //! The fault matrix's rows `stop (hang)`, and the workers that hang, fail or make a forbidden call by themselves: deadlines
 //! end what does not end by itself, and the guest is never left without a runner that could run it (I4).
 
+#![expect(
+    clippy::indexing_slicing,
+    reason = "a test that cannot do its work fails"
+)]
+
 use baton_tests::Builder;
 use baton_tests::Faulted;
+use baton_tests::Qmp;
 use baton_tests::continue_process;
 use baton_tests::is_stopped;
 use baton_tests::signal_stop;
 use baton_tests::stop_process;
 use baton_tests::until;
+use serde_json::json;
 
 macro_rules! cells {
     ($($start:ident $name:ident: $fault:literal => $check:ident($($argument:expr),*);)*) => {
@@ -135,6 +142,29 @@ mod old_worker {
     #[test]
     fn stopped_in_s5_is_aborted() {
         stopped_before_the_pause("S5:stop-old");
+    }
+
+    /// What the broker knows is said anyway, to `status` and over QMP, and that the worker does not answer.
+    #[test]
+    fn stopped_is_said_by_those_who_are_asked_how_the_vm_is() {
+        let vm = Builder::release().slowness(1).start();
+        let (worker, before) = (vm.worker(), vm.witness());
+        stop_process(worker);
+        let status = vm.status();
+        assert_eq!(status["worker_answers"], false, "{status}");
+        assert_eq!(status["state"], "running", "{status}");
+        let listed = vm.site.baton(["list"]).expect(0).json();
+        assert_eq!(listed[0]["worker_answers"], false, "{listed}");
+        let mut qmp = Qmp::connect(&vm);
+        assert_eq!(qmp.status(), "running");
+        assert_eq!(qmp.returns("query-migrate", json!({})), json!({}));
+        drop(qmp);
+        continue_process(worker);
+        until("the worker answers", || {
+            (vm.status()["worker_answers"] == true).then_some(())
+        });
+        vm.assert_goes_on(&before);
+        vm.assert_upgrades();
     }
 
     #[test]

@@ -83,6 +83,7 @@ impl Broker {
                 .get()
                 .unsigned_abs(),
             worker_pid: worker.map_or(0, |worker| worker.process.pid.unsigned_abs()),
+            worker_answers: worker.is_none_or(|worker| !worker.silent),
             generation: self.generation(),
             worker_digest: worker
                 .map(|worker| worker.digest.to_string())

@@ -77,7 +77,7 @@ impl Row {
         let plain = |text: String| (None, text);
         match self {
             Self::Broker(vm) => {
-                let (style, state) = status::state_name(vm.state);
+                let (style, state) = status::state(vm);
                 let blackout = vm
                     .last_upgrade
                     .as_ref()
@@ -87,7 +87,7 @@ impl Row {
                     });
                 vec![
                     plain(name.to_owned()),
-                    (Some(style), state.to_owned()),
+                    (Some(style), state),
                     plain(vm.generation.to_string()),
                     plain(vm.worker_pid.to_string()),
                     plain(units::short_digest(&vm.worker_digest).to_owned()),

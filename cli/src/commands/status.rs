@@ -49,6 +49,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         state,
         broker_pid,
         worker_pid,
+        worker_answers,
         generation,
         worker_digest,
         worker_build,
@@ -77,6 +78,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "state": state,
         "broker_pid": broker_pid,
         "worker_pid": worker_pid,
+        "worker_answers": worker_answers,
         "generation": generation,
         "worker_digest": worker_digest,
         "worker_build": worker_build,
@@ -114,11 +116,24 @@ pub(crate) fn state_name(state: VmState) -> (Style, &'static str) {
     }
 }
 
+/// How it is, and how good that is.
+pub(crate) fn state(status: &VmStatus) -> (Style, String) {
+    let (style, name) = state_name(status.state);
+    if status.worker_answers {
+        (style, name.to_owned())
+    } else {
+        (
+            Style::Bad,
+            format!("{name}, and its worker does not answer"),
+        )
+    }
+}
+
 fn person(status: &VmStatus, output: &Output) -> String {
-    let (style, state) = state_name(status.state);
+    let (style, state) = state(status);
     let mut lines = vec![
         field(output, "name", &status.name),
-        format!("{}{}", label(output, "state"), output.paint(style, state)),
+        format!("{}{}", label(output, "state"), output.paint(style, &state)),
         field(output, "uptime", &units::seconds(status.uptime_s)),
         field(output, "generation", &status.generation.to_string()),
         field(

@@ -133,6 +133,7 @@ pub(crate) fn status(name: &str) -> VmStatus {
         state: VmState::Running,
         broker_pid: 100,
         worker_pid: 101,
+        worker_answers: true,
         generation: 2,
         worker_digest: "ab".repeat(32),
         worker_build: "baton-worker 0.1.0".to_owned(),

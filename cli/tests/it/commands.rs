@@ -65,6 +65,21 @@ fn status_prints_what_the_surface_promises() {
 }
 
 #[test]
+fn a_worker_that_does_not_answer_is_pointed_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut silent = status("web1");
+    silent.worker_answers = false;
+    start(dir.path(), "web1", always(Reply::Status(Box::new(silent))));
+    for arguments in [["status", "web1"].as_slice(), &["list"]] {
+        let text = stdout(&run(dir.path(), arguments));
+        let words = "running, and its worker does not answer";
+        assert!(text.contains(words), "{text}");
+    }
+    let output = run(dir.path(), &["status", "web1", "--json"]);
+    assert_eq!(document(&output)["worker_answers"], false);
+}
+
+#[test]
 fn a_path_longer_than_a_sockets_address_works() {
     let dir = tempfile::tempdir().unwrap();
     let deep = dir.path().join("d".repeat(120));

@@ -93,6 +93,7 @@ fn status() -> VmStatus {
         state: VmState::Running,
         broker_pid: 1,
         worker_pid: 2,
+        worker_answers: true,
         generation: 1,
         worker_digest: String::new(),
         worker_build: String::new(),
