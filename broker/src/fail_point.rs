@@ -8,6 +8,12 @@ use crate::worker::Worker;
 #[cfg(not(feature = "fail-points"))]
 pub(crate) fn at(_step: Step, _old: &Worker, _new: &Worker) {}
 
+/// A shorter wait for `migrate-incoming`, if the test has asked for one.
+#[cfg(not(feature = "fail-points"))]
+pub(crate) fn deferred() -> Option<std::time::Duration> {
+    None
+}
+
 #[cfg(feature = "fail-points")]
 pub(crate) use armed::*;
 
@@ -15,7 +21,10 @@ pub(crate) use armed::*;
 mod armed {
     use std::str::FromStr;
 
+    use std::time::Duration;
+
     use baton_ipc::FailPoint;
+    use baton_ipc::FdSocket;
     use rustix::process::Pid;
     use rustix::process::PidfdFlags;
     use rustix::process::Signal;
@@ -23,7 +32,7 @@ mod armed {
     use super::*;
 
     /// The variable that arms faults: `STEP:ACTION-SIDE`, as in `S7:kill-old`, or `SIDE@SITE:ACTION` for one inside a
-    /// worker, as in `new@load:die`; several with commas. Each acts once, in the first upgrade that reaches it.
+    /// worker, as in `new@load:die`; or one of [`Between`]. Several with commas. Each acts once, in the first upgrade that reaches it.
     pub(crate) const VARIABLE: &str = "BATON_FAIL";
 
     /// What the broker itself does at a step.
@@ -41,8 +50,18 @@ mod armed {
         StopOtherBroker,
     }
 
+    /// What happens between two brokers.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Between {
+        /// `defer-hurries`: who waits for `migrate-incoming` waits a second.
+        DeferHurries,
+        /// `committed-is-lost`: the link breaks before the old broker can say that the new worker runs.
+        CommittedIsLost,
+    }
+
     #[derive(Debug)]
     enum Fault {
+        Between(Between),
         Broker(u8, Act),
         Old(FailPoint),
         New(FailPoint),
@@ -67,6 +86,11 @@ mod armed {
     }
 
     fn parse(word: &str) -> Result<Fault, String> {
+        match word {
+            "defer-hurries" => return Ok(Fault::Between(Between::DeferHurries)),
+            "committed-is-lost" => return Ok(Fault::Between(Between::CommittedIsLost)),
+            _ => {}
+        }
         if let Some((side, point)) = word.split_once('@') {
             let point = FailPoint::from_str(point)?;
             return match side {
@@ -131,6 +155,25 @@ mod armed {
                 None
             }
         })
+    }
+
+    fn happens(between: Between) -> bool {
+        !take(|fault| match fault {
+            Fault::Between(armed) if *armed == between => Some(()),
+            _ => None,
+        })
+        .is_empty()
+    }
+
+    /// A shorter wait for `migrate-incoming`, if the test has asked for one.
+    pub(crate) fn deferred() -> Option<Duration> {
+        happens(Between::DeferHurries).then_some(Duration::from_secs(1))
+    }
+
+    /// What leads to nobody, instead of the brokers' link, if the test has asked for that.
+    pub(crate) fn cut_link() -> Option<FdSocket> {
+        let pair = happens(Between::CommittedIsLost).then(FdSocket::pair);
+        pair?.ok().map(|(end, _)| end)
     }
 
     /// Does what the test has asked for at this step, when both workers are there.

@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::FileType;
 use rustix::fs::OFlags;
 use rustix::fs::SealFlags;
+use rustix::io::Errno;
 use serde::Deserialize;
 use serde::Serialize;
 use thiserror::Error;
@@ -310,8 +311,14 @@ impl Description {
         }
         let mut seals = SealFlags::empty();
         if kind == DescriptorKind::GuestRam {
-            seals = rustix::fs::fcntl_get_seals(fd)
-                .map_err(|e| DescriptorError::examine("F_GET_SEALS", e))?;
+            seals = rustix::fs::fcntl_get_seals(fd).map_err(|e| match e {
+                // What has no seals (fcntl(2)).
+                Errno::INVAL => DescriptorError::Kind {
+                    expected: kind,
+                    found: "no memfd".to_owned(),
+                },
+                e => DescriptorError::examine("F_GET_SEALS", e),
+            })?;
             if !seals.contains(RAM_SEALS) {
                 return Err(DescriptorError::Seals(seals.bits()));
             }

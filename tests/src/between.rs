@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 
 use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
 use baton_ipc::FdSocket;
 use baton_ipc::Received;
 use baton_ipc::descriptor::RAM_SEALS;
@@ -37,6 +38,10 @@ pub enum Handed {
     Same,
     /// Another descriptor, with a description that is true of that one.
     Other(OwnedFd),
+    /// Another descriptor, with a description that is true of that one, of another kind.
+    OfKind(DescriptorKind, OwnedFd),
+    /// Another descriptor, and the words that came.
+    Under(OwnedFd),
     /// The words, and no descriptor.
     Nothing,
 }
@@ -163,10 +168,12 @@ fn stand(here: &Path, there: &Path, swap: Swap, breach: Option<Breach>) -> JoinH
                 passed += 1;
                 Next::AsItCame
             };
-            let flow = match relay(old_link, new_link, &mut pass) {
-                Flow::Goes => relay(new_link, old_link, &mut pass),
-                other => other,
-            };
+            let mut flow = relay(old_link, new_link, &mut pass);
+            if flow != Flow::Broken {
+                // Also of one who is gone, which may have said why.
+                let back = relay(new_link, old_link, &mut pass);
+                flow = if flow == Flow::Over { flow } else { back };
+            }
             if flow == Flow::Broken && breach.is_some_and(|breach| breach.how == Break::Silence) {
                 until_one_hangs_up(&[old_link.as_fd(), new_link.as_fd()]);
             }
@@ -271,12 +278,16 @@ fn substitute(bytes: &[u8], fd: BorrowedFd<'_>, swap: Swap) -> Option<(Vec<u8>, 
     match swap(key, description, fd) {
         Handed::Same => None,
         Handed::Nothing => Some((bytes.to_vec(), None)),
-        Handed::Other(other) => {
-            let described = Description::of(description.kind, other.as_fd()).unwrap();
-            let bytes = baton_ipc::encode(&(0_u32, key, described)).unwrap();
-            Some((bytes, Some(other)))
-        }
+        Handed::Under(other) => Some((bytes.to_vec(), Some(other))),
+        Handed::Other(other) => Some(described(key, description.kind, other)),
+        Handed::OfKind(kind, other) => Some(described(key, kind, other)),
     }
+}
+
+fn described(key: &DescriptorKey, kind: DescriptorKind, fd: OwnedFd) -> (Vec<u8>, Option<OwnedFd>) {
+    let description = Description::of(kind, fd.as_fd()).unwrap();
+    let bytes = baton_ipc::encode(&(0_u32, key, description)).unwrap();
+    (bytes, Some(fd))
 }
 
 /// Guest RAM of the same size with the same seals, and everything that was in it when it was copied.

@@ -191,6 +191,39 @@ fn a_guest_that_comes_to_a_paused_side_stands_still_there() {
 }
 
 #[test]
+fn nobody_waits_for_ever_for_a_migrate_incoming() {
+    for (old_faults, new_faults, reason) in [
+        (
+            "defer-hurries",
+            "",
+            "`migrate-incoming` on the other side did not come in time",
+        ),
+        (
+            "",
+            "defer-hurries",
+            "the new side: `migrate-incoming` did not come in time",
+        ),
+    ] {
+        let mut vm = Builder::faulty(old_faults).start();
+        let (before, old) = (vm.witness(), vm.worker());
+        vm.site.environment("BATON_FAIL", new_faults);
+        let waiting = vm.wait_from("vm.toml", &["--incoming", "defer"]);
+        vm.site.environment("BATON_FAIL", "");
+        let mut qmp = Qmp::connect(&vm);
+        qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+        qmp.done("migrate", json!({"channels": waiting.channels()}));
+        let info = qmp.migrated();
+        assert_eq!(info["status"], "failed", "{info}");
+        assert_eq!(info["error-desc"], reason, "{info}");
+        drop(qmp);
+        vm.assert_nobody_waits(&waiting);
+        vm.assert_only_runner(old);
+        vm.assert_goes_on(&before);
+        vm.assert_transfers();
+    }
+}
+
+#[test]
 fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
     let mut vm = Builder::release().start();
     let before = vm.witness();

@@ -80,7 +80,8 @@ fn transferring_while(
     vm.site.environment("BATON_FAIL", "");
     let mut qmp = Qmp::connect(&vm);
     qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
-    qmp.done("migrate", json!({"channels": waiting.channels()}));
+    let migrate = json!({"execute": "migrate", "arguments": {"channels": waiting.channels()}});
+    qmp.flood(format!("{migrate}\n").as_bytes());
     meanwhile(&vm, &waiting);
     let info = loop {
         // Nobody may be there any more.
@@ -94,6 +95,7 @@ fn transferring_while(
         let Some(answer) = answer else {
             break None;
         };
+        assert!(answer.get("error").is_none(), "{answer}");
         let info = answer["return"].clone();
         let status = info["status"].as_str().unwrap_or_default();
         if matches!(status, "completed" | "failed" | "cancelled") {
@@ -133,6 +135,23 @@ impl Faulted {
         self.vm.assert_goes_on(&self.before);
         // On the same guest (I8); what the dead have left goes with it.
         self.vm.assert_transfers();
+    }
+
+    /// The same, when the old worker goes on, whom nobody has waited for.
+    fn assert_old_runs_when_it_can(self) {
+        assert_eq!(self.status(), "failed", "{:?}", self.info);
+        let status = self.vm.status();
+        assert_eq!(
+            (&status["state"], &status["worker_answers"]),
+            (&json!("running"), &json!(false)),
+            "{status}"
+        );
+        self.vm.assert_stands_still();
+        continue_process(self.old);
+        until("it has heard that nothing comes of it", || {
+            (self.vm.status()["worker_answers"] == true).then_some(())
+        });
+        self.assert_old_runs();
     }
 
     /// The old broker is dead, its worker runs on without it, and the side that waited is gone.
@@ -256,6 +275,7 @@ mod old_broker {
     use super::*;
 
     cells! {
+        s2_the_old_one_runs_on: "S2:kill-broker", "" => assert_old_orphaned;
         s3_the_old_one_runs_on: "S3:kill-broker", "" => assert_old_orphaned;
         s4_the_old_one_runs_on: "S4:kill-broker", "" => assert_old_orphaned;
         s5_the_old_one_runs_on: "S5:kill-broker", "" => assert_old_orphaned;
@@ -264,6 +284,7 @@ mod old_broker {
         s8_the_old_one_resumes_though_it_was_stopped: "S8:kill-broker", "" => assert_old_orphaned;
         s9_before_it_ceded_the_old_one_resumes: "S9:kill-broker", "" => assert_old_orphaned;
         s10_the_new_side_takes_over_by_itself: "S10:kill-broker", "" => assert_new_runs;
+        s10_the_new_side_takes_over_though_it_is_not_told: "committed-is-lost", "" => assert_new_runs;
     }
 }
 
@@ -271,7 +292,9 @@ mod new_worker {
     use super::*;
 
     cells! {
+        s2_spawn_is_aborted: "", "S2:kill-new" => assert_old_runs;
         s3_before_its_offer_is_aborted: "", "new@agree:die" => assert_old_runs;
+        s4_hand_over_is_aborted: "", "S4:kill-new" => assert_old_runs;
         s5_building_is_aborted: "", "new@build:die" => assert_old_runs;
         s5_rehearsing_is_aborted: "", "new@rehearse:error" => assert_old_runs;
         s6_park_is_rolled_back: "S6:kill-new", "" => assert_old_runs;
@@ -292,7 +315,9 @@ mod old_worker {
     use super::*;
 
     cells! {
+        s2_spawn_is_lost: "S2:kill-old", "" => assert_lost;
         s3_agree_is_lost: "S3:kill-old", "" => assert_lost;
+        s4_hand_over_is_lost: "S4:kill-old", "" => assert_lost;
         s5_build_is_lost: "S5:kill-old", "" => assert_lost;
         s6_park_is_lost: "S6:kill-old", "" => assert_lost;
         s7_half_saved_is_lost: "old@save:die", "" => assert_lost;
@@ -328,6 +353,7 @@ mod hung {
         new_broker_s8: with_new_broker_hung("S8:stop-other-broker", "") => assert_new_runs;
         new_broker_s9: with_new_broker_hung("S9:stop-other-broker", "") => assert_new_runs;
         new_broker_s10: with_new_broker_hung("S10:stop-other-broker", "") => assert_new_runs;
+        old_broker_s2: with_old_broker_hung("S2", true) => assert_old_runs;
         old_broker_s3: with_old_broker_hung("S3", true) => assert_old_runs;
         old_broker_s4: with_old_broker_hung("S4", true) => assert_old_runs;
         old_broker_s5: with_old_broker_hung("S5", true) => assert_old_runs;
@@ -336,6 +362,10 @@ mod hung {
         old_broker_s8: with_old_broker_hung("S8", false) => assert_either_runs;
         old_broker_s9: with_old_broker_hung("S9", false) => assert_either_runs;
         old_broker_s10: with_old_broker_hung("S10", false) => assert_either_runs;
+        old_worker_s2: transferring_while(impatient("S2:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;
+        old_worker_s3: transferring_while(impatient("S3:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;
+        old_worker_s4: transferring_while(impatient("S4:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;
+        old_worker_s5: transferring_while(impatient("S5:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;
         old_worker_s6: transferring_while(impatient("S6:stop-old"), "", |_, _| ()) => assert_either_runs;
         old_worker_s7: transferring_while(impatient("S7:stop-old"), "", |_, _| ()) => assert_either_runs;
         new_worker_s2: transferring_while(impatient(""), "S2:stop-new", |_, _| ()) => assert_old_runs;

@@ -2,11 +2,15 @@
 //! match: the workers see it on the main channel, which does not go through there.
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
+use baton_ipc::DescriptorKind;
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::Vm;
@@ -36,9 +40,60 @@ fn same_kvm(key: &DescriptorKey, _: &Description, _: BorrowedFd<'_>) -> Handed {
     if key.name() != "kvm" {
         return Handed::Same;
     }
-    let mut options = std::fs::File::options();
+    let mut options = File::options();
     let kvm = options.read(true).write(true).open("/dev/kvm");
     Handed::Other(kvm.unwrap().into())
+}
+
+/// The kernel's file, which may be written to by this one.
+fn writable_kernel(fd: BorrowedFd<'_>) -> OwnedFd {
+    let mut options = File::options();
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    options.read(true).write(true).open(path).unwrap().into()
+}
+
+fn some_file() -> OwnedFd {
+    File::open("/proc/self/exe").unwrap().into()
+}
+
+/// What is not of the kind that it is said to be.
+fn a_file_for_ram(key: &DescriptorKey, _: &Description, _: BorrowedFd<'_>) -> Handed {
+    match key.name() {
+        "ram" => Handed::Under(some_file()),
+        _ => Handed::Same,
+    }
+}
+
+/// What is, and says so, of another kind than it has to be.
+fn an_image_for_ram(key: &DescriptorKey, _: &Description, _: BorrowedFd<'_>) -> Handed {
+    match key.name() {
+        "ram" => Handed::OfKind(DescriptorKind::Image, some_file()),
+        _ => Handed::Same,
+    }
+}
+
+/// What can be more than it is said to be able to.
+fn a_kernel_that_can_be_written(
+    key: &DescriptorKey,
+    _: &Description,
+    fd: BorrowedFd<'_>,
+) -> Handed {
+    match key.name() {
+        "kernel" => Handed::Under(writable_kernel(fd)),
+        _ => Handed::Same,
+    }
+}
+
+/// What can, and says so, be more than it should.
+fn a_kernel_that_is_said_to_be_writable(
+    key: &DescriptorKey,
+    _: &Description,
+    fd: BorrowedFd<'_>,
+) -> Handed {
+    match key.name() {
+        "kernel" => Handed::Other(writable_kernel(fd)),
+        _ => Handed::Same,
+    }
 }
 
 /// A transfer whose cpr connection goes through the one in the middle.
@@ -95,6 +150,31 @@ fn a_descriptor_put_in_anothers_place_is_named_and_the_guest_runs_on() {
         let words = format!("descriptor {name} is not the old worker's");
         swapped.assert_failed(&vm, old, &words);
         assert!(!swapped.events.contains(&"STOP".to_owned()));
+        vm.assert_goes_on(&before);
+    }
+    vm.assert_transfers();
+}
+
+#[test]
+fn a_descriptor_of_another_kind_or_access_is_refused_before_there_is_a_worker() {
+    let mut vm = Builder::release().start();
+    let (before, old) = (vm.witness(), vm.worker());
+    let cases: [(&str, Swap); 4] = [
+        ("ram#0: expected GuestRam, found no memfd", a_file_for_ram),
+        ("ram#0", an_image_for_ram),
+        (
+            "kernel#0: expected access Read",
+            a_kernel_that_can_be_written,
+        ),
+        (
+            "policy default does not grant kernel#0: kernel.0 is open for read-write",
+            a_kernel_that_is_said_to_be_writable,
+        ),
+    ];
+    for (words, swap) in cases {
+        let swapped = Swapped::transfer(&vm, swap);
+        swapped.assert_failed(&vm, old, words);
+        vm.assert_only_runner(old);
         vm.assert_goes_on(&before);
     }
     vm.assert_transfers();

@@ -336,8 +336,9 @@ impl Broker {
                     if same {
                         let late = deadline.is_some_and(|by| Instant::now() > by);
                         if late && !incoming.is_undecided() {
-                            incoming.tell(&ToOld::Failed("the old side took too long".to_owned()));
-                            return Err(unfit("the old side took too long", ""));
+                            let reason = format!("{} did not come in time", incoming.awaits());
+                            incoming.tell(&ToOld::Failed(reason.clone()));
+                            return Err(unfit(reason, ""));
                         }
                         return Ok(());
                     }

@@ -58,8 +58,6 @@ use crate::upgrade::phase_clock::micros;
 use crate::worker::Phase;
 use crate::worker::Worker;
 
-/// How long the other side may wait for its `migrate-incoming`.
-pub(crate) const DEFERRED: Duration = Duration::from_secs(600);
 /// How long a broker without a guest stays for those who ask what became of it.
 const LINGER: Duration = Duration::from_secs(600);
 
@@ -294,7 +292,7 @@ impl Broker {
             }
             (Stage::Offered, ToOld::Deferred) => {
                 outgoing.stage = Stage::Deferred;
-                outgoing.deadline = Instant::now() + DEFERRED;
+                outgoing.deadline = Instant::now() + self.deadlines.deferred();
                 Ok(())
             }
             (Stage::Offered | Stage::Deferred, ToOld::Listening) => self.connect_main(),
@@ -321,6 +319,8 @@ impl Broker {
                 "start it with the same --run-dir, and the same name in its VM file",
             ));
         }
+        #[cfg(feature = "fail-points")]
+        crate::fail_point::act_at(Step::Spawn, self.worker.as_ref(), None);
         let machine = crate::guest_machine::of(&self.vm, &self.virtio);
         let hotplugged = self.hotplugged();
         let generation = self.generation() + 1;
@@ -503,6 +503,10 @@ impl Broker {
             panicked: self.panicked,
             connections: crate::devices::vsock::handover::connections(&self.registry),
         };
+        #[cfg(feature = "fail-points")]
+        if let Some(nobody) = crate::fail_point::cut_link() {
+            outgoing.link = Channel::new(nobody);
+        }
         if let Err(error) = outgoing.link.send(&ToNew::Committed(committed)) {
             complain(&unfit(
                 format_args!("the other broker was not told that its worker runs: {error}"),
@@ -545,12 +549,17 @@ impl Broker {
             let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
             told = outgoing.link.send_with(&part, &borrowed);
         }
-        if let Err(error) = told {
-            complain(&unfit(
-                format_args!("the other broker does not listen: {error}"),
-                "",
-            ));
-        }
+        let linger = match told {
+            Ok(()) => LINGER,
+            Err(error) => {
+                complain(&unfit(
+                    format_args!("the other broker does not listen: {error}"),
+                    "",
+                ));
+                // Only when this one is gone may it take its worker's word.
+                self.deadlines.of(Step::Retire)
+            }
+        };
         self.registry = baton_ipc::Registry::default();
         self.devices.clear();
         self.nodes.clear();
@@ -561,7 +570,7 @@ impl Broker {
         }
         self.paused = false;
         self.state = VmState::Postmigrate;
-        self.linger = Some(Instant::now() + LINGER);
+        self.linger = Some(Instant::now() + linger);
     }
 }
 

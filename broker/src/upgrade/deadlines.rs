@@ -70,6 +70,11 @@ impl Deadlines {
         Duration::from_millis(1_000) * self.slowness
     }
 
+    /// How long the other side of a transfer may wait for its `migrate-incoming`, which a person may have to type.
+    pub(crate) fn deferred(self) -> Duration {
+        crate::fail_point::deferred().unwrap_or(Duration::from_secs(600))
+    }
+
     /// How long a guest may take to power off before it is ended anyway: systemd gives each of its services 90 s
     /// (systemd-system.conf(5), DefaultTimeoutStopSec), and what is ended loses what it has not written.
     pub(crate) fn power_off(self) -> Duration {

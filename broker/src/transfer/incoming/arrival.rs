@@ -32,7 +32,6 @@ use crate::refusal::complain;
 use crate::refusal::unfit;
 use crate::transfer::channel_socket;
 use crate::transfer::channel_socket::Listener;
-use crate::transfer::outgoing::DEFERRED;
 
 /// How many may have connected to the main channel without having said the nonce.
 const MAX_GUESTS: usize = 4;
@@ -90,13 +89,16 @@ impl Broker {
             Ok(()) => {
                 self.id = offer.vm;
                 self.registry = registry;
-                let bound = self.deadlines.of(Step::Build);
                 let Some(incoming) = &mut self.incoming else {
                     return Ok(Stage::Gone);
                 };
                 incoming.offer = Some(offer);
                 let deferred = incoming.main.is_none();
-                incoming.deadline = Some(Instant::now() + if deferred { DEFERRED } else { bound });
+                let bound = match deferred {
+                    true => self.deadlines.deferred(),
+                    false => self.deadlines.of(Step::Build),
+                };
+                incoming.deadline = Some(Instant::now() + bound);
                 if deferred {
                     link.send(&ToOld::Deferred).doing("the old broker")?;
                     return Ok(Stage::Deferred(link));
