@@ -8,6 +8,8 @@ failed=0
 place=/tmp
 # The guest's memory, its kernel (a file of /guest), and what more that one is told.
 memory=256M kernel=bzImage words=''
+# The file that its memory is in, if it is in one.
+ram=
 policy=default
 
 pass() { echo "PASS $*"; }
@@ -40,6 +42,8 @@ is_gone() { ! [ -e "/run/baton/$vm" ]; }
 
 # describe: writes the VM file, whose further tables are on standard input.
 describe() {
+    local in_file=
+    [ -z "$ram" ] || in_file="path = \"$ram\""
     cat >"$place/vm.toml" <<VM
 schema = 1
 name = "$vm"
@@ -48,6 +52,7 @@ policy = "$policy"
 count = $cpus
 [memory]
 size = "$memory"
+$in_file
 [boot]
 kernel = "/guest/$kernel"
 initrd = "/guest/initrd.cpio"

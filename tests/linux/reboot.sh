@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs inside the SVM host, on busybox, once before and once after the host boots: a Linux guest goes into a file on a disk that
-# outlives the host, and out of it again (mode cpr-reboot). Prints a line `PASS ...` or `FAIL ...` for each promise.
+# outlives the host, and out of it again (mode cpr-reboot); where the host has persistent memory, the guest's memory is in that, and
+# stays there. Prints a line `PASS ...` or `FAIL ...` for each promise.
 #
 #   reboot.sh save|load CPUS SLOWNESS
 #
@@ -14,6 +15,18 @@ state=$place/$vm.state
 
 mkdir -p $place
 mount /dev/vda $place || give_up "the disk that outlives the host cannot be mounted"
+if [ -e /dev/pmem0 ]; then
+    ram=/var/lib/ram/$vm policy=granting.toml
+    mkdir /var/lib/ram
+    mount -o dax=always /dev/pmem0 /var/lib/ram || give_up "the persistent memory cannot be mounted"
+    sed 's|"/dev/hugepages/\*\*"|&, "/var/lib/ram/**"|' /policy.toml >$place/$policy
+fi
+
+# is_unmounted: nobody holds what is to outlive the host.
+is_unmounted() {
+    umount $place || give_up "the disk is still in use"
+    [ -z "$ram" ] || umount /var/lib/ram || give_up "the persistent memory is still in use"
+}
 
 if [ "$act" = save ]; then
     disks /disk | describe
@@ -26,8 +39,15 @@ if [ "$act" = save ]; then
     patiently 120 "the guest goes into its file" is_migration completed
     qmp quit
     patiently 60 "the VM's directory goes" is_gone
-    umount $place || give_up "the disk is still in use"
-    pass "the guest goes into its file"
+    size=$(stat -c %s $state)
+    is_unmounted
+    if [ -z "$ram" ]; then
+        pass "the guest goes into its file"
+    elif [ "$size" -lt 1000000 ]; then
+        pass "the guest goes into its file of $size bytes, and its memory stays where it is"
+    else
+        fail "its memory stays where it is: the file has $size bytes"
+    fi
     exit "$failed"
 fi
 
@@ -71,4 +91,4 @@ else
 fi
 if verdict=$(/disk check $place/data.img 50 2>&1); then pass "the disk: ${verdict#ok: }"; else fail "the disk: $verdict"; fi
 [ $failed = 0 ] || give_up "the scenario"
-umount $place || give_up "nothing holds the disk"
+is_unmounted

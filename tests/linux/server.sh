@@ -76,7 +76,8 @@ clock=$(in_guest cat $clocksource)
 # A session on the console, one over ssh, streams both ways on TCP and vsock, and pings: all through every upgrade.
 order root
 patiently 120 "a shell on the console" shows 'root@guest:'
-order 'echo; n=0; while [ ! -e /tmp/stop ]; do echo line $((n += 1)); sleep 0.2; done'
+# A kernel's message in the middle of a line is none of ours; all of them are looked at in the end.
+order 'dmesg -n 1; echo; n=0; while [ ! -e /tmp/stop ]; do echo line $((n += 1)); sleep 0.2; done'
 rm -f /tmp/stop
 in_guest 'n=0; while [ ! -e /tmp/stop ]; do echo far $((n += 1)); sleep 0.2; done' >/tmp/ssh.log 2>&1 &
 session=$!

@@ -186,6 +186,7 @@ impl Worker {
         let mut cancelled =
             || control.is_some_and(|control| control.peek() == Some(Order::Rollback));
         let ram = GuestRam(self.machinery.memory);
+        ram.sync().map_err(failure("save"))?;
         let (digest, bytes) =
             state_file::write(&mut file, &saved, &ram, &mut cancelled).map_err(failure("save"))?;
         file.sync_all().map_err(failure("save"))?;
@@ -210,6 +211,13 @@ impl Worker {
 struct GuestRam<'a>(&'a GuestMemoryMmap);
 
 impl GuestRam<'_> {
+    /// What stays in files of their own has to be there, too, when the host is up again: on DAX the processor's caches are all that
+    /// is between; on tmpfs and hugetlbfs there is nothing to do.
+    fn sync(&self) -> io::Result<()> {
+        let files = self.0.iter().filter_map(|region| region.file_offset());
+        files.map(FileOffset::file).try_for_each(File::sync_all)
+    }
+
     fn region(&self, index: u32) -> io::Result<&GuestRegionMmap> {
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         self.0
