@@ -27,6 +27,32 @@ fn progress(vm: &Vm) -> [u64; 4] {
 }
 
 #[test]
+fn devices_in_one_place_do_not_keep_a_worker_from_being_replaced() {
+    let mut vm = Builder::release()
+        .line(CommandLine::new().disk_irq().stack())
+        .disk("data", 8, "queues = 2")
+        .disk("one", 4, "")
+        .disk("two", 4, "queues = 2")
+        .start();
+    // Two disks, and the entropy device.
+    assert_eq!(vm.ram.wreck().devices, 3);
+    let goes_on = |vm: &Vm| {
+        let before = vm.ram.disk().done;
+        until("the disk goes on", || {
+            (vm.ram.disk().done > before).then_some(())
+        });
+    };
+    goes_on(&vm);
+    for _ in 0..2 {
+        vm.assert_upgrades();
+        goes_on(&vm);
+    }
+    vm.assert_transfers();
+    goes_on(&vm);
+    vm.assert_disk_is_whole("data.img");
+}
+
+#[test]
 fn what_it_does_to_some_devices_neither_the_others_nor_an_upgrade_feel() {
     let taps = ['a', 'b'].map(|tag| format!("bh{tag}{}", std::process::id()));
     let [tap, other] = &taps;

@@ -312,12 +312,9 @@ impl PciHost {
             .resize(bytes)
     }
 
-    /// Arranges everything for the first time: as the preview says, or as it is at power-on.
-    ///
-    /// # Errors
-    ///
-    /// [`PlatformError::Vm`].
-    pub(crate) fn arrange(&mut self, preview: &Preview) -> Result<(), PlatformError> {
+    /// Arranges everything for the first time: as the preview says, or as it is at power-on. What KVM refuses, which a guest can bring
+    /// about, such as two functions in one place, goes on by hand.
+    pub(crate) fn arrange(&mut self, preview: &Preview) {
         let mut routes = Vec::new();
         for function in &mut self.functions {
             let told = preview.iter().find(|told| told.slot == function.slot);
@@ -327,8 +324,7 @@ impl PciHost {
                 .map(|told| told.bar)
                 .filter(|bar| window.contains(bar) && bar % u64::from(BAR_SIZE) == 0)
                 .unwrap_or(first_bar(function.slot).into());
-            notifications(&self.vm, function, bar, true)?;
-            function.notified_at = Some(bar);
+            arrange_notifications(&self.vm, function, bar);
             routes.push((function.slot, announced(told, function.irqs.len())));
         }
         for function in &self.assigned {
@@ -336,11 +332,14 @@ impl PciHost {
             let vectors = usize::from(function.device().msix().vectors());
             routes.push((function.slot, announced(told, vectors)));
         }
-        if routes.iter().any(|(_, routes)| !routes.is_empty()) {
-            self.route(&routes)?;
+        let routed = match routes.iter().all(|(_, routes)| routes.is_empty()) {
+            true => Ok(()),
+            false => self.route(&routes),
+        };
+        match routed {
+            Ok(()) => self.installed(&routes),
+            Err(error) => log!("interrupt routes: {error}"),
         }
-        self.installed(&routes);
-        Ok(())
     }
 
     /// Tells every function which routes KVM holds of it now.
@@ -418,12 +417,12 @@ impl PciHost {
             let Some(bar) = bar.filter(|bar| Some(*bar) != function.notified_at) else {
                 continue;
             };
-            let moved = match function.notified_at.take() {
+            let left = match function.notified_at.take() {
                 Some(old) => notifications(&self.vm, function, old, false),
                 None => Ok(()),
             };
-            match moved.and_then(|()| notifications(&self.vm, function, bar, true)) {
-                Ok(()) => function.notified_at = Some(bar),
+            match left {
+                Ok(()) => arrange_notifications(&self.vm, function, bar),
                 Err(error) => log!("notifications of PCI device {}: {error}", function.slot),
             }
         }
@@ -479,6 +478,18 @@ fn announced(told: Option<&FunctionPreview>, vectors: usize) -> Vec<(u16, Messag
 fn copy(fd: &OwnedFd) -> Result<EventFd, PlatformError> {
     let copy = fd.try_clone().map_err(PlatformError::EventFd)?;
     Ok(vm::event_fd(copy))
+}
+
+/// Arranges them there, for all queues or, where KVM does not take that, for none.
+fn arrange_notifications(vm: &VmFd, function: &mut Wired, bar: u64) {
+    match notifications(vm, function, bar, true) {
+        Ok(()) => function.notified_at = Some(bar),
+        Err(error) => {
+            // It ends where those end that were arranged, if there are any.
+            let _ = notifications(vm, function, bar, false);
+            log!("notifications of PCI device {}: {error}", function.slot);
+        }
+    }
 }
 
 /// Arranges that KVM signals the queues of a function whose BAR is at `bar`, or that it does no more.

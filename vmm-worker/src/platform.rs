@@ -371,7 +371,7 @@ pub(crate) fn build(parts: PlatformParts<'_>) -> Result<Platform, PlatformError>
             platform.assign(vm, &mut room, &container, device)?;
         }
     }
-    platform.pci.arrange(parts.preview)?;
+    platform.pci.arrange(parts.preview);
     Ok(platform)
 }
 

@@ -40,6 +40,7 @@ pub struct Options {
     pub hvc: bool,
     pub rng: bool,
     pub wreck: bool,
+    pub stack: bool,
 }
 
 impl Options {
@@ -75,6 +76,7 @@ impl Options {
             hvc: false,
             rng: false,
             wreck: false,
+            stack: false,
         };
         for word in line.split(|byte| *byte == b' ') {
             let mut halves = word.splitn(2, |byte| *byte == b'=');
@@ -99,6 +101,7 @@ impl Options {
                 (b"hvc", None) => options.hvc = true,
                 (b"rng", None) => options.rng = true,
                 (b"wreck", None) => options.wreck = true,
+                (b"stack", None) => (options.wreck, options.stack) = (true, true),
                 (b"disk", None) => options.disk = true,
                 (b"disk_irq", None) => (options.disk, options.disk_irq) = (true, true),
                 (b"hotplug", None) => options.hotplug = true,

@@ -44,6 +44,7 @@ pub struct Wreck {
     victims: [Option<Victim>; MOST],
     chance: u64,
     resting: bool,
+    stacked: bool,
 }
 
 impl Wreck {
@@ -77,11 +78,19 @@ impl Wreck {
                 next: [0; QUEUES as usize],
             })
         });
+        if options.stack {
+            let place = victims[0].as_ref().map_or(0, |first| first.bar);
+            for victim in victims.iter().flatten() {
+                write(victim.function.function + BAR0, place);
+                write(victim.function.function + COMMAND, ENABLE_DEVICE);
+            }
+        }
         report::write(WRECK_STATE_OFFSET, DRIVER_WORKING);
         Some(Self {
             victims,
             chance: nonce | 1,
             resting: false,
+            stacked: options.stack,
         })
     }
 
@@ -90,6 +99,9 @@ impl Wreck {
     }
 
     pub fn step(&mut self) {
+        if self.stacked {
+            return;
+        }
         if self.resting {
             return self.rest();
         }

@@ -180,6 +180,12 @@ impl CommandLine {
         self.word("wreck".into())
     }
 
+    /// Puts every virtio device that nothing else here drives, but the balloon, where the first of them is, and leaves them there.
+    #[must_use]
+    pub fn stack(self) -> Self {
+        self.word("stack".into())
+    }
+
     /// Resets the machine through the keyboard controller after that status line.
     #[must_use]
     pub fn reset_after_lines(self, lines: u64) -> Self {
