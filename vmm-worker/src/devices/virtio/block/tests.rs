@@ -385,7 +385,7 @@ fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
 }
 
 #[test]
-fn buckets_that_were_filled_in_the_future_are_refused() {
+fn buckets_that_owe_more_than_any_request_costs_are_refused() {
     let limit = Some(RateLimit {
         per_second: 1,
         burst: 1,
@@ -396,13 +396,13 @@ fn buckets_that_were_filled_in_the_future_are_refused() {
         config.limits = limits;
         let saved = SavedBlock {
             sectors: SECTORS,
-            limits: Limits::new(limits, u64::MAX).save(),
+            limits: SavedLimits::impossible(limits),
         };
         let state = postcard::to_stdvec(&saved).unwrap();
         assert!(matches!(
             disk(&config).0.load(&state, None),
             Err(StateError::Field {
-                name: "bucket.at_ns",
+                name: "bucket.tokens",
                 ..
             })
         ));

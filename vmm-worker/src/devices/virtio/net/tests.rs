@@ -385,9 +385,9 @@ const LIMITS: DeviceLimits = {
     }
 };
 
-/// Buckets that were filled at a time to come.
-fn of_the_future() -> SavedLimits {
-    Limits::new(LIMITS, u64::MAX).save()
+/// Buckets that owe more than any request costs.
+fn in_debt() -> SavedLimits {
+    SavedLimits::impossible(LIMITS)
 }
 
 #[test]
@@ -410,8 +410,8 @@ fn impossible_states_are_refused() {
         ("mtu", |saved| saved.mtu = 1501),
         ("pairs", |saved| saved.pairs = 0),
         ("pairs", |saved| saved.pairs = 3),
-        ("bucket.at_ns", |saved| saved.received = of_the_future()),
-        ("bucket.at_ns", |saved| saved.sent = of_the_future()),
+        ("bucket.tokens", |saved| saved.received = in_debt()),
+        ("bucket.tokens", |saved| saved.sent = in_debt()),
     ];
     for (field, change) in changes {
         let mut saved: SavedNet = postcard::from_bytes(&bytes).unwrap();
