@@ -152,7 +152,12 @@ fn an_interface_that_came_goes_to_another_broker_with_its_guest() {
     qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
     let refusal = qmp.refused("migrate", json!({"channels": waiting.channels()}));
     assert!(refusal.contains("netdev spare would be lost"), "{refusal}");
+    let blocked =
+        |qmp: &mut Qmp| qmp.returns("query-migrate", json!({}))["blocked-reasons"].clone();
+    let reason = "State blocked by netdev 'spare': no device is made of it";
+    assert_eq!(blocked(&mut qmp), json!([reason]));
     qmp.done("netdev_del", json!({"id": "spare"}));
+    assert_eq!(blocked(&mut qmp), json!(null));
     let info = vm.migrate_to(&mut qmp, &waiting);
     assert_eq!(info["status"], "completed", "{info}");
     drop(qmp);

@@ -176,11 +176,13 @@ impl Migration {
             Mode::Normal => {}
             Mode::CprTransfer if private => blockers.push(NOT_SHARED.to_owned()),
             Mode::CprTransfer => {
-                let netdev = vm.netdevs.first();
-                blockers.extend(netdev.map(|netdev| {
+                // Those of which there is a device go with it.
+                let mut netdevs = vm.netdevs.iter();
+                let loose = netdevs.find(|netdev| netdev.added.is_none());
+                blockers.extend(loose.map(|netdev| {
                     format!(
-                        "State blocked by netdev '{}': no VM file has its tap {}",
-                        netdev.id, netdev.tap
+                        "State blocked by netdev '{}': no device is made of it",
+                        netdev.id
                     )
                 }));
             }
