@@ -44,6 +44,9 @@ use crate::verify::Link;
 pub const MAX_RECORD: usize = 512 << 10;
 /// What an upgrade's records need at most, in bytes: its own 30, and what may be noted meanwhile, each of at most 2 KiB.
 const RESERVE: u64 = 1 << 20;
+/// How many bytes of its own records are looked through for the last of a kind: an upgrade's are in one file, and fit into what it
+/// has reserved.
+const LOOK_BACK: u64 = 2 * RESERVE;
 /// How many records may be noted at once; one more every 50 ms.
 const BURST: u32 = 256;
 
@@ -204,6 +207,28 @@ impl AuditLog {
     /// Somebody else goes on with the chain: nothing is written here any more.
     pub fn end(&mut self) {
         self.ended = true;
+    }
+
+    /// The same, if somebody else has gone on with it already: two ends would be no chain.
+    pub fn end_if_continued(&mut self) {
+        let length = self.file.metadata().map_or(0, |metadata| metadata.len());
+        self.ended |= length > self.end;
+    }
+
+    /// Which of these events was recorded last, among the last [`LOOK_BACK`] bytes of this file.
+    ///
+    /// # Errors
+    ///
+    /// [`LogError`], when the file cannot be read.
+    pub fn last_of<'a>(&self, events: &[&'a str]) -> Result<Option<&'a str>, LogError> {
+        let window = self.end.min(LOOK_BACK);
+        let text = read_at(&mut &self.file, self.end - window, window)
+            .map_err(|e| file_error("read", &self.path, e))?;
+        Ok(text.rsplit(|&byte| byte == b'\n').find_map(|line| {
+            let record: Value = serde_json::from_slice(line).ok()?;
+            let event = record.pointer("/metadata/event_code")?.as_str()?;
+            events.iter().find(|name| **name == event).copied()
+        }))
     }
 
     /// Where the chain stands.

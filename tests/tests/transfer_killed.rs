@@ -60,6 +60,20 @@ fn with_old_broker_hung(step: &str, gives_up: bool) -> Faulted {
     })
 }
 
+/// The old broker hangs at this step after the commit, until the new one has gone on with the audit log.
+fn with_old_broker_hung_until_the_log_is_gone(step: &str) -> Faulted {
+    let vm = impatient(&format!("{step}:stop-broker"));
+    transferring_while(vm, "", |vm, _| {
+        until("the old broker hangs", || {
+            is_stopped(vm.broker).then_some(())
+        });
+        until("the new broker has the log", || {
+            (vm.audit_log().count("taken-over") == 1).then_some(())
+        });
+        continue_process(vm.broker);
+    })
+}
+
 /// The new broker hangs, until the old one has ended the transfer.
 fn with_new_broker_hung(old_faults: &str, new_faults: &str) -> Faulted {
     let hung = transferring_while(impatient(old_faults), new_faults, |_, _| ());
@@ -120,8 +134,18 @@ impl Faulted {
             .unwrap_or("dead")
     }
 
+    /// One terminal record, whoever has written it (I7).
+    fn assert_recorded(&self, outcome: &str) {
+        let log = self.vm.audit_log();
+        let outcomes = log
+            .of("upgrade")
+            .map(|record| record.fields["outcome"].clone());
+        assert_eq!(outcomes.collect::<Vec<_>>(), [json!(outcome)]);
+    }
+
     /// The old worker runs the guest under the old broker, nobody waits, and the next transfer succeeds.
     fn assert_old_runs(mut self) {
+        self.assert_recorded("aborted");
         assert_eq!(self.status(), "failed", "{:?}", self.info);
         let reason = &self.info.as_ref().expect("an answer")["error-desc"];
         assert!(
@@ -171,6 +195,10 @@ impl Faulted {
         let new = self.vm.worker();
         assert_ne!(new, self.old);
         assert_eq!(self.vm.generation(), 2);
+        until("the new broker has the log", || {
+            (self.vm.audit_log().count("taken-over") == 1).then_some(())
+        });
+        self.assert_recorded("committed");
         self.vm.assert_only_runner(new);
         self.vm.assert_goes_on(&self.before);
         self.vm.assert_transfers();
@@ -184,6 +212,7 @@ impl Faulted {
         until("the old worker is gone", || {
             (!is_alive(self.old)).then_some(())
         });
+        self.assert_recorded("committed");
         let workers = self.vm.site.workers();
         let [new] = workers.as_slice() else {
             panic!("one has to run the guest: {workers:?}");
@@ -211,6 +240,7 @@ impl Faulted {
         });
         self.vm.assert_stands_still();
         assert_eq!(self.vm.state(), "lost");
+        self.assert_recorded("lost");
     }
 
     /// Whichever the race between the signal and its victim made of it: that, whole.
@@ -268,6 +298,8 @@ mod new_broker {
         s8_load_is_decided_by_what_is_seen: "S8:kill-other-broker", "" => assert_old_runs_or_new_orphaned;
         s9_commit_rolls_forward: "S9:kill-other-broker", "" => assert_new_orphaned;
         s10_run_rolls_forward: "S10:kill-other-broker", "" => assert_new_orphaned;
+        s11_kick_rolls_forward: "S11:kill-other-broker", "" => assert_new_orphaned;
+        s12_retire_rolls_forward: "S12:kill-other-broker", "" => assert_new_orphaned;
     }
 }
 
@@ -308,6 +340,8 @@ mod new_worker {
         s10_hung_before_running_never_ran: "", "new@commit:hang" => assert_old_runs;
         s10_after_running_is_lost: "", "new@running:die" => assert_lost;
         s10_run_is_decided_by_its_word: "S10:kill-new", "" => assert_decided;
+        s11_kick_is_lost_by_the_new_side: "S11:kill-new", "" => assert_decided;
+        s12_retire_is_lost_by_the_new_side: "S12:kill-new", "" => assert_decided;
     }
 }
 
@@ -325,6 +359,7 @@ mod old_worker {
         s8_load_rolls_forward: "S8:kill-old", "" => assert_lost_or_new_runs;
         s9_commit_rolls_forward: "S9:kill-old", "" => assert_new_runs;
         s10_run_rolls_forward: "S10:kill-old", "" => assert_new_runs;
+        s11_kick_rolls_forward: "S11:kill-old", "" => assert_new_runs;
     }
 }
 
@@ -353,6 +388,8 @@ mod hung {
         new_broker_s8: with_new_broker_hung("S8:stop-other-broker", "") => assert_new_runs;
         new_broker_s9: with_new_broker_hung("S9:stop-other-broker", "") => assert_new_runs;
         new_broker_s10: with_new_broker_hung("S10:stop-other-broker", "") => assert_new_runs;
+        new_broker_s11: with_new_broker_hung("S11:stop-other-broker", "") => assert_new_runs;
+        new_broker_s12: with_new_broker_hung("S12:stop-other-broker", "") => assert_new_runs;
         old_broker_s2: with_old_broker_hung("S2", true) => assert_old_runs;
         old_broker_s3: with_old_broker_hung("S3", true) => assert_old_runs;
         old_broker_s4: with_old_broker_hung("S4", true) => assert_old_runs;
@@ -362,6 +399,8 @@ mod hung {
         old_broker_s8: with_old_broker_hung("S8", false) => assert_either_runs;
         old_broker_s9: with_old_broker_hung("S9", false) => assert_either_runs;
         old_broker_s10: with_old_broker_hung("S10", false) => assert_either_runs;
+        old_broker_s11: with_old_broker_hung_until_the_log_is_gone("S11") => assert_new_runs;
+        old_broker_s12: with_old_broker_hung_until_the_log_is_gone("S12") => assert_new_runs;
         old_worker_s2: transferring_while(impatient("S2:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;
         old_worker_s3: transferring_while(impatient("S3:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;
         old_worker_s4: transferring_while(impatient("S4:stop-old"), "", |_, _| ()) => assert_old_runs_when_it_can;

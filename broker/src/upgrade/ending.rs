@@ -141,6 +141,27 @@ impl Broker {
         )
     }
 
+    /// How an upgrade ended of which nothing more is known.
+    pub(crate) fn outcome(&self, outcome: Outcome) -> UpgradeOutcome {
+        let worker = self.worker.as_ref();
+        UpgradeOutcome {
+            outcome,
+            generation: self.generation(),
+            worker_pid: worker.map_or(0, |worker| worker.process.pid.unsigned_abs()),
+            worker_digest: worker
+                .map(|worker| worker.digest.to_string())
+                .unwrap_or_default(),
+            blackout_us: 0,
+            pause_us: 0,
+            total_ms: 0,
+            state_bytes: 0,
+            state_digest: String::new(),
+            phases: Vec::new(),
+            failed_step: None,
+            reason: String::new(),
+        }
+    }
+
     /// The terminal record, and then the answer.
     pub(crate) fn finish(
         &mut self,
@@ -152,17 +173,6 @@ impl Broker {
     ) -> Result<()> {
         let failed = matches!(outcome, Outcome::Aborted | Outcome::Lost);
         let outcome = UpgradeOutcome {
-            outcome,
-            generation: self.generation(),
-            worker_pid: self
-                .worker
-                .as_ref()
-                .map_or(0, |worker| worker.process.pid.unsigned_abs()),
-            worker_digest: self
-                .worker
-                .as_ref()
-                .map(|worker| worker.digest.to_string())
-                .unwrap_or_default(),
             blackout_us: facts.blackout_us,
             pause_us: facts.pause_us,
             total_ms: u64::try_from(clock.total().as_millis()).unwrap_or(u64::MAX),
@@ -174,6 +184,7 @@ impl Broker {
             phases: clock.finish(),
             failed_step: failed.then_some(step),
             reason: quoted(reason),
+            ..self.outcome(outcome)
         };
         let asked_by = self.asked_by.take();
         let written = match &asked_by {

@@ -205,6 +205,9 @@ impl Broker {
         facts.vsock.iter().for_each(|said| self.vsock_said(*said));
         if let (PauseEnd::Committed, Some(outgoing)) = (&end, &mut outgoing) {
             self.hand_name_over(outgoing);
+            crate::fail_point::at(Step::Kick, &old, &new);
+            // Which the other broker does that has waited for this one in vain.
+            self.log.end_if_continued();
         }
         let handed_away = outgoing.is_some() && matches!(end, PauseEnd::Committed);
         self.paused_and_switched(&upgrade.clock, &end, &facts, handed_away);
@@ -264,6 +267,7 @@ impl Broker {
         }
         if let (Some(outgoing), Some(outcome)) = (handed_to, self.last_upgrade.clone()) {
             if let Some(new) = self.worker.take() {
+                crate::fail_point::at(Step::Retire, &new, &new);
                 self.retire_broker(outgoing, new, &outcome);
             }
         }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use baton_ipc::Received;
 use baton_ipc::StartMode;
 use baton_ipc::control::Happening;
+use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::transfer::Committed;
@@ -23,6 +24,7 @@ use crate::devices::console::Console;
 use crate::devices::console::Port;
 use crate::devices::console::handover::Part;
 use crate::devices::vsock::Vsock;
+use crate::refusal::Recorded;
 use crate::refusal::Result;
 use crate::refusal::complain;
 use crate::refusal::unfit;
@@ -202,6 +204,24 @@ impl Broker {
         }
     }
 
+    /// What the old broker did not live to say, or is not there to say in time. The record is still to be written if it has not
+    /// written it.
+    fn end_for_the_dead(&mut self) -> UpgradeOutcome {
+        let outcome = UpgradeOutcome {
+            reason: UNSAID.to_owned(),
+            ..self.outcome(Outcome::Committed)
+        };
+        let [begin, end] = ["upgrade-begin", "upgrade"];
+        let written = match self.log.last_of(&[begin, end]) {
+            Ok(Some(last)) if last == begin => self.log.write_synced(end, &outcome),
+            found => found.map(drop),
+        };
+        if let Err(refusal) = written.recorded() {
+            complain(&refusal);
+        }
+        outcome
+    }
+
     /// The audit log is this broker's, and with it everything.
     pub(super) fn settled_down(&mut self, outcome: Option<Box<UpgradeOutcome>>) {
         if self.has_log {
@@ -227,13 +247,15 @@ impl Broker {
                 "policy_digest": self.rules.policy.digest.to_string(), "waited": waited,
             }),
         );
-        if let Some(outcome) = outcome {
-            self.last_upgrade = Some((*outcome).clone());
-            self.happened(Happening::UpgradeEnded(outcome));
-        }
+        let outcome = outcome.map_or_else(|| self.end_for_the_dead(), |outcome| *outcome);
+        self.last_upgrade = Some(outcome.clone());
+        self.happened(Happening::UpgradeEnded(Box::new(outcome)));
         self.say_started();
     }
 }
+
+/// What a record of an upgrade says that the old broker did not live to end.
+const UNSAID: &str = "the guest runs; the old broker did not say how long that took";
 
 /// Whether a process has ended (pidfd_open(2): readable).
 fn is_over(pidfd: &OwnedFd) -> bool {
