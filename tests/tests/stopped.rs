@@ -1,11 +1,6 @@
 //! The fault matrix's rows `stop (hang)`, and the workers that hang, fail or make a forbidden call by themselves: deadlines
 //! end what does not end by itself, and the guest is never left without a runner that could run it (I4).
 
-#![expect(
-    clippy::indexing_slicing,
-    reason = "a test that cannot do its work fails"
-)]
-
 use baton_tests::Builder;
 use baton_tests::Faulted;
 use baton_tests::Qmp;
