@@ -1,8 +1,9 @@
 //! The block device (5.2): one file or block device, one or more queues.
 //!
-//! A request is served whole by one I/O thread with preadv and pwritev; there is never more than one request of a queue
-//! under way. A long one looks between its parts whether it is to stop, and is then put back into its ring: reading and
-//! writing again what was read or written already changes nothing, as long as the driver has not been told.
+//! A request is served by one I/O thread with preadv and pwritev; there is never more than one request of a queue under way.
+//! A long one looks between its parts whether it is to stop or has used up its byte rate, and is then put back into its ring.
+//! It goes on from there, in another worker from its start: reading, writing and zeroing again what was read, written or
+//! zeroed already changes nothing, as long as the driver has not been told.
 
 mod request;
 
@@ -65,6 +66,8 @@ pub(super) struct Disk {
     /// Made fewer only while no request is under way.
     sectors: AtomicU64,
     pub(super) readonly: bool,
+    /// A block device, not a file.
+    pub(super) device: bool,
     /// The file wants aligned buffers.
     pub(super) direct: bool,
     /// The device id string, padded with NULs (5.2.6).
@@ -111,6 +114,7 @@ impl Block {
             file,
             sectors: AtomicU64::new(config.bytes / SECTOR),
             readonly: config.readonly,
+            device: config.device,
             direct: config.direct,
             serial,
             write_back: AtomicBool::new(false),
@@ -206,6 +210,7 @@ impl VirtioDevice for Block {
             sectors,
             // What the VM file says, each worker is told.
             readonly: _,
+            device: _,
             direct: _,
             serial: _,
             // By the features, which are the transport's.

@@ -84,6 +84,9 @@ pub struct Chain {
     pub readable: Buffers,
     /// What the device writes.
     pub writable: Buffers,
+    /// How far it was served already when it was put back, in what its device counts. The driver may have written it
+    /// anew since then.
+    pub progress: u64,
 }
 
 /// A virtqueue that the driver has enabled.
@@ -96,6 +99,8 @@ pub struct Virtqueue {
     interrupts: Arc<Interrupts>,
     /// Up to which entry of the used ring the driver was considered for an interrupt.
     signalled: u16,
+    /// How far the next request was served before it was put back. In another worker that begins anew.
+    progress: u64,
 }
 
 /// What a driver chose for a queue (4.1.4.3), and how far both sides are.
@@ -188,6 +193,7 @@ impl Virtqueue {
             ram,
             kick,
             interrupts,
+            progress: 0,
         }
     }
 
@@ -233,6 +239,7 @@ impl Virtqueue {
         };
         let head = descriptors.head_index();
         chain.head = head;
+        chain.progress = std::mem::take(&mut self.progress);
         let malformed = || Broken::Chain { queue, head };
         let (mut count, mut more) = (0, true);
         for descriptor in &mut descriptors {
@@ -278,7 +285,14 @@ impl Virtqueue {
 
     /// Puts the request that was just taken back, as if it had not been.
     pub fn put_back(&mut self) {
+        self.put_back_at(0);
+    }
+
+    /// Puts the request that was just taken back, served so far: whoever takes it from this queue again is told. Another
+    /// worker is not, and serves it from its start.
+    pub fn put_back_at(&mut self, progress: u64) {
         self.queue.go_to_previous_position();
+        self.progress = progress;
     }
 
     /// Gives a request back to the driver; `written` bytes of it were written.

@@ -13,7 +13,8 @@ use crate::clock;
 use crate::devices::state::StateError;
 
 const NS: u128 = 1_000_000_000;
-/// No request costs more than this many tokens (a request has less than 4 GiB, 2.7.5.2), so no bucket owes more.
+/// Nothing that is taken at once costs more than this many tokens (a request has less than 4 GiB, 2.7.5.2), so no bucket owes
+/// more.
 const MAX_DEBT: i64 = 1 << 33;
 
 /// One bucket.
@@ -150,11 +151,27 @@ impl Limits {
         wait(&mut self.bytes).max(wait(&mut self.operations))
     }
 
+    /// Whether a request that is under way has to wait before it moves more bytes.
+    pub fn out_of_bytes(&mut self) -> bool {
+        let wait = |bucket: &mut Bucket| bucket.wait_ns(clock::monotonic_ns());
+        self.bytes.as_mut().is_some_and(|bucket| wait(bucket) > 0)
+    }
+
     /// Takes what one request of so many bytes costs.
     pub fn take(&mut self, bytes: usize) {
+        self.take_bytes(bytes as u64);
+        self.take_operation();
+    }
+
+    /// Takes what so many bytes of a request cost.
+    pub fn take_bytes(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
-            bucket.take(bytes as u64);
+            bucket.take(bytes);
         }
+    }
+
+    /// Takes what a request costs, whatever its size.
+    pub fn take_operation(&mut self) {
         if let Some(bucket) = &mut self.operations {
             bucket.take(1);
         }
@@ -189,6 +206,11 @@ impl Limits {
 
 #[cfg(test)]
 impl SavedLimits {
+    /// What there is in the bucket for bytes.
+    pub(crate) fn bytes_left(&self) -> Option<i64> {
+        self.bytes.map(|bucket| bucket.tokens)
+    }
+
     /// Buckets that owe more than any request costs.
     pub(crate) fn impossible(limits: DeviceLimits) -> Self {
         let mut saved = Limits::new(limits, 0).save();

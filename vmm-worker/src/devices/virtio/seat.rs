@@ -33,19 +33,32 @@ use crate::diagnostics::log;
 
 /// Whether a backend is to stop. Looked at before each request, and within long ones.
 #[derive(Debug, Default)]
-pub struct Stop(AtomicBool);
+pub struct Stop {
+    requested: AtomicBool,
+    /// For tests: at which look from now on it is requested; 0: at none.
+    #[cfg(test)]
+    at_look: std::sync::atomic::AtomicUsize,
+}
 
 impl Stop {
     /// Whether it is.
     #[must_use]
     pub fn requested(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        #[cfg(test)]
+        if self.at_look.load(Ordering::SeqCst) > 0
+            && self.at_look.fetch_sub(1, Ordering::SeqCst) == 1
+        {
+            self.requested.store(true, Ordering::SeqCst);
+        }
+        self.requested.load(Ordering::SeqCst)
     }
 
     /// A request to stop, or none, for tests of backends.
     #[must_use]
     pub fn new(requested: bool) -> Self {
-        Self(AtomicBool::new(requested))
+        let stop = Self::default();
+        stop.requested.store(requested, Ordering::SeqCst);
+        stop
     }
 }
 
@@ -120,7 +133,7 @@ impl Seat {
         state.running = true;
         state.leaving = false;
         state.due = Some(Instant::now());
-        self.stop.0.store(false, Ordering::SeqCst);
+        self.stop.requested.store(false, Ordering::SeqCst);
         drop(state);
         self.wake.trigger();
     }
@@ -137,7 +150,7 @@ impl Seat {
 
     /// Asks it to be served no further. Whether it was to be.
     pub fn stop(&self) -> bool {
-        self.stop.0.store(true, Ordering::SeqCst);
+        self.stop.requested.store(true, Ordering::SeqCst);
         let mut state = self.state();
         let ran = std::mem::take(&mut state.running);
         if ran && self.elsewhere {
@@ -147,6 +160,12 @@ impl Seat {
             self.wake.trigger();
         }
         ran
+    }
+
+    /// Has it asked to stop in the middle of what it serves next: when its backend looks for the `look`th time.
+    #[cfg(test)]
+    pub(crate) fn stop_at_look(&self, look: usize) {
+        self.stop.at_look.store(look, Ordering::SeqCst);
     }
 
     /// Waits until nobody serves it. Whether that came in time.

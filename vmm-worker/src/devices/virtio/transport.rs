@@ -549,7 +549,7 @@ impl Device for Transport {
         Ok(())
     }
 
-    /// Requests in flight are finished, or put back whole. The others stay in their rings. What serves them elsewhere has
+    /// Requests in flight are finished, or put back. The others stay in their rings. What serves them elsewhere has
     /// stopped.
     fn park(&mut self, _mode: StartMode) -> Result<(), DeviceError> {
         self.stop();

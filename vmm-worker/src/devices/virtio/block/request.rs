@@ -42,8 +42,10 @@ const SEGMENT: usize = 16;
 /// Write-zeroes: the device may deallocate.
 const UNMAP: u32 = 1;
 
-/// Bytes of one read or write of the file: between two of them a request can be stopped.
+/// Bytes of one read or write of the file: between two of them a request can be stopped, and each is paid for.
 const PART: usize = 1 << 20;
+/// Bytes that a file system is asked to free or to zero at once. It writes none of them, but may have pages to let go.
+const EXTENT: u64 = 32 << 20;
 /// What buffers and their lengths have to be a multiple of when the file was opened with O_DIRECT: the logical block of
 /// any disk (open(2), "O_DIRECT").
 const ALIGNMENT: usize = 4096;
@@ -61,8 +63,22 @@ pub(super) struct BlockQueue {
 enum Outcome {
     /// With its status written, after this many bytes of data were written into the guest.
     Done(u32),
-    /// It was stopped and has to be served again.
-    Stopped,
+    /// It was stopped, or has to wait for its rate limit, after so many bytes of its data.
+    Stopped(u64),
+}
+
+/// How the data of a request ended, if by no error.
+enum Data {
+    Done,
+    Stopped(u64),
+}
+
+/// Bytes that a discard or write-zeroes request names.
+struct Range {
+    offset: u64,
+    length: u64,
+    /// They may be deallocated.
+    unmap: bool,
 }
 
 impl BlockQueue {
@@ -88,37 +104,36 @@ impl BlockQueue {
             .checked_sub(1)
             .ok_or_else(|| missing("a status"))?;
         let sent = chain.readable.len() - HEADER;
-        let (status, written) = match kind {
-            IN => match self.read(chain, sector, room, stop) {
-                Ok(Some(())) => (OK, room),
-                Ok(None) => return Ok(Outcome::Stopped),
-                Err(_) => (IOERR, 0),
-            },
-            OUT => match self.write(chain, sector, sent, stop) {
-                Ok(Some(())) => (OK, 0),
-                Ok(None) => return Ok(Outcome::Stopped),
-                Err(_) => (IOERR, 0),
-            },
-            FLUSH => (status_of(sync(&self.disk)), 0),
+        let (outcome, written) = match kind {
+            IN => (self.read(chain, sector, room, stop), room),
+            OUT => (self.write(chain, sector, sent, stop), 0),
+            FLUSH => (sync(&self.disk).map(|()| Data::Done), 0),
             GET_ID => {
                 let id = self.disk.serial;
                 let data = chain.writable.range(0, room.min(id.len()));
-                (OK, data.copy_in(&id))
+                (Ok(Data::Done), data.copy_in(&id))
             }
             DISCARD | WRITE_ZEROES if !self.disk.readonly => {
-                match self.deallocate(chain, kind, sent, stop) {
-                    Ok(Some(status)) => (status, 0),
-                    Ok(None) => return Ok(Outcome::Stopped),
-                    Err(e) => (status_of(Err(e)), 0),
-                }
+                (self.deallocate(chain, kind, sent, stop), 0)
             }
-            _ => (UNSUPP, 0),
+            _ => (Err(io::ErrorKind::Unsupported.into()), 0),
         };
-        let paid = if kind == OUT { sent } else { written };
-        self.disk.limits().take(paid);
+        let (status, written) = match outcome {
+            Ok(Data::Stopped(progress)) => return Ok(Outcome::Stopped(progress)),
+            Ok(Data::Done) => (OK, written),
+            Err(e) => (status_of(&e), 0),
+        };
+        self.disk.limits().take_operation();
         let place = chain.writable.range(room, 1);
         place.copy_in(&[status]);
         Ok(Outcome::Done(u32::try_from(written).unwrap_or(u32::MAX)))
+    }
+
+    /// Pays for bytes that were moved. Whether the rest of the request, of which `left` bytes are left, goes on at once.
+    fn pay(&self, bytes: u64, left: u64, stop: &Stop) -> bool {
+        let mut limits = self.disk.limits();
+        limits.take_bytes(bytes);
+        left == 0 || !(stop.requested() || limits.out_of_bytes())
     }
 
     /// Whether `bytes` from a sector on are whole sectors of this disk; the offset of the first.
@@ -132,20 +147,11 @@ impl BlockQueue {
         }
     }
 
-    /// Fills the writable buffers but for the status. `None`: stopped.
-    fn read(
-        &mut self,
-        chain: &Chain,
-        sector: u64,
-        room: usize,
-        stop: &Stop,
-    ) -> io::Result<Option<()>> {
+    /// Fills the writable buffers but for the status.
+    fn read(&mut self, chain: &Chain, sector: u64, room: usize, stop: &Stop) -> io::Result<Data> {
         let offset = self.place(sector, room)?;
-        let mut done = 0;
+        let mut done = progress(chain, room);
         while done < room {
-            if done > 0 && stop.requested() {
-                return Ok(None);
-            }
             let part = chain.writable.range(done, PART.min(room - done));
             let at = offset + done as u64;
             let count = if self.disk.direct && !aligned(&part) {
@@ -159,27 +165,21 @@ impl BlockQueue {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             done += count;
+            if !self.pay(count as u64, (room - done) as u64, stop) {
+                return Ok(Data::Stopped(done as u64));
+            }
         }
-        Ok(Some(()))
+        Ok(Data::Done)
     }
 
-    /// Writes the readable buffers after the header. `None`: stopped.
-    fn write(
-        &mut self,
-        chain: &Chain,
-        sector: u64,
-        sent: usize,
-        stop: &Stop,
-    ) -> io::Result<Option<()>> {
+    /// Writes the readable buffers after the header.
+    fn write(&mut self, chain: &Chain, sector: u64, sent: usize, stop: &Stop) -> io::Result<Data> {
         if self.disk.readonly {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let offset = self.place(sector, sent)?;
-        let mut done = 0;
+        let mut done = progress(chain, sent);
         while done < sent {
-            if done > 0 && stop.requested() {
-                return Ok(None);
-            }
             let part = chain.readable.range(HEADER + done, PART.min(sent - done));
             let at = offset + done as u64;
             let count = if self.disk.direct && !aligned(&part) {
@@ -193,75 +193,85 @@ impl BlockQueue {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             done += count;
+            if !self.pay(count as u64, (sent - done) as u64, stop) {
+                return Ok(Data::Stopped(done as u64));
+            }
         }
-        if !self.disk.write_back.load(Ordering::SeqCst) {
-            sync(&self.disk)?;
-        }
-        Ok(Some(()))
+        self.settle()
     }
 
     /// Discards or zeroes what the segments name. All are checked before the first is touched.
-    fn deallocate(
-        &self,
-        chain: &Chain,
-        kind: u32,
-        sent: usize,
-        stop: &Stop,
-    ) -> io::Result<Option<u8>> {
+    fn deallocate(&self, chain: &Chain, kind: u32, sent: usize, stop: &Stop) -> io::Result<Data> {
+        let ranges = self.ranges(chain, kind, sent)?;
+        let total: u64 = ranges.iter().map(|range| range.length).sum();
+        let mut done = chain.progress.min(total);
+        // Where the range begins, counted as `done` is.
+        let mut start = 0;
+        for range in ranges {
+            while let Some(left) = (start + range.length)
+                .checked_sub(done)
+                .filter(|left| *left > 0)
+            {
+                let at = range.offset + (done - start);
+                let (count, moved) = self.zero(at, left, range.unmap, kind)?;
+                done += count;
+                if !self.pay(moved, total - done, stop) {
+                    return Ok(Data::Stopped(done));
+                }
+            }
+            start += range.length;
+        }
+        self.settle()
+    }
+
+    /// What the segments of a request name.
+    fn ranges(&self, chain: &Chain, kind: u32, sent: usize) -> io::Result<Vec<Range>> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let count = sent / SEGMENT;
         let fits = sent % SEGMENT == 0
             && count > 0
             && u32::try_from(count).is_ok_and(|count| count <= MAX_DISCARD_SEGMENTS);
         if !fits {
-            return Ok(Some(IOERR));
+            return Err(invalid());
         }
-        let mut ranges = Vec::with_capacity(count);
-        for index in 0..count {
+        let range = |index| {
             let at = HEADER + index * SEGMENT;
             let bytes: Option<[u8; SEGMENT]> = chain.readable.range(at, SEGMENT).head();
             let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] =
-                bytes.ok_or(io::ErrorKind::InvalidInput)?;
+                bytes.ok_or_else(invalid)?;
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
             let flags = u32::from_le_bytes(flags);
             let known = if kind == DISCARD { 0 } else { UNMAP };
             if flags & !known != 0 {
-                return Ok(Some(UNSUPP));
+                return Err(io::ErrorKind::Unsupported.into());
             }
             let end = sector.checked_add(sectors.into());
             if sectors > MAX_DISCARD_SECTORS || end.is_none_or(|end| end > self.disk.sectors()) {
-                return Ok(Some(IOERR));
+                return Err(invalid());
             }
-            let unmap = kind == DISCARD || flags & UNMAP != 0;
-            ranges.push((sector * SECTOR, u64::from(sectors) * SECTOR, unmap));
-        }
-        for (offset, length, unmap) in ranges.into_iter().filter(|(_, length, _)| *length > 0) {
-            if self.zero(offset, length, unmap, kind, stop)?.is_none() {
-                return Ok(None);
-            }
-        }
-        if !self.disk.write_back.load(Ordering::SeqCst) {
-            sync(&self.disk)?;
-        }
-        Ok(Some(OK))
+            Ok(Range {
+                offset: sector * SECTOR,
+                length: u64::from(sectors) * SECTOR,
+                unmap: kind == DISCARD || flags & UNMAP != 0,
+            })
+        };
+        (0..count).map(range).collect()
     }
 
-    fn zero(
-        &self,
-        offset: u64,
-        length: u64,
-        unmap: bool,
-        kind: u32,
-        stop: &Stop,
-    ) -> io::Result<Option<()>> {
-        let flags = if unmap {
+    /// Discards or zeroes a piece of `length` bytes: how long it was, and how many bytes were written for it.
+    fn zero(&self, offset: u64, length: u64, unmap: bool, kind: u32) -> io::Result<(u64, u64)> {
+        let mode = if unmap {
             FallocateFlags::PUNCH_HOLE
         } else {
             FallocateFlags::ZERO_RANGE
         };
-        let flags = flags | FallocateFlags::KEEP_SIZE;
-        match retry(|| rustix::fs::fallocate(&self.disk.file, flags, offset, length)) {
-            Ok(()) => return Ok(Some(())),
+        // For a disk that cannot zero, the kernel writes, and does not tell.
+        let moves = self.disk.device && !unmap;
+        let extent = if moves { PART as u64 } else { EXTENT }.min(length);
+        let flags = mode | FallocateFlags::KEEP_SIZE;
+        match retry(|| rustix::fs::fallocate(&self.disk.file, flags, offset, extent)) {
+            Ok(()) => return Ok((extent, if moves { extent } else { 0 })),
             // A file system or a disk that cannot: a discard is advice, zeroes have to be there.
             Err(Errno::OPNOTSUPP) if kind == WRITE_ZEROES => {}
             Err(e) => return Err(e.into()),
@@ -269,19 +279,20 @@ impl BlockQueue {
         // Aligned for direct I/O.
         let mut memory = Vec::new();
         let zeroes = bounce(&mut memory, PART);
-        let mut done = 0;
-        while done < length {
-            if done > 0 && stop.requested() {
-                return Ok(None);
-            }
-            let count = usize::try_from(length - done).unwrap_or(PART).min(PART);
-            let part = zeroes.get(..count).unwrap_or_default();
-            match retry(|| rustix::io::pwrite(&self.disk.file, part, offset + done))? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                count => done += count as u64,
-            }
+        let count = usize::try_from(length).unwrap_or(PART).min(PART);
+        let part = zeroes.get(..count).unwrap_or_default();
+        match retry(|| rustix::io::pwrite(&self.disk.file, part, offset))? as u64 {
+            0 => Err(io::ErrorKind::WriteZero.into()),
+            written => Ok((written, written)),
         }
-        Ok(Some(()))
+    }
+
+    /// All data of a request were written.
+    fn settle(&self) -> io::Result<Data> {
+        if !self.disk.write_back.load(Ordering::SeqCst) {
+            sync(&self.disk)?;
+        }
+        Ok(Data::Done)
     }
 }
 
@@ -310,10 +321,8 @@ impl Backend for BlockQueue {
                     queue.complete(chain.head, written.saturating_add(1))?;
                     queue.interrupt()?;
                 }
-                Outcome::Stopped => {
-                    queue.put_back();
-                    return Ok(Next::Wait);
-                }
+                // If it is the limit that it waits for: the loop's next turn says until when.
+                Outcome::Stopped(progress) => queue.put_back_at(progress),
             }
         }
         Ok(Next::Again)
@@ -333,12 +342,17 @@ fn sync(disk: &Disk) -> io::Result<()> {
     retry(|| rustix::fs::fdatasync(&disk.file)).map_err(io::Error::from)
 }
 
-fn status_of(outcome: io::Result<()>) -> u8 {
-    match outcome {
-        Ok(()) => OK,
-        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => UNSUPP,
-        Err(_) => IOERR,
-    }
+fn status_of(error: &io::Error) -> u8 {
+    let unsupported = error.kind() == io::ErrorKind::Unsupported
+        || error.raw_os_error() == Some(libc::EOPNOTSUPP);
+    if unsupported { UNSUPP } else { IOERR }
+}
+
+/// How many of the `length` bytes of a request's data are done already.
+fn progress(chain: &Chain, length: usize) -> usize {
+    usize::try_from(chain.progress)
+        .unwrap_or(length)
+        .min(length)
 }
 
 /// Whether direct I/O takes these buffers as they are.

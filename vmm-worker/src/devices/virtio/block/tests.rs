@@ -230,6 +230,230 @@ fn a_limit_leaves_requests_in_the_ring() {
     assert_eq!(rig.used(0), 2);
 }
 
+const MIB: u64 = 1 << 20;
+
+/// A disk of 128 MiB, full of sevens, with a bucket for bytes that has this much and gains nothing to speak of.
+fn large(burst: u64) -> (BlockConfig, Rig, File, Arc<Disk>) {
+    let mut config = config();
+    config.bytes = 128 * MIB;
+    config.limits.bytes = Some(RateLimit {
+        per_second: 1,
+        burst,
+    });
+    let (device, file) = disk(&config);
+    let shared = Arc::clone(&device.disk);
+    let mut rig = Rig::new(device);
+    rig.bring_up();
+    for at in 0..128 {
+        file.write_all_at(&[7; 1 << 20], at * MIB).unwrap();
+    }
+    (config, rig, file, shared)
+}
+
+/// MiB that were paid for since there were `burst` bytes.
+fn paid(disk: &Disk, burst: u64) -> u64 {
+    let left = disk.limits().save().bytes_left().unwrap();
+    (burst as i64 - left + (MIB / 2) as i64) as u64 / MIB
+}
+
+/// What the MiB at these places of the file are made of.
+fn found(file: &File, places: &[u64]) -> Vec<u8> {
+    let byte = |at: &u64| {
+        let mut bytes = vec![0; 1 << 20];
+        file.read_exact_at(&mut bytes, at * MIB).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "MiB {at}");
+        bytes[0]
+    };
+    places.iter().map(byte).collect()
+}
+
+/// Offers a request of many parts, at the start of the disk: of reads and writes of 3 MiB, of the others for segments.
+fn offer_large(rig: &mut Rig, kind: u32, segments: &[(u64, u32, u32)]) {
+    let mut header = kind.to_le_bytes().to_vec();
+    header.extend([0; 12]);
+    rig.put(HEADER, &header);
+    rig.put(STATUS, &[0xEE]);
+    let mut parts = vec![(HEADER, 16, 0)];
+    if segments.is_empty() {
+        let flags = if kind == 0 { WRITE } else { 0 };
+        parts.extend([(DATA, 1 << 18, flags); 12]);
+    } else {
+        let bytes = segments.iter().flat_map(|(offset, length, flags)| {
+            let sectors = length * u32::try_from(MIB / SECTOR).unwrap();
+            let place = (offset * (MIB / SECTOR)).to_le_bytes();
+            [&place[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+        });
+        let bytes: Vec<u8> = bytes.collect();
+        rig.put(DATA, &bytes);
+        parts.push((DATA, u32::try_from(16 * segments.len()).unwrap(), 0));
+    }
+    parts.push((STATUS, 1, WRITE));
+    rig.offer(0, &parts);
+}
+
+#[test]
+fn zeroes_written_by_hand_are_paid_for_and_wait_for_the_limit() {
+    // A memfd cannot zero a range, but it can punch holes.
+    let burst = 3 * MIB;
+    let (config, mut rig, file, disk) = large(burst);
+    offer_large(&mut rig, 13, &[(0, 2, 0), (8, 4, 0)]);
+    rig.serve();
+    rig.serve();
+    assert_eq!((rig.used(0), rig.get(STATUS, 1)), (0, vec![0xEE]));
+    assert_eq!(found(&file, &[0, 1, 2, 8, 9]), [0, 0, 7, 0, 7]);
+    assert_eq!(paid(&disk, burst), 3);
+    // So does the other queue.
+    rig.put(HEADER + 0x20, &[0; 16]);
+    rig.offer(
+        1,
+        &[
+            (HEADER + 0x20, 16, 0),
+            (DATA, 512, WRITE),
+            (STATUS, 1, WRITE),
+        ],
+    );
+    rig.serve();
+    assert_eq!(rig.used(1), 0);
+    // Whoever has no limit has to do all of it.
+    let unlimited = BlockConfig {
+        limits: DeviceLimits::default(),
+        ..config
+    };
+    rig = rig.hand_over(successor(&unlimited, &file));
+    rig.serve();
+    assert_eq!(
+        (rig.used(0), rig.used(1), rig.get(STATUS, 1)),
+        (1, 1, vec![0])
+    );
+    assert_eq!(found(&file, &[0, 1, 2, 8, 11, 12]), [0, 0, 7, 0, 0, 7]);
+
+    // What is only let go costs no bytes.
+    let (_, mut rig, file, disk) = large(burst);
+    offer_large(&mut rig, 13, &[(0, 64, 1)]);
+    rig.serve();
+    assert_eq!((rig.used(0), paid(&disk, burst)), (1, 0));
+    assert_eq!(found(&file, &[0, 63, 64]), [0, 0, 7]);
+}
+
+/// A request that is stopped between its parts goes on there in the same worker, and is done again by another one; the
+/// driver is told once.
+#[test]
+fn a_request_that_is_stopped_in_its_middle_is_done_once_in_effect() {
+    struct Case {
+        what: &'static str,
+        kind: u32,
+        segments: &'static [(u64, u32, u32)],
+        /// Places in the file, and what is there when two of three parts are done, and when all are.
+        places: &'static [u64],
+        halfway: &'static [u8],
+        done: &'static [u8],
+        /// MiB that a part costs.
+        cost: u64,
+    }
+    let cases = [
+        Case {
+            what: "a read",
+            kind: 0,
+            segments: &[],
+            places: &[0, 1, 2, 3],
+            halfway: &[7; 4],
+            done: &[7; 4],
+            cost: 1,
+        },
+        Case {
+            what: "a write",
+            kind: 1,
+            segments: &[],
+            places: &[0, 1, 2, 3],
+            halfway: &[5, 5, 7, 7],
+            done: &[5, 5, 5, 7],
+            cost: 1,
+        },
+        Case {
+            what: "segments to discard",
+            kind: 11,
+            segments: &[(0, 1, 0), (2, 1, 0), (4, 1, 0)],
+            places: &[0, 1, 2, 3, 4, 5],
+            halfway: &[0, 7, 0, 7, 7, 7],
+            done: &[0, 7, 0, 7, 0, 7],
+            cost: 0,
+        },
+        Case {
+            what: "a long segment to discard",
+            kind: 11,
+            segments: &[(0, 96, 0)],
+            places: &[0, 63, 64, 95, 96],
+            halfway: &[0, 0, 7, 7, 7],
+            done: &[0, 0, 0, 0, 7],
+            cost: 0,
+        },
+        Case {
+            what: "segments to zero by hand",
+            kind: 13,
+            segments: &[(0, 2, 0), (3, 1, 0)],
+            places: &[0, 1, 2, 3, 4],
+            halfway: &[0, 0, 7, 7, 7],
+            done: &[0, 0, 7, 0, 7],
+            cost: 1,
+        },
+    ];
+    let burst = 1 << 40;
+    for case in cases {
+        for replaced in [false, true] {
+            let what = format!("{}, worker replaced: {replaced}", case.what);
+            let (config, mut rig, file, disk) = large(burst);
+            rig.put(DATA, &[5; 1 << 18]);
+            offer_large(&mut rig, case.kind, case.segments);
+            // It is looked before the request, and after each part.
+            for seat in rig.transport.seats() {
+                seat.stop_at_look(3);
+            }
+            rig.serve();
+            assert_eq!((rig.used(0), rig.get(STATUS, 1)), (0, vec![0xEE]), "{what}");
+            assert_eq!(found(&file, case.places), case.halfway, "{what}");
+            assert_eq!(paid(&disk, burst), 2 * case.cost, "{what}");
+            assert!(rig.fired.0.lock().unwrap().is_empty(), "{what}");
+            let (new_disk, paid_before) = if replaced {
+                let device = successor(&config, &file);
+                let disk = Arc::clone(&device.disk);
+                rig = rig.hand_over(device);
+                rig.fired.0.lock().unwrap().clear();
+                (disk, 5)
+            } else {
+                rig.transport.park(StartMode::CprTransfer).unwrap();
+                rig.transport.resume(StartMode::CprTransfer).unwrap();
+                (disk, 3)
+            };
+            rig.serve();
+            rig.serve();
+            assert_eq!((rig.used(0), rig.get(STATUS, 1)), (1, vec![0]), "{what}");
+            assert_eq!(found(&file, case.places), case.done, "{what}");
+            assert_eq!(paid(&new_disk, burst), paid_before * case.cost, "{what}");
+            assert_eq!(*rig.fired.0.lock().unwrap(), [0x41], "{what}");
+            if case.kind == 0 {
+                assert_eq!(rig.get(DATA, 1 << 18), vec![7; 1 << 18], "{what}");
+            }
+        }
+    }
+}
+
+/// How far a request was goes with the rings that it was in.
+#[test]
+fn a_reset_forgets_how_far_a_request_was() {
+    let (_, mut rig, file, _) = large(1 << 40);
+    let three = [(0, 3, 0)];
+    offer_large(&mut rig, 13, &three);
+    rig.transport.seats().for_each(|seat| seat.stop_at_look(3));
+    rig.serve();
+    assert_eq!(found(&file, &[0, 1, 2]), [0, 0, 7]);
+    rig.bring_up();
+    file.write_all_at(&[9; 1 << 20], 0).unwrap();
+    offer_large(&mut rig, 13, &three);
+    rig.serve();
+    assert_eq!(rig.used(0), 1);
+    assert_eq!(found(&file, &[0, 1, 2, 3]), [0, 0, 0, 7]);
+}
+
 /// What drivers must not do: each breaks the queue and nothing else, and a reset mends it.
 #[test]
 fn a_broken_queue_needs_a_reset_and_gets_one() {
