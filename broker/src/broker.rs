@@ -41,6 +41,7 @@ use serde_json::json;
 
 use crate::clients::Awaiting;
 use crate::clients::Clients;
+use crate::clients::events::Told;
 use crate::clients::front::Front;
 use crate::devices::balloon::BalloonNews;
 use crate::devices::console::Console;
@@ -145,6 +146,9 @@ pub(crate) struct Broker {
     pub(crate) clients: Clients,
     pub(crate) front: Front,
     pub(crate) last_upgrade: Option<UpgradeOutcome>,
+    /// It was aborted because somebody had it cancelled.
+    pub(crate) last_cancelled: bool,
+    pub(crate) told: Told,
     /// None while another broker has it.
     pub(crate) consoles: Vec<Console>,
     /// The host's side of its vsock.
@@ -207,7 +211,7 @@ impl Broker {
                 Err(refusal) => complain(&refusal),
             }
             if let (Some(_), Some(incoming)) = (self.end, &mut self.incoming) {
-                incoming.withdraw();
+                incoming.withdraw("it was told to end");
             }
             if self.incoming.as_ref().is_some_and(Incoming::is_undecided) {
                 // Ending now could take a guest that has just begun to run here.

@@ -99,7 +99,7 @@ const REQUESTS: &[Row] = &[
     ("stop",    |r| matches!(r, Request::Stop { .. }),    ANY,                  &[Power]),
     ("upgrade", |r| matches!(r, Request::Upgrade { .. }), &[Running, Paused],   &[Upgrade]),
     ("approved-upgrade", |r| matches!(r, Request::ApprovedUpgrade { .. }), &[Running, Paused], &[Upgrade]),
-    ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading],         EITHER),
+    ("cancel",  |r| matches!(r, Request::Cancel),         &[Upgrading, Incoming], EITHER),
     ("begin-upgrade", |r| matches!(r, Request::BeginUpgrade { .. }), &[Running, Paused], &[Upgrade]),
     ("continue",      |r| matches!(r, Request::Continue),     &[Upgrading],     EITHER),
     ("power-button",  |r| matches!(r, Request::PowerButton),  &[Running, Paused, Upgrading], &[Power]),

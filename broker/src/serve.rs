@@ -29,6 +29,9 @@ use crate::worker::Phase;
 use crate::worker::Worker;
 use crate::worker::binary::Unchecked;
 
+/// What the old broker hears of a transfer that is cancelled on the side that waits.
+const CANCELLED_THERE: &str = "it was cancelled there";
+
 impl Broker {
     /// Begins an upgrade whose outcome this client waits for.
     fn follow_upgrade(
@@ -85,6 +88,25 @@ impl Broker {
             }
         }
         Reply::Done
+    }
+
+    /// Has the other broker keep its guest, if that is not on its way already. What comes of it is that broker's word.
+    fn cancel_incoming(&mut self) -> Reply {
+        match &mut self.incoming {
+            Some(incoming) if incoming.has_begun() => {
+                incoming.withdraw(CANCELLED_THERE);
+                Reply::Done
+            }
+            Some(_) => Reply::Refused(unfit(
+                "nothing has come that could be cancelled",
+                "`baton stop` ends the waiting",
+            )),
+            None => Reply::Refused(refusal(
+                Exit::Busy,
+                "a guest that comes out of its file cannot be sent back",
+                "`baton stop` ends it when it is here",
+            )),
+        }
     }
 
     pub(crate) fn serve(&mut self, asked: Asked) -> Result<()> {
@@ -254,6 +276,10 @@ impl Broker {
                     Ok(()) => Reply::Done,
                     Err(refusal) => Reply::Refused(refusal),
                 };
+                self.clients.reply(client, &reply);
+            }
+            Request::Cancel if self.state == VmState::Incoming => {
+                let reply = self.cancel_incoming();
                 self.clients.reply(client, &reply);
             }
             Request::Cancel => {

@@ -196,6 +196,11 @@ impl Broker {
     /// The worker that runs the guest has to be able to hand it over.
     pub(crate) fn check_old(&self) -> Result<()> {
         self.check_worker()?;
+        self.check_shared()
+    }
+
+    /// Whether guest RAM can be another worker's too.
+    pub(crate) fn check_shared(&self) -> Result<()> {
         match self.vm.memory.backing() {
             RamBacking::Private => Err(unfit(
                 "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required.",

@@ -21,10 +21,9 @@ use crate::Address;
 use crate::DescriptorKind;
 use crate::FileAddress;
 use crate::worker::PanicAction;
-use crate::worker::RamBacking;
 
 /// The version of these messages.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// The control socket's name in a VM's directory.
 pub const SOCKET: &str = "control.sock";
@@ -104,7 +103,8 @@ pub enum Request {
         /// Go through everything that comes before the pause, then let the new worker go.
         dry_run: bool,
     },
-    /// Cancel the upgrade that another client has asked for.
+    /// Cancel the upgrade that another client has asked for, or the coming of another broker's guest, of which that broker
+    /// decides.
     Cancel,
     /// Attach to the serial console: the reply carries one end of a stream socket.
     Console,
@@ -476,10 +476,6 @@ pub struct VmStatus {
     pub cpus: u8,
     /// The guest stands still at the operator's wish, also while its worker is being replaced.
     pub paused: bool,
-    /// Where its RAM is.
-    pub ram_backing: RamBacking,
-    /// It has a socket device.
-    pub vsock: bool,
     /// Its disks, in the order in which the guest finds them.
     pub disks: Vec<DiskStatus>,
     /// The threads that run the vCPUs, in the broker's pid namespace and in the vCPUs' order, by the names that the worker
@@ -491,6 +487,8 @@ pub struct VmStatus {
     pub console_dropped: u64,
     /// The last upgrade.
     pub last_upgrade: Option<UpgradeOutcome>,
+    /// It was aborted because somebody had it cancelled.
+    pub last_cancelled: bool,
     /// The VM file that its broker was started from, an absolute path.
     pub vm_file: String,
     /// What the balloon leaves to the guest, in bytes, as the guest says; none without a balloon.
@@ -503,6 +501,10 @@ pub struct VmStatus {
     pub awaits: Option<Awaited>,
     /// Its taps that were opened while it ran.
     pub netdevs: Vec<NetdevStatus>,
+    /// What would have [`Request::Transfer`] refused, in words.
+    pub blocks_transfer: Vec<String>,
+    /// What would have [`Request::Save`] refused.
+    pub blocks_save: Vec<String>,
 }
 
 /// A tap that was opened while the VM ran.

@@ -151,10 +151,10 @@ fn an_interface_that_came_goes_to_another_broker_with_its_guest() {
     let waiting = vm.wait_for_guest();
     qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
     let refusal = qmp.refused("migrate", json!({"channels": waiting.channels()}));
-    assert!(refusal.contains("netdev spare would be lost"), "{refusal}");
     let blocked =
         |qmp: &mut Qmp| qmp.returns("query-migrate", json!({}))["blocked-reasons"].clone();
-    let reason = "State blocked by netdev 'spare': no device is made of it";
+    let reason = "netdev spare would be lost: no device is made of it";
+    assert!(refusal.starts_with(reason), "{refusal}");
     assert_eq!(blocked(&mut qmp), json!([reason]));
     qmp.done("netdev_del", json!({"id": "spare"}));
     assert_eq!(blocked(&mut qmp), json!(null));

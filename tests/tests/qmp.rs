@@ -477,6 +477,60 @@ fn a_front_that_dies_takes_its_connections_and_nothing_else() {
 }
 
 #[test]
+fn a_front_that_dies_within_an_upgrade_is_followed_by_one_that_knows_of_it() {
+    let vm = Builder::release().start();
+    let guest = vm.witness();
+    let migration = json!([{"type": "migration"}]);
+    // Capabilities are frozen while it is under way.
+    let newcomer = || {
+        let mut qmp = Qmp::at(&vm.site.run_dir().join(&vm.site.name).join("qmp.sock"));
+        qmp.done("qmp_capabilities", json!({}));
+        qmp
+    };
+    let held = || {
+        let mut qmp = Qmp::connect(&vm);
+        let switch =
+            json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]});
+        qmp.done("migrate-set-capabilities", switch);
+        qmp.migrate();
+        until("it is held", || {
+            let info = qmp.returns("query-migrate", json!({}));
+            (info["status"] == "pre-switchover").then_some(())
+        });
+        kill_process(front(&vm));
+        assert!(qmp.receive().is_none(), "its connection is gone");
+        newcomer()
+    };
+    // Each by a client that begins with it.
+    let mut qmp = held();
+    assert_eq!(qmp.returns("query-yank", json!({})), migration);
+    qmp.done("yank", json!({"instances": migration}));
+    assert_eq!(qmp.migrated()["status"], "cancelled");
+    drop(qmp);
+    let mut qmp = held();
+    qmp.done("migrate_cancel", json!({}));
+    kill_process(front(&vm));
+    assert!(qmp.receive().is_none(), "its connection is gone");
+    let mut qmp = Qmp::connect(&vm);
+    assert_eq!(
+        qmp.migrated()["status"],
+        "cancelled",
+        "as it was known before"
+    );
+    drop(qmp);
+    let guest = vm.assert_goes_on(&guest);
+    assert_eq!(vm.generation(), 1);
+    let mut qmp = held();
+    let in_progress = "There's a migration process in progress";
+    qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
+    assert_eq!(qmp.refused("migrate", json!({})), in_progress);
+    qmp.done("migrate-continue", json!({"state": "pre-switchover"}));
+    assert_eq!(qmp.migrated()["status"], "completed");
+    vm.assert_goes_on(&guest);
+    assert_eq!(vm.generation(), 2);
+}
+
+#[test]
 fn the_front_is_confined_under_a_user_of_its_own() {
     let vm = Builder::release().start();
     let socket = vm.site.run_dir().join(&vm.site.name).join("qmp.sock");

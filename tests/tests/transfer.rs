@@ -369,9 +369,14 @@ fn the_waiting_side_is_told_of_the_end_wherever_it_is() {
         vm.assert_goes_on(&before);
     }
     // The other way round: its operator has it quit while the old side waits, for it or for its own operator.
-    for (arguments, hold, status) in [
-        (&[][..], true, "pre-switchover"),
-        (&["--incoming", "defer"], false, "setup"),
+    let migration = json!({"instances": [{"type": "migration"}]});
+    let (ended, cancelled) = ("it was told to end", "it was cancelled there");
+    for (arguments, hold, status, cut, reason) in [
+        (&[][..], true, "pre-switchover", "quit", ended),
+        // It says itself that this can be yanked.
+        (&[], true, "pre-switchover", "yank", cancelled),
+        (&[], true, "pre-switchover", "migrate_cancel", cancelled),
+        (&["--incoming", "defer"], false, "setup", "quit", ended),
     ] {
         let waiting = vm.wait_from("vm.toml", arguments);
         let (mut qmp, mut new) = (Qmp::connect(&vm), Qmp::connect_to(&vm, &name));
@@ -386,11 +391,17 @@ fn the_waiting_side_is_told_of_the_end_wherever_it_is() {
         if status == "setup" {
             new.wait_for_cpr_state();
         }
-        new.done("quit", json!({}));
+        let listed = new.returns("query-yank", json!({}));
+        let lists = status == "pre-switchover";
+        assert_eq!(listed == migration["instances"], lists, "{listed}");
+        match cut {
+            "yank" => new.done(cut, migration.clone()),
+            _ => new.done(cut, json!({})),
+        }
         let info = qmp.migrated();
         assert_eq!(info["status"], "failed", "{info}");
-        let reason = info["error-desc"].as_str().unwrap();
-        assert!(reason.contains("it was told to end"), "{reason}");
+        let said = info["error-desc"].as_str().unwrap();
+        assert!(said.contains(reason), "{said}");
         drop((qmp, new));
         vm.assert_nobody_waits(&waiting);
         vm.assert_only_runner(old);

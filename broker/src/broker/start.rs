@@ -37,6 +37,7 @@ use serde_json::json;
 use super::Broker;
 use super::Options;
 use crate::clients::Clients;
+use crate::clients::events::Told;
 use crate::clients::front::Front;
 use crate::devices::balloon::BalloonNews;
 use crate::devices::console::Console;
@@ -212,6 +213,8 @@ impl Broker {
             clients,
             front,
             last_upgrade: None,
+            last_cancelled: false,
+            told: Told::default(),
             consoles,
             vsock,
             signals,

@@ -7,6 +7,7 @@ use baton_ipc::StartMode;
 use baton_ipc::control::Awaited;
 use baton_ipc::control::DiskStatus;
 use baton_ipc::control::NetdevStatus;
+use baton_ipc::control::Refusal;
 use baton_ipc::control::VmState;
 use baton_ipc::control::VmStatus;
 use serde_json::json;
@@ -23,6 +24,11 @@ use crate::run_dir::Successor;
 use crate::vm_file::slots::Plugged;
 use crate::worker::Worker;
 use crate::worker::process::ProcessId;
+
+/// What is in the way, in words.
+fn reasons(refusals: impl Iterator<Item = Refusal>) -> Vec<String> {
+    refusals.map(|refusal| refusal.reason).collect()
+}
 
 impl Broker {
     pub(crate) fn generation(&self) -> u32 {
@@ -95,8 +101,6 @@ impl Broker {
             ram_bytes: self.vm.memory.size.0,
             cpus: self.vm.cpus.count.0,
             paused: self.paused,
-            ram_backing: self.vm.memory.backing(),
-            vsock: self.vm.vsock.is_some(),
             disks: self.disks(),
             vcpu_threads: worker.map_or_else(Vec::new, |worker| {
                 crate::worker::process::vcpu_threads(worker.process.pid, self.vm.cpus.count.0)
@@ -104,6 +108,7 @@ impl Broker {
             tsc_khz: self.status.tsc_khz,
             console_dropped: self.status.console_dropped,
             last_upgrade: self.last_upgrade.clone(),
+            last_cancelled: self.last_cancelled,
             vm_file: self.options.vm_file.display().to_string(),
             balloon: (self.vm.memory.balloon)
                 .then(|| self.left_by_balloon(self.status.balloon_pages)),
@@ -115,6 +120,8 @@ impl Broker {
                 .collect(),
             awaits: self.awaits(),
             netdevs: self.netdev_statuses(),
+            blocks_transfer: reasons(self.blocks_transfer()),
+            blocks_save: reasons(self.blocks_save()),
         }
     }
 

@@ -16,6 +16,36 @@ use crate::upgrade::pause::PauseFacts;
 use crate::upgrade::phase_clock::PhaseClock;
 use crate::upgrade::phase_clock::micros;
 
+/// What was told of the upgrade that is under way, for a QMP front that starts meanwhile.
+#[derive(Debug, Default)]
+pub(crate) struct Told(Vec<Event>);
+
+impl Told {
+    /// In order; nothing when nothing is under way.
+    pub(crate) fn events(&self) -> &[Event] {
+        &self.0
+    }
+
+    /// Whether somebody has had it cancelled.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        let mut told = self.0.iter();
+        told.any(|event| event.what == Happening::UpgradeCancelled)
+    }
+
+    fn note(&mut self, event: &Event) {
+        match &event.what {
+            Happening::UpgradeBegan { .. } => self.0 = vec![event.clone()],
+            Happening::UpgradeEnded(_) => self.0.clear(),
+            // Who cancels again and again makes it no longer.
+            Happening::UpgradeCancelled if self.is_cancelled() => {}
+            Happening::UpgradeHeld | Happening::UpgradeStep(_) | Happening::UpgradeCancelled => {
+                self.0.push(event.clone());
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Broker {
     /// Something happened just now.
     pub(crate) fn happened(&mut self, what: Happening) {
@@ -28,6 +58,7 @@ impl Broker {
             at_us: micros(at),
             what,
         };
+        self.told.note(&event);
         self.clients.publish(&event);
         self.tell_front(&event);
     }

@@ -456,7 +456,16 @@ impl Broker {
         } else {
             Reply::Done
         };
-        let told = front.channel.send(&reply).doing("it does not listen");
+        let mut told = front.channel.send(&reply);
+        if next == Phase::Serving {
+            // What is under way began before it was there.
+            let before = self.told.events().iter();
+            let before = before.map(|event| Reply::Event(Box::new(event.clone())));
+            for event in before {
+                told = told.and_then(|()| front.channel.send(&event));
+            }
+        }
+        let told = told.doing("it does not listen");
         if next == Phase::Serving {
             self.log.note(
                 "front-confirmed",

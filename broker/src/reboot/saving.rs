@@ -16,6 +16,7 @@ use baton_ipc::FileAddress;
 use baton_ipc::StateDigest;
 use baton_ipc::control::Happening;
 use baton_ipc::control::Outcome;
+use baton_ipc::control::Refusal;
 use baton_ipc::control::Step;
 use baton_ipc::control::VmState;
 use baton_ipc::worker::Order;
@@ -55,8 +56,9 @@ impl Broker {
     ) -> Result<()> {
         let clock = PhaseClock::start(Instant::now());
         self.check_worker()?;
-        check_savable(&self.vm)?;
-        self.refuse_hotplugged()?;
+        if let Some(refusal) = self.blocks_save().next() {
+            return Err(refusal);
+        }
         self.log.reserve().recorded()?;
         let begun = self.admit_save(place, asked_by, clock);
         if self.upgrade.is_none() {
@@ -65,6 +67,11 @@ impl Broker {
         begun?;
         self.hold_upgrade(hold);
         self.built()
+    }
+
+    /// What of this VM cannot go into a file.
+    pub(crate) fn blocks_save(&self) -> impl Iterator<Item = Refusal> {
+        unsavable(&self.vm).chain(self.refuse_hotplugged().err())
     }
 
     fn admit_save(
@@ -172,30 +179,31 @@ impl Broker {
     }
 }
 
-/// Whether a guest of this machine can go into a file; what is in the way, in QEMU's words where it has some.
-pub(crate) fn check_savable(vm: &VmFile) -> Result<()> {
-    if vm.vsock.is_some() {
-        return Err(unfit(
+/// What of this machine can go into no file, in QEMU's words where it has some.
+fn unsavable(vm: &VmFile) -> impl Iterator<Item = Refusal> + use<> {
+    let vsock = vm.vsock.is_some().then(|| {
+        unfit(
             "State blocked by non-migratable device 'vsock'",
             "its connections would be lost: leave [vsock] out of the VM file",
-        ));
-    }
-    if let Some(device) = vm.vhost_user.0.first() {
-        return Err(unfit(
+        )
+    });
+    let backends = vm.vhost_user.0.iter().map(|device| {
+        unfit(
             format_args!(
                 "State blocked by non-migratable device 'vhost_user {}'",
                 device.id.0
             ),
             "the process behind it has state that is in no file: leave [[vhost_user]] out of the VM file",
-        ));
-    }
-    if !vm.vfio.0.is_empty() {
-        return Err(unfit(
+        )
+    });
+    let backends: Vec<_> = backends.collect();
+    let vfio = (!vm.vfio.0.is_empty()).then(|| {
+        unfit(
             "VFIO device only supports cpr-reboot for runstate suspended",
             "nobody suspends this guest, and what the device has is in no file: leave [[vfio]] out of the VM file",
-        ));
-    }
-    Ok(())
+        )
+    });
+    vsock.into_iter().chain(backends).chain(vfio)
 }
 
 #[cfg(test)]
@@ -205,12 +213,13 @@ mod tests {
     #[test]
     fn a_device_of_the_host_blocks_it_in_qemus_words() {
         let plain = "schema = 1\nname = \"vm\"\nmemory.size = \"64M\"\nboot.kernel = \"k\"\n";
-        check_savable(&VmFile::parse(plain).unwrap()).unwrap();
+        assert_eq!(unsavable(&VmFile::parse(plain).unwrap()).next(), None);
         let device = "[[vfio]]\nid = \"nic\"\ndevice = \"0000:3b:00.0\"\n";
         let vm = VmFile::parse(&format!("{plain}{device}")).unwrap();
+        let reasons: Vec<_> = unsavable(&vm).map(|refusal| refusal.reason).collect();
         assert_eq!(
-            check_savable(&vm).unwrap_err().reason,
-            "VFIO device only supports cpr-reboot for runstate suspended"
+            reasons,
+            ["VFIO device only supports cpr-reboot for runstate suspended"]
         );
     }
 }

@@ -239,10 +239,16 @@ impl Incoming {
         self.worker().is_some()
     }
 
-    /// Tells the old broker, which alone decides, that this one is to end: it keeps its guest, unless that is on its way already.
-    pub(crate) fn withdraw(&mut self) {
+    /// Whether another broker has come.
+    pub(crate) fn has_begun(&self) -> bool {
+        !matches!(self.stage, Stage::Waiting(_) | Stage::Greeting(..))
+    }
+
+    /// Tells the old broker, which alone decides, why this one does not want its guest: it keeps that, unless it is on its way
+    /// already.
+    pub(crate) fn withdraw(&mut self, why: &str) {
         if !std::mem::replace(&mut self.withdrawn, true) {
-            self.tell(&ToOld::Failed("it was told to end".to_owned()));
+            self.tell(&ToOld::Failed(why.to_owned()));
         }
     }
 

@@ -157,11 +157,10 @@ impl Broker {
         asked_by: &Actor,
     ) -> Result<()> {
         let clock = PhaseClock::start(Instant::now());
-        self.check_old()?;
-        self.refuse_loose_nodes()?;
-        self.refuse_loose_netdevs()?;
-        self.check_vsock_place()?;
-        vfio::check_stays(&self.vm)?;
+        self.check_worker()?;
+        if let Some(refusal) = self.blocks_transfer().next() {
+            return Err(refusal);
+        }
         self.doors().check(&main, Which::Main)?;
         self.log.reserve().recorded()?;
         let begun = self.admit_transfer(main, cpr, asked_by, clock);
@@ -171,6 +170,18 @@ impl Broker {
         begun?;
         self.hold_upgrade(hold);
         Ok(())
+    }
+
+    /// What of this VM cannot go to another broker.
+    pub(crate) fn blocks_transfer(&self) -> impl Iterator<Item = Refusal> {
+        let checks = [
+            self.check_shared(),
+            self.refuse_loose_nodes(),
+            self.refuse_loose_netdevs(),
+            self.check_vsock_place(),
+            vfio::check_stays(&self.vm),
+        ];
+        checks.into_iter().filter_map(std::result::Result::err)
     }
 
     /// A socket in the directory that the two brokers exchange would not be where it was.

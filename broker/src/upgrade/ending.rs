@@ -192,6 +192,7 @@ impl Broker {
             None => self.log.write_synced("upgrade", &outcome),
         };
         self.log.release();
+        self.last_cancelled = outcome.outcome == Outcome::Aborted && self.told.is_cancelled();
         self.last_upgrade = Some(outcome.clone());
         self.happened(Happening::UpgradeEnded(Box::new(outcome.clone())));
         self.clients

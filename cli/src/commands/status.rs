@@ -58,8 +58,7 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         cpus,
         paused,
         // For the QMP front.
-        ram_backing: _,
-        vsock: _,
+        last_cancelled: _,
         disks,
         vcpu_threads,
         tsc_khz,
@@ -71,6 +70,8 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         vfio,
         awaits,
         netdevs,
+        blocks_transfer,
+        blocks_save,
     } = status;
     json!({
         "name": name,
@@ -96,6 +97,8 @@ pub(crate) fn document(status: &VmStatus) -> Value {
         "vhost_user": vhost_user,
         "netdevs": netdevs,
         "vfio": vfio,
+        "blocks_transfer": blocks_transfer,
+        "blocks_save": blocks_save,
         "awaits": awaits.as_ref().map(|awaited| &awaited.what),
     })
 }

@@ -140,20 +140,21 @@ pub(crate) fn status(name: &str) -> VmStatus {
         uptime_s: 61,
         ram_bytes: 256 << 20,
         cpus: 1,
-        ram_backing: baton_ipc::worker::RamBacking::Shared,
-        vsock: false,
         paused: false,
         disks: Vec::new(),
         vcpu_threads: vec![103],
         tsc_khz: 2_000_000,
         console_dropped: 0,
         last_upgrade: Some(outcome(Outcome::Committed)),
+        last_cancelled: false,
         vm_file: "/srv/vm/web1.toml".to_owned(),
         balloon: None,
         vhost_user: Vec::new(),
         vfio: Vec::new(),
         awaits: None,
         netdevs: Vec::new(),
+        blocks_transfer: Vec::new(),
+        blocks_save: Vec::new(),
     }
 }
 

@@ -82,7 +82,8 @@ fuzz_target!(|data: &[u8]| {
                     let _ = broker.send(&answer(&request));
                 }
             }
-            session.take_replies(&mut shared);
+            session.take_replies();
+            session.heed_replies(&mut shared);
             for event in shared.take_events() {
                 session.tell(&event);
             }

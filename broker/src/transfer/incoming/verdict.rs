@@ -248,6 +248,7 @@ impl Broker {
             }),
         );
         let outcome = outcome.map_or_else(|| self.end_for_the_dead(), |outcome| *outcome);
+        self.last_cancelled = false;
         self.last_upgrade = Some(outcome.clone());
         self.happened(Happening::UpgradeEnded(Box::new(outcome)));
         self.say_started();

@@ -146,7 +146,7 @@ pub(crate) fn quit(shared: &mut Shared, _: &Object) -> Answer {
 
 pub(crate) fn query_migrate(_: &mut Shared, _: &Object) -> Answer {
     with_status(|shared, mut status| {
-        shared.migration.recall(status.last_upgrade.take());
+        shared.migration.recall(&mut status);
         Answer::value(shared.migration.info_of(&status))
     })
 }

@@ -29,8 +29,9 @@ pub(crate) fn serve() -> Result<(), String> {
     let mut sessions: Vec<Session> = Vec::new();
     loop {
         let ready = wait(&broker, &sessions)?;
+        // An answer follows the events that it follows from: what was taken before them is looked at after them.
+        sessions.iter_mut().for_each(Session::take_replies);
         let here = hear(&mut broker, &mut shared, &mut sessions)?;
-        // Before any answer that followed what they tell of.
         for event in shared.take_events() {
             sessions.iter_mut().for_each(|session| session.tell(&event));
         }
@@ -39,7 +40,7 @@ pub(crate) fn serve() -> Result<(), String> {
                 .into_iter()
                 .chain(std::iter::repeat(PollFlags::empty())),
         ) {
-            session.take_replies(&mut shared);
+            session.heed_replies(&mut shared);
             if events.contains(PollFlags::IN) && session.wants_input() {
                 session.read();
             } else if events.intersects(PollFlags::HUP | PollFlags::ERR) {

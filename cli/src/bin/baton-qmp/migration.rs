@@ -16,7 +16,6 @@ use baton_ipc::control::Outcome;
 use baton_ipc::control::Step;
 use baton_ipc::control::UpgradeOutcome;
 use baton_ipc::control::VmStatus;
-use baton_ipc::worker::RamBacking;
 use serde_json::Value;
 use serde_json::json;
 
@@ -26,17 +25,6 @@ use crate::shared::Shared;
 
 /// Why a second operation is refused (QEMU, `migration/migration.c`).
 pub(crate) const IN_PROGRESS: &str = "There's a migration process in progress";
-
-/// Private RAM in mode `cpr-transfer` (QEMU, `migration/cpr.c`).
-const NOT_SHARED: &str = "Memory region ram is not compatible with CPR. share=on is required for memory-backend objects, and aux-ram-share=on is required.";
-
-/// What QEMU says of a VFIO device in mode `cpr-reboot` (QEMU, `hw/vfio/cpr.c`).
-const VFIO_NOT_SUSPENDED: &str = "VFIO device only supports cpr-reboot for runstate suspended";
-
-/// What cannot be saved in mode `cpr-reboot` (QEMU, `migration/migration.c`).
-fn device(name: &str) -> String {
-    format!("State blocked by non-migratable device '{name}'")
-}
 
 /// Where an upgrade is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,12 +125,13 @@ impl Migration {
     }
 
     /// What was known before this program came to life.
-    pub(crate) fn recall(&mut self, outcome: Option<UpgradeOutcome>) {
+    pub(crate) fn recall(&mut self, vm: &mut VmStatus) {
         if self.status.is_some() {
             return;
         }
-        if let Some(outcome) = outcome {
+        if let Some(outcome) = vm.last_upgrade.take() {
             self.status = match outcome.outcome {
+                Outcome::Aborted if vm.last_cancelled => Some(Status::Cancelled),
                 Outcome::Committed | Outcome::Saved => Some(Status::Completed),
                 Outcome::Aborted | Outcome::Lost => Some(Status::Failed),
                 Outcome::Rehearsed => None,
@@ -154,7 +143,11 @@ impl Migration {
     /// `MigrationInfo`, with what is in the way of the mode that is set, and what is waited for.
     pub(crate) fn info_of(&self, vm: &VmStatus) -> Value {
         let mut info = self.info();
-        let blockers = self.blockers(vm);
+        let blockers: &[String] = match self.mode {
+            Mode::Normal => &[],
+            Mode::CprTransfer => &vm.blocks_transfer,
+            Mode::CprReboot => &vm.blocks_save,
+        };
         let Some(members) = info.as_object_mut() else {
             return info;
         };
@@ -167,39 +160,6 @@ impl Migration {
             members.extend(left.map(|left| ("__org.baton_awaits-ms".to_owned(), left)));
         }
         info
-    }
-
-    fn blockers(&self, vm: &VmStatus) -> Vec<String> {
-        let private = vm.ram_backing == RamBacking::Private;
-        let mut blockers = Vec::new();
-        match self.mode {
-            Mode::Normal => {}
-            Mode::CprTransfer if private => blockers.push(NOT_SHARED.to_owned()),
-            Mode::CprTransfer => {
-                // Those of which there is a device go with it.
-                let mut netdevs = vm.netdevs.iter();
-                let loose = netdevs.find(|netdev| netdev.added.is_none());
-                blockers.extend(loose.map(|netdev| {
-                    format!(
-                        "State blocked by netdev '{}': no device is made of it",
-                        netdev.id
-                    )
-                }));
-            }
-            Mode::CprReboot => {
-                blockers.extend(vm.vsock.then(|| device("vsock")));
-                let backends = vm.vhost_user.iter();
-                blockers.extend(backends.map(|id| device(&format!("vhost_user {id}"))));
-                blockers.extend((!vm.vfio.is_empty()).then(|| VFIO_NOT_SUSPENDED.to_owned()));
-                let disks = vm.disks.iter().map(|disk| disk.added.as_ref());
-                let netdevs = vm.netdevs.iter().map(|netdev| netdev.added.as_ref());
-                let added = disks.chain(netdevs).flatten().next();
-                blockers.extend(
-                    added.map(|id| format!("State blocked by device '{id}': no VM file has it")),
-                );
-            }
-        }
-        blockers
     }
 
     /// `MigrationInfo` without that.

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 
 use baton_ipc::Channel;
 use baton_ipc::Received;
+use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
 use rustix::io::Errno;
@@ -66,6 +67,8 @@ pub(crate) struct Session {
 struct Lane {
     control: Control,
     pending: Option<Pending>,
+    /// The answer to that.
+    reply: Option<Result<Reply, Refusal>>,
     /// It was told something whose answer nobody waits for; nothing can be asked after that.
     told: bool,
 }
@@ -89,6 +92,7 @@ impl Lane {
         Self {
             control,
             pending: None,
+            reply: None,
             told: false,
         }
     }
@@ -174,25 +178,35 @@ impl Session {
     }
 
     /// Takes the broker's answers.
-    pub(crate) fn take_replies(&mut self, shared: &mut Shared) {
+    pub(crate) fn take_replies(&mut self) {
         for oob in [false, true] {
-            loop {
-                let lane = self.lane(oob);
-                let reply = match lane.control.receive() {
+            let lane = self.lane(oob);
+            while lane.reply.is_none() {
+                lane.reply = match lane.control.receive() {
                     Ok(Received::Empty) => break,
-                    Ok(Received::Message(Reply::Hello { .. } | Reply::Progress(_), _)) => continue,
-                    Ok(Received::Message(Reply::Refused(refusal), _)) => Err(refusal),
-                    Ok(Received::Message(reply, _)) => Ok(reply),
+                    Ok(Received::Message(Reply::Hello { .. } | Reply::Progress(_), _)) => None,
+                    Ok(Received::Message(Reply::Refused(refusal), _)) => Some(Err(refusal)),
+                    Ok(Received::Message(reply, _)) => Some(Ok(reply)),
                     Ok(Received::HungUp) | Err(_) => {
                         self.ended = true;
                         self.dead |= self.output.is_empty();
                         break;
                     }
                 };
-                if let Some(Pending { id, command, then }) = lane.pending.take() {
-                    let answer = then(shared, reply);
-                    self.settle(oob, id, command, answer);
-                }
+            }
+        }
+    }
+
+    /// Goes on with what waited for them.
+    pub(crate) fn heed_replies(&mut self, shared: &mut Shared) {
+        for oob in [false, true] {
+            let lane = self.lane(oob);
+            let Some(reply) = lane.reply.take() else {
+                continue;
+            };
+            if let Some(Pending { id, command, then }) = lane.pending.take() {
+                let answer = then(shared, reply);
+                self.settle(oob, id, command, answer);
             }
         }
     }

@@ -79,7 +79,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     command!("migrate", &types::MIGRATE, Of(&types::EMPTY), commands::migrate,
         "Begin an upgrade. The answer says that it has begun; MIGRATION and `query-migrate` say how it goes on. In mode `cpr-transfer`, without channels, the VM's configured worker is opened again and takes the guest over; the connection stays. With channels the guest goes to the broker that waits there (`baton run --incoming`): this one is then in `postmigrate`, and ends when its clients have gone. In mode `cpr-reboot` it goes into the file of `uri` or of the `main` channel."),
     command!("migrate_cancel", &types::EMPTY, Of(&types::EMPTY), commands::migrate_cancel,
-        "Cancel the upgrade that is under way. Of no effect when there is none, or when it is too late."),
+        "Cancel the upgrade that is under way; on the side that waits, refuse the guest that comes. Of no effect when there is none, or when it is too late."),
     command!("migrate-continue", &types::CONTINUE, Of(&types::EMPTY), commands::migrate_continue,
         "Go on with an upgrade that waits in `pre-switchover`."),
     command!("migrate-incoming", &types::INCOMING, Of(&types::EMPTY), commands::migrate_incoming,
@@ -96,7 +96,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     command!(oob "query-yank", &types::EMPTY, List(&Of(&types::YANK_INSTANCE)), commands::query_yank,
         "What can be cut off: `migration`, once, while an upgrade is under way."),
     command!(oob "yank", &types::YANK, Of(&types::EMPTY), commands::yank,
-        "Cut something off. `migration` closes both channels: before the commit the old worker runs on."),
+        "Cut something off. `migration` closes both channels, from either side: before the commit the old worker runs on."),
     command!("human-monitor-command", &types::HMP, Str, hmp::execute, "A line of QEMU's human monitor, for the few verbs that its documentation of CPR uses."),
 ];
 

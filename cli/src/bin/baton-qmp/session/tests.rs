@@ -45,7 +45,8 @@ impl Pair {
     }
 
     fn turn(&mut self) {
-        self.session.take_replies(&mut self.shared);
+        self.session.take_replies();
+        self.session.heed_replies(&mut self.shared);
         while self.session.wants_input() {
             let before = self.session.input.len();
             self.session.read();
@@ -100,8 +101,6 @@ fn status() -> VmStatus {
         uptime_s: 1,
         ram_bytes: 64 << 20,
         cpus: 1,
-        ram_backing: baton_ipc::worker::RamBacking::Shared,
-        vsock: false,
         paused: false,
         disks: vec![DiskStatus {
             id: "root".into(),
@@ -115,12 +114,15 @@ fn status() -> VmStatus {
         tsc_khz: 1,
         console_dropped: 0,
         last_upgrade: None,
+        last_cancelled: false,
         vm_file: "/srv/vm/web1.toml".into(),
         balloon: Some(64 << 20),
         vhost_user: Vec::new(),
         vfio: Vec::new(),
         awaits: None,
         netdevs: Vec::new(),
+        blocks_transfer: Vec::new(),
+        blocks_save: Vec::new(),
     }
 }
 
