@@ -39,6 +39,7 @@ impl Cgroup {
             name: Path::new("baton").join(format!("{vm}-{process}")),
             limits,
         };
+        make_parents();
         for path in cgroup.paths() {
             if let Some(parent) = path.parent() {
                 sweep(parent, vm);
@@ -198,6 +199,18 @@ pub(crate) fn parents() -> Vec<PathBuf> {
     ["", "pids", "memory", "cpu"]
         .map(|controller| Path::new(MOUNT).join(controller).join("baton"))
         .into()
+}
+
+/// Makes those of version 1 that are not there yet, also in hierarchies that this cgroup does not need: the broker is about to
+/// confine itself to what is there, and the front's cgroup, which is made later, has limits of its own. What goes wrong is said
+/// by whoever needs one.
+fn make_parents() {
+    for parent in parents().into_iter().skip(1) {
+        let mounted = parent.with_file_name("cgroup.procs").exists();
+        if mounted {
+            let _ = fs::create_dir_all(parent);
+        }
+    }
 }
 
 /// The directories of the cgroup whose first is this, whatever it was limited to.
