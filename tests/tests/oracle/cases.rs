@@ -87,6 +87,9 @@ const fn with_memory(memory: Memory, case: Case) -> Case {
 
 const CPR: &[&str] = &[r#"migrate-set-parameters {"mode": "cpr-transfer"}"#];
 
+const REBOOT: &str = r#"migrate-set-parameters {"mode": "cpr-reboot"}"#;
+const TO_FILE: &str = r#"migrate {"uri": "file:$dir/state"}"#;
+
 /// A capability is switched on, and a transfer asked for.
 macro_rules! with_capability {
     ($name:literal) => {
@@ -307,6 +310,57 @@ pub(crate) const CASES: &[Case] = &[
     with_capability!("mapped-ram"),
     with_capability!("multifd"),
     with_capability!("return-path"),
+    with_capability!("x-ignore-shared"),
+    same(
+        "postcopy-ram, mode cpr-reboot",
+        &[REBOOT],
+        &[
+            r#"migrate-set-capabilities {"capabilities": [{"capability": "postcopy-ram", "state": true}]}"#,
+            TO_FILE,
+        ],
+    ),
+    same(
+        "background-snapshot, mode cpr-reboot",
+        &[REBOOT],
+        &[
+            r#"migrate-set-capabilities {"capabilities": [{"capability": "background-snapshot", "state": true}]}"#,
+            TO_FILE,
+        ],
+    ),
+    same(
+        "x-colo, mode cpr-reboot",
+        &[REBOOT],
+        &[
+            r#"migrate-set-capabilities {"capabilities": [{"capability": "x-colo", "state": true}]}"#,
+            TO_FILE,
+        ],
+    ),
+    same(
+        "mapped-ram, mode cpr-reboot",
+        &[REBOOT],
+        &[
+            r#"migrate-set-capabilities {"capabilities": [{"capability": "mapped-ram", "state": true}]}"#,
+            TO_FILE,
+        ],
+    ),
+    same(
+        "x-ignore-shared, mode cpr-reboot",
+        &[REBOOT],
+        &[
+            r#"migrate-set-capabilities {"capabilities": [{"capability": "x-ignore-shared", "state": true}]}"#,
+            TO_FILE,
+        ],
+    ),
+    differs(
+        "mapped-ram and a socket, mode cpr-reboot",
+        &[
+            REBOOT,
+            r#"migrate-set-capabilities {"capabilities": [{"capability": "mapped-ram", "state": true}]}"#,
+        ],
+        &[r#"migrate {"uri": "unix:$dir/x"}"#],
+        "GenericError: mode 'cpr-reboot' takes a file here: file:PATH[,offset=BYTES]",
+        "whatever the capabilities, a file is all that there is in this mode",
+    ),
     differs(
         "both channels, mode normal",
         &[],

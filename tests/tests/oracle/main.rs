@@ -162,7 +162,8 @@ impl Report {
 fn every_answer_is_qemus_or_its_difference_is_declared() {
     let mut report = Report::default();
     for case in CASES {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::Builder::new().prefix("baton-e2e-").tempdir();
+        let dir = dir.unwrap();
         let machine = Machine {
             memory: case.memory,
             ..SMALL
@@ -174,7 +175,7 @@ fn every_answer_is_qemus_or_its_difference_is_declared() {
             Memory::Private => Builder::release()
                 .memory_lines("share = false")
                 .start_unseen(),
-            _ => Builder::release().start(),
+            _ => Builder::release().state_files().start(),
         };
         let ours = ask(Qmp::greeted(&vm), case, dir.path());
         report.add(case.name, case.here.as_ref(), &theirs, &ours);

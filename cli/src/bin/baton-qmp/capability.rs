@@ -1,45 +1,57 @@
-//! Migration capabilities: what may be switched on, and what `migrate` says of it then.
+//! Migration capabilities: what may be switched on, and what `migrate` says of it then. What each means is in `types.rs`.
 
-/// A capability: its name, what it means here, and why no CPR mode goes with it, in QEMU's words
-/// (`migration/options.c`, `migration/migration.c`).
-pub(crate) type Capability = (&'static str, &'static str, Option<&'static str>);
+use crate::migration::Mode;
+
+/// A capability: its name, and what it does not go with.
+pub(crate) type Capability = (&'static str, Option<Clash>);
+
+/// What a capability does not go with, in QEMU's words (`migration/options.c`, `migration/migration.c`).
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Clash {
+    /// Any CPR mode.
+    Cpr(&'static str),
+    /// A mode in which nothing goes into a file.
+    Sockets(&'static str),
+}
+
+impl Clash {
+    /// Why it does not go with this mode.
+    pub(crate) fn with(self, mode: Mode) -> Option<&'static str> {
+        match (self, mode) {
+            // Refused by itself, which is the reason then.
+            (_, Mode::Normal) | (Self::Sockets(_), Mode::CprReboot) => None,
+            (Self::Cpr(why) | Self::Sockets(why), _) => Some(why),
+        }
+    }
+
+    /// Why, for the document.
+    pub(crate) fn why(self) -> &'static str {
+        match self {
+            Self::Cpr(why) | Self::Sockets(why) => why,
+        }
+    }
+}
 
 /// All that can be set. What QEMU has besides these moves RAM, which stays where it is here.
 pub(crate) const CAPABILITIES: &[Capability] = &[
-    ("events", "MIGRATION events are sent.", None),
-    (
-        "return-path",
-        "Accepted, and always so: an upgrade is completed only when the new worker has said that it runs.",
-        None,
-    ),
-    (
-        "pause-before-switchover",
-        "`migrate` waits in `pre-switchover`, the guest still running, for `migrate-continue`.",
-        None,
-    ),
-    (
-        "multifd",
-        "Accepted, and of no effect: device state is some kilobytes.",
-        None,
-    ),
+    ("events", None),
+    ("return-path", None),
+    ("pause-before-switchover", None),
+    ("multifd", None),
+    ("x-ignore-shared", None),
     (
         "postcopy-ram",
-        "Can be set; `migrate` refuses it in every mode that there is.",
-        Some("Cannot use postcopy with CPR"),
+        Some(Clash::Cpr("Cannot use postcopy with CPR")),
     ),
     (
         "background-snapshot",
-        "Can be set; `migrate` refuses it in every mode that there is.",
-        Some("Cannot use background snapshot with CPR"),
+        Some(Clash::Cpr("Cannot use background snapshot with CPR")),
     ),
-    (
-        "x-colo",
-        "Can be set; `migrate` refuses it in every mode that there is.",
-        Some("Cannot use COLO with CPR"),
-    ),
+    ("x-colo", Some(Clash::Cpr("Cannot use COLO with CPR"))),
     (
         "mapped-ram",
-        "Can be set; `migrate` refuses it, since nothing goes to a file.",
-        Some("Migration requires seekable transport (e.g. file)"),
+        Some(Clash::Sockets(
+            "Migration requires seekable transport (e.g. file)",
+        )),
     ),
 ];

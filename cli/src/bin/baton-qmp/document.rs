@@ -59,8 +59,8 @@ pub(crate) fn markdown() -> String {
                     let refused = CAPABILITIES
                         .iter()
                         .find(|known| choice.name == "MigrationCapability" && known.0 == *value)
-                        .and_then(|known| known.2)
-                        .map(|why| format!(" (`{why}`)"));
+                        .and_then(|known| known.1)
+                        .map(|clash| format!(" (`{}`)", clash.why()));
                     let refused = refused.unwrap_or_default();
                     let _ = writeln!(text, "* `{value}`: {meaning}{refused}");
                 }

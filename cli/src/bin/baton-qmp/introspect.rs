@@ -72,6 +72,33 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::schema::Struct;
+
+    /// The names of an object's members, those of all its variants for each of them.
+    fn member_lists(object: &'static Struct) -> Vec<Vec<&'static str>> {
+        let own: Vec<_> = object.members.iter().map(|member| member.name).collect();
+        let cases = object.variants.iter().flat_map(|variants| variants.cases);
+        let with_variants = cases.flat_map(|case| member_lists(case.1)).map(|more| {
+            let all = own.iter().copied().chain(more);
+            all.collect()
+        });
+        let mut lists: Vec<_> = with_variants.collect();
+        lists.push(own);
+        lists
+    }
+
+    #[test]
+    fn no_object_has_a_member_twice_whichever_variant_it_is() {
+        for ty in types() {
+            let Type::Struct(object) = ty else { continue };
+            for members in member_lists(object) {
+                let mut names = BTreeSet::new();
+                for member in members {
+                    assert!(names.insert(member), "{}.{member}", object.name);
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_type_that_is_named_is_there_and_named_once() {

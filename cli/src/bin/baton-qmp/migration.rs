@@ -120,7 +120,7 @@ impl Migration {
         let blocked = CAPABILITIES
             .iter()
             .filter(|known| self.is_enabled(known.0))
-            .find_map(|known| known.2);
+            .find_map(|known| known.1?.with(self.mode));
         blocked.map_or(Ok(()), |why| Err(Failure::generic(why)))
     }
 

@@ -601,10 +601,17 @@ choice!(
             "multifd",
             "Accepted, and of no effect: device state is some kilobytes."
         ),
+        (
+            "x-ignore-shared",
+            "Accepted, and of no effect: RAM stays in place in every mode, but goes into the file in mode `cpr-reboot` if the VM file has no `memory.path`."
+        ),
         ("postcopy-ram", "Can be set; `migrate` refuses it."),
         ("background-snapshot", "Can be set; `migrate` refuses it."),
         ("x-colo", "Can be set; `migrate` refuses it."),
-        ("mapped-ram", "Can be set; `migrate` refuses it."),
+        (
+            "mapped-ram",
+            "Of no effect in mode `cpr-reboot`, whose file has each page once; in the others `migrate` refuses it."
+        ),
     ]
 );
 object!(
@@ -699,7 +706,6 @@ object!(
     "A file.",
     [
         member("filename", Str, "Its absolute path."),
-        optional("offset", Int, "Where in it, in bytes; 0 if left out."),
         member("offset", Int, "Where to begin, in bytes."),
     ]
 );
