@@ -205,18 +205,22 @@ impl VmDirectory {
         Ok(())
     }
 
-    /// Has the name from now on, and goes on with its audit log: taken, unless it was given already. The cgroup of the broker
-    /// that it was taken from, whose worker may still be on its way out.
-    pub(crate) fn take_name(&mut self) -> Result<Vec<PathBuf>> {
+    /// The cgroup of the worker that the broker has whose name this one waits for, as that broker has published it.
+    pub(crate) fn cgroup_of_named(&self) -> Vec<PathBuf> {
+        let state = self.run_dir.join(&self.name).join("state.json");
+        let text = fs::read_to_string(state).unwrap_or_default();
+        let state: Option<StateFile> = serde_json::from_str(&text).ok();
+        let cgroup = state.and_then(|state| state.cgroup);
+        cgroup.map_or_else(Vec::new, |cgroup| {
+            crate::worker::cgroup::everywhere(&cgroup)
+        })
+    }
+
+    /// Has the name from now on, and goes on with its audit log: taken, unless it was given already.
+    pub(crate) fn take_name(&mut self) -> Result<()> {
         let named = self.run_dir.join(&self.name);
-        let mut remains = Vec::new();
         if identity_of(&named) != Some(self.identity()) {
             exchange(&self.path, &named)?;
-            let text = fs::read_to_string(self.path.join("state.json")).unwrap_or_default();
-            let state: Option<StateFile> = serde_json::from_str(&text).ok();
-            if let Some(cgroup) = state.and_then(|state| state.cgroup) {
-                remains = crate::worker::cgroup::everywhere(&cgroup);
-            }
             // Whoever had the name is dead: its lock is gone, and its guest runs here.
             if let Ok(handle) = open_directory(&self.path) {
                 remove_files(&handle);
@@ -228,7 +232,7 @@ impl VmDirectory {
             .run_dir
             .join(".audit")
             .join(format!("{}.jsonl", self.name));
-        Ok(remains)
+        Ok(())
     }
 
     /// Removes it, if what is there is still this one.

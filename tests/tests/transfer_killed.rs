@@ -324,6 +324,8 @@ mod old_broker {
         s8_the_old_one_resumes_though_it_was_stopped: "S8:kill-broker", "" => assert_old_orphaned;
         s9_before_it_ceded_the_old_one_resumes: "S9:kill-broker", "" => assert_old_orphaned;
         s10_the_new_side_takes_over_by_itself: "S10:kill-broker", "" => assert_new_runs;
+        s11_the_new_side_takes_over_by_itself: "S11:kill-broker", "" => assert_new_runs;
+        s12_the_new_side_takes_over_by_itself: "S12:kill-broker", "" => assert_new_runs;
         s10_the_new_side_takes_over_though_it_is_not_told: "committed-is-lost", "" => assert_new_runs;
     }
 }

@@ -16,6 +16,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -111,6 +112,8 @@ pub(crate) struct Incoming {
     /// The old broker's process.
     peer: Option<OwnedFd>,
     offer: Option<Box<Offer>>,
+    /// Where the old worker is.
+    old_cgroup: Vec<PathBuf>,
     /// The broker's ends of the consoles, in their order, which the old broker reads until the commit.
     consoles: Vec<OwnedFd>,
     /// What keeps its taps from other VMs.
@@ -136,6 +139,7 @@ impl Incoming {
                 .transpose()?,
             peer: None,
             offer: None,
+            old_cgroup: Vec::new(),
             consoles: Vec::new(),
             claims: Vec::new(),
             vsock: None,

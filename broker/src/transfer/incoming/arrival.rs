@@ -89,9 +89,11 @@ impl Broker {
             Ok(()) => {
                 self.id = offer.vm;
                 self.registry = registry;
+                let old_cgroup = self.directory.cgroup_of_named();
                 let Some(incoming) = &mut self.incoming else {
                     return Ok(Stage::Gone);
                 };
+                incoming.old_cgroup = old_cgroup;
                 incoming.offer = Some(offer);
                 let deferred = incoming.main.is_none();
                 let bound = match deferred {

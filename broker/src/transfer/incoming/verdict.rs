@@ -121,7 +121,12 @@ impl Broker {
         self.began = Instant::now().checked_sub(uptime).unwrap_or(self.began);
         // Each of these whatever becomes of the others: the guest runs.
         let named = self.directory.take_name();
-        let named = named.map(|remains| self.remains.extend(remains));
+        // Its broker may have died before it could, or may yet.
+        let old_cgroup = self
+            .incoming
+            .as_mut()
+            .map(|one| std::mem::take(&mut one.old_cgroup));
+        self.remains.extend(old_cgroup.into_iter().flatten());
         for done in [named, self.publish()] {
             if let Err(refusal) = done {
                 complain(&refusal);
