@@ -2,11 +2,10 @@
 #![expect(clippy::expect_used, reason = "a test that cannot do its work fails")]
 
 use std::path::Path;
-use std::path::PathBuf;
-use std::process::Command;
 
 use baton_guest::CommandLine;
 use baton_tests::Builder;
+use baton_tests::LoopDevice;
 use baton_tests::Qmp;
 use baton_tests::Vm;
 use baton_tests::until;
@@ -143,43 +142,15 @@ fn what_cannot_be_is_refused_and_nothing_changes() {
     assert_size(&vm, &mut qmp, 8 * MIB);
 }
 
-/// A block device on a file.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn on(file: &Path) -> Self {
-        let out = losetup(&["--find".as_ref(), "--show".as_ref(), file]);
-        Self(PathBuf::from(out.trim()))
-    }
-
-    /// The file has another size; so has the device.
-    fn refresh(&self) {
-        losetup(&["--set-capacity".as_ref(), &self.0]);
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        losetup(&["--detach".as_ref(), &self.0]);
-    }
-}
-
-fn losetup(arguments: &[&Path]) -> String {
-    let out = Command::new("losetup").args(arguments).output();
-    let out = out.expect("losetup, of Debian's package mount");
-    assert!(out.status.success(), "{out:?}");
-    String::from_utf8(out.stdout).expect("a path")
-}
-
 #[test]
 fn a_block_device_has_the_size_that_it_has() {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("resize.img");
     let backing = std::fs::File::create(&path).expect("a file");
     backing.set_len(4 * MIB).expect("a file");
-    let device = Loop::on(&path);
+    let device = LoopDevice::on(&path);
     let vm = Builder::release()
         .line(CommandLine::new().disk_irq().console().period_ms(50))
-        .disk_at("data", &device.0)
+        .disk_at("data", device.path())
         .start();
     let mut qmp = Qmp::connect(&vm);
     vm.until_disk("a disk", |disk| disk.done > 100);

@@ -258,11 +258,11 @@ fn check_block(block: &BlockConfig) -> Result<(), BuildError> {
         limits,
     } = block;
     let wrong = |field, value: String| Err(BuildError::Config { field, value });
-    if bytes % 512 != 0 {
-        return wrong("disk.bytes", bytes.to_string());
-    }
     if !block_size.is_power_of_two() || !(512..=4096).contains(block_size) {
         return wrong("disk.block_size", block_size.to_string());
+    }
+    if bytes % u64::from(*block_size) != 0 {
+        return wrong("disk.bytes", bytes.to_string());
     }
     if *queues > MAX_DISK_QUEUES {
         return wrong("disk.queues", queues.to_string());

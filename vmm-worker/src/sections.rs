@@ -38,8 +38,6 @@ const VCPU: u16 = 0x8001;
 const VM: u16 = 0x8002;
 /// Kinds below this are devices'.
 const FIRST_OWN: u16 = 0x8000;
-/// The version of every device's section today.
-const DEVICE_VERSION: u16 = 1;
 
 /// Why a stream's sections are refused.
 #[derive(Debug, Error)]
@@ -85,28 +83,32 @@ pub(crate) fn ids(devices: impl Iterator<Item = DeviceId>) -> Vec<SectionId> {
     devices.map(id).collect()
 }
 
-/// The versions that this build writes, which are the newest that it reads.
-fn written(devices: &[SectionId]) -> Vec<(u16, u16)> {
-    let mut written = vec![(VCPU, vcpu::VERSION), (VM, vm_state::VERSION)];
+/// The kinds of sections of a machine with these devices, and the versions that this build reads; it writes the newest.
+fn support(devices: &[SectionId]) -> Vec<SectionSupport> {
+    let one = |kind, version| SectionSupport {
+        kind,
+        oldest: version,
+        newest: version,
+    };
+    let mut support = vec![one(VCPU, vcpu::VERSION), one(VM, vm_state::VERSION)];
     for device in devices {
-        if !written.iter().any(|(kind, _)| *kind == device.kind) {
-            written.push((device.kind, DEVICE_VERSION));
+        if !support.iter().any(|known| known.kind == device.kind) {
+            let (oldest, newest) = DeviceKind(device.kind).versions().into_inner();
+            support.push(SectionSupport {
+                kind: device.kind,
+                oldest,
+                newest,
+            });
         }
     }
-    written
+    support
 }
 
 /// What a new worker offers.
 pub(crate) fn offer(machine: Machine, build: &str) -> Offer {
-    let support = |(kind, newest)| SectionSupport {
-        kind,
-        oldest: newest,
-        newest,
-    };
-    let sections = written(&machine.devices).into_iter().map(support).collect();
     Offer {
         container: CONTAINER_VERSION,
-        sections,
+        sections: support(&machine.devices),
         machine,
         build: build.to_owned(),
     }
@@ -158,9 +160,10 @@ pub(crate) fn judge(ours: &Machine, offer: &Offer) -> Result<(), String> {
             ));
         }
     }
-    for (kind, version) in written(&ours.devices) {
-        let support = offer.sections.iter().find(|support| support.kind == kind);
-        if !support.is_some_and(|support| (support.oldest..=support.newest).contains(&version)) {
+    for written in support(&ours.devices) {
+        let (kind, version) = (written.kind, written.newest);
+        let read = offer.sections.iter().find(|read| read.kind == kind);
+        if !read.is_some_and(|read| (read.oldest..=read.newest).contains(&version)) {
             return Err(format!(
                 "the new worker does not load version {version} of section kind {kind:#06x}"
             ));

@@ -11,6 +11,7 @@ use baton_ipc::DescriptorKind;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Reply;
 use baton_ipc::descriptor;
+use baton_ipc::worker::BlockConfig;
 use baton_ipc::worker::Order;
 use baton_ipc::worker::VirtioKind;
 use rustix::fs::SeekFrom;
@@ -18,7 +19,7 @@ use serde_json::json;
 
 use crate::broker::Broker;
 use crate::clients::Awaiting;
-use crate::devices::disks::SECTOR;
+use crate::devices::disks;
 use crate::devices::hotplug::Backing;
 use crate::refusal::Doing;
 use crate::refusal::Recorded;
@@ -52,9 +53,10 @@ impl Broker {
         if readonly {
             return Err(unfit(format_args!("disk {id} is read-only"), ""));
         }
-        let Some(found) = self.block_bytes(slot) else {
+        let Some(config) = self.block(slot) else {
             return Err(unfit(format_args!("disk {id} is not open"), ""));
         };
+        let (found, block_size) = (config.bytes, config.block_size);
         let (file, kind) = self.disk_file(slot)?;
         let cannot = format!("cannot resize disk {id}");
         let end = rustix::fs::seek(&file, SeekFrom::End(0)).doing(&cannot)?;
@@ -69,12 +71,12 @@ impl Broker {
             DescriptorKind::BlockDevice => (end, false),
             _ => (bytes, bytes >= found),
         };
-        if bytes == 0 || bytes % SECTOR != 0 {
-            return Err(unfit(
+        disks::check_bytes(bytes, block_size).map_err(|remedy| {
+            unfit(
                 format_args!("{cannot}: a disk has no {bytes} bytes"),
-                "a disk has a multiple of 512 bytes, and at least one of them",
-            ));
-        }
+                remedy,
+            )
+        })?;
         self.log
             .write_by(
                 "resize",
@@ -175,8 +177,13 @@ impl Broker {
 
     /// The size that the guest sees of the disk in this slot.
     pub(crate) fn block_bytes(&self, slot: u8) -> Option<u64> {
+        self.block(slot).map(|block| block.bytes)
+    }
+
+    /// The disk in this slot, as the guest sees it.
+    fn block(&self, slot: u8) -> Option<&BlockConfig> {
         self.virtio.iter().find_map(|config| match &config.device {
-            VirtioKind::Block(block) if config.slot == slot => Some(block.bytes),
+            VirtioKind::Block(block) if config.slot == slot => Some(block),
             _ => None,
         })
     }

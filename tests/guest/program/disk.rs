@@ -142,6 +142,7 @@ impl Disk {
             return fail(DRIVER_REFUSED);
         }
         report::write(DISK_BYTES_OFFSET, capacity * 512);
+        report::write(DISK_BLOCK_SIZE_OFFSET, block_size(&function));
         report::write(DISK_LANE_BLOCKS_OFFSET, blocks);
         report::write(DISK_STATE_OFFSET, DRIVER_WORKING);
         Some(Self {
@@ -200,6 +201,7 @@ impl Disk {
         if changes != self.changes {
             self.changes = changes;
             report::write(DISK_BYTES_OFFSET, self.function.config_word(0) * 512);
+            report::write(DISK_BLOCK_SIZE_OFFSET, block_size(&self.function));
             report::write(DISK_CHANGES_OFFSET, changes);
         }
         let used: u16 = read(USED + 2);
@@ -353,4 +355,9 @@ fn chain(at: u64, first: u16, parts: &[(u64, u32, u16)]) {
         let next = first + index as u16 + 1;
         descriptor(at + 16 * index as u64, *address, *length, flags | more, next);
     }
+}
+
+/// What the disk says that its blocks are, in bytes (5.2.4).
+fn block_size(function: &Function) -> u64 {
+    function.config_word(20) & 0xFFFF_FFFF
 }

@@ -105,6 +105,8 @@ pub const DISK_CHANGES_OFFSET: usize = 0x148;
 pub const HOTPLUG_CAME_OFFSET: usize = 0x150;
 /// Header: devices that it has let go, with `hotplug`.
 pub const HOTPLUG_WENT_OFFSET: usize = 0x158;
+/// Header: the disk's block size in bytes, read when its size is.
+pub const DISK_BLOCK_SIZE_OFFSET: usize = 0x160;
 /// Header: the number of the last block that a lane has written.
 #[must_use]
 pub const fn disk_lane_offset(lane: usize) -> usize {

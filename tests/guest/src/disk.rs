@@ -23,7 +23,9 @@ pub struct DiskReport {
     pub interrupts: u64,
     /// Its size in bytes.
     pub bytes: u64,
-    /// How often it said that this has changed, with `disk_irq`.
+    /// Its block size in bytes.
+    pub block_size: u64,
+    /// How often it said that its size has changed, with `disk_irq`.
     pub changes: u64,
     /// Devices that have come, with `hotplug`.
     pub came: u64,
@@ -49,6 +51,7 @@ impl DiskReport {
             flying: word(DISK_FLYING_OFFSET),
             interrupts: word(DISK_INTERRUPTS_OFFSET),
             bytes: word(DISK_BYTES_OFFSET),
+            block_size: word(DISK_BLOCK_SIZE_OFFSET),
             changes: word(DISK_CHANGES_OFFSET),
             came: word(HOTPLUG_CAME_OFFSET),
             went: word(HOTPLUG_WENT_OFFSET),

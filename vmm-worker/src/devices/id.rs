@@ -1,6 +1,7 @@
 //! Names of devices in a saved VM.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// What a device is. The number is its name in the saved state for all time: a number is never used again for another
 /// kind, and the kinds of all devices are listed here so that none is used twice.
@@ -42,6 +43,16 @@ impl DeviceKind {
     pub const CONSOLE: DeviceKind = DeviceKind(16);
     /// A PCI device of the host; the instance is the PCI device number.
     pub const VFIO: DeviceKind = DeviceKind(17);
+
+    /// The versions of its section that this build reads. It writes the newest.
+    #[must_use]
+    pub fn versions(self) -> RangeInclusive<u16> {
+        match self {
+            // 2: with the block size.
+            DeviceKind::BLOCK => 1..=2,
+            _ => 1..=1,
+        }
+    }
 
     /// The name for people; a kind that is not listed here shows as its number only.
     #[must_use]

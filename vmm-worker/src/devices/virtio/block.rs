@@ -95,9 +95,17 @@ pub struct Block {
     block_size: u32,
 }
 
-/// Version 1, in the transport's section.
+/// Version 2, in the transport's section.
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedBlock {
+    sectors: u64,
+    limits: SavedLimits,
+    block_size: u32,
+}
+
+/// Version 1, whose writer was told the same block size as its reader.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedBlock1 {
     sectors: u64,
     limits: SavedLimits,
 }
@@ -203,7 +211,7 @@ impl VirtioDevice for Block {
         let Self {
             disk,
             queues: _,
-            block_size: _,
+            block_size,
         } = self;
         let Disk {
             file: _,
@@ -220,17 +228,54 @@ impl VirtioDevice for Block {
         let saved = SavedBlock {
             sectors: sectors.load(Ordering::SeqCst),
             limits: disk.limits().save(),
+            block_size: *block_size,
         };
         postcard::to_stdvec(&saved).map_err(StateError::Malformed)
     }
 
+    fn load_version(
+        &mut self,
+        version: u16,
+        state: &[u8],
+        features: Option<u64>,
+    ) -> Result<(), StateError> {
+        let saved = if version == 1 {
+            let SavedBlock1 { sectors, limits } = state::parse(state)?;
+            SavedBlock {
+                sectors,
+                limits,
+                block_size: self.block_size,
+            }
+        } else {
+            state::parse(state)?
+        };
+        self.take_over(saved, features)
+    }
+
     fn load(&mut self, state: &[u8], features: Option<u64>) -> Result<(), StateError> {
-        let SavedBlock { sectors, limits } = state::parse(state)?;
+        self.take_over(state::parse(state)?, features)
+    }
+}
+
+impl Block {
+    fn take_over(&mut self, saved: SavedBlock, features: Option<u64>) -> Result<(), StateError> {
+        let SavedBlock {
+            sectors,
+            limits,
+            block_size,
+        } = saved;
         if sectors != self.disk.sectors() {
             return Err(StateError::field(
                 "sectors",
                 sectors,
                 "not the size of this disk",
+            ));
+        }
+        if block_size != self.block_size {
+            return Err(StateError::field(
+                "block_size",
+                block_size,
+                "not what this disk is read and written by",
             ));
         }
         self.disk.limits().load(limits, clock::monotonic_ns())?;

@@ -94,6 +94,20 @@ pub trait VirtioDevice: Send {
     ///
     /// [`StateError::Malformed`] when postcard refuses the type.
     fn save(&self) -> Result<Vec<u8>, StateError>;
+    /// Takes over what `save` said in this version of its section, one of those that [`DeviceKind::versions`] has; as
+    /// [`VirtioDevice::load`].
+    ///
+    /// # Errors
+    ///
+    /// [`StateError`].
+    fn load_version(
+        &mut self,
+        _version: u16,
+        state: &[u8],
+        features: Option<u64>,
+    ) -> Result<(), StateError> {
+        self.load(state, features)
+    }
     /// Takes over what `save` said, which is hostile. `features` are those that the driver has accepted, if it is ready.
     ///
     /// # Errors

@@ -568,17 +568,36 @@ use crate::devices::virtio::buffers::Ram;
 #[test]
 fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
     let (section, ram) = section();
-    let mut other = config();
+    let (mut other, mut coarse) = (config(), config());
     other.bytes *= 2;
+    coarse.block_size = 4096;
     for (config, section, expected) in [
         (other, section.clone(), "sectors"),
+        (coarse, section.clone(), "block_size"),
         (
             config(),
             SavedSection {
-                version: 2,
+                version: 3,
                 ..section.clone()
             },
-            "version 2",
+            "version 3",
+        ),
+        (
+            config(),
+            SavedSection {
+                version: 0,
+                ..section.clone()
+            },
+            "version 0",
+        ),
+        // The layout of one version under another's number.
+        (
+            config(),
+            SavedSection {
+                version: 1,
+                ..section.clone()
+            },
+            "2 bytes too many",
         ),
         (
             config(),
@@ -609,6 +628,24 @@ fn a_disk_of_another_size_and_bytes_that_are_none_are_refused() {
 }
 
 #[test]
+fn the_first_version_of_a_state_is_still_read() {
+    let (mut rig, _) = rig(&config());
+    let mode = StartMode::CprTransfer;
+    rig.transport.park(mode).unwrap();
+    let mut section = rig.transport.save(mode).unwrap();
+    // What the device says is the last of all: its length, 256 sectors, no bucket, no bucket, and blocks of 512 bytes.
+    let at = section.bytes.len() - 7;
+    assert_eq!(section.bytes[at..], [6, 0x80, 2, 0, 0, 0x80, 4]);
+    section.version = 1;
+    section.bytes[at] = 4;
+    section.bytes.truncate(at + 5);
+    let mut new = rig.succeeded_by(disk(&config()).0);
+    new.transport.load(mode, &section).unwrap();
+    section.version = 2;
+    assert!(new.transport.load(mode, &section).is_err());
+}
+
+#[test]
 fn buckets_that_owe_more_than_any_request_costs_are_refused() {
     let limit = Some(RateLimit {
         per_second: 1,
@@ -621,6 +658,7 @@ fn buckets_that_owe_more_than_any_request_costs_are_refused() {
         let saved = SavedBlock {
             sectors: SECTORS,
             limits: SavedLimits::impossible(limits),
+            block_size: 512,
         };
         let state = postcard::to_stdvec(&saved).unwrap();
         assert!(matches!(

@@ -17,11 +17,10 @@ use crate::devices::virtio::F_VERSION_1;
 use crate::devices::virtio::FEATURES_OK;
 use crate::devices::virtio::queue::SavedQueue;
 
-const VERSION: u16 = 1;
 /// Bits of the ISR status.
 const ISR_BITS: u8 = 3;
 
-/// Version 1.
+/// In all versions, of which only `device` makes several.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SavedTransport {
     config: SavedConfigSpace,
@@ -51,7 +50,8 @@ impl Transport {
     }
 
     pub(super) fn section_of(&self, state: &SavedTransport) -> Result<SavedSection, StateError> {
-        state::encode(crate::devices::Device::id(self), VERSION, state)
+        let id = crate::devices::Device::id(self);
+        state::encode(id, *id.kind.versions().end(), state)
     }
 
     pub(super) fn state(&self) -> Result<SavedTransport, StateError> {
@@ -105,6 +105,17 @@ impl Transport {
         })
     }
 
+    fn parse(&self, section: &SavedSection) -> Result<SavedTransport, StateError> {
+        let versions = self.device.identity().kind.versions();
+        if !versions.contains(&section.version) {
+            return Err(StateError::Version {
+                found: section.version,
+                supported: *versions.end(),
+            });
+        }
+        state::parse(&section.bytes)
+    }
+
     pub(super) fn decode(&mut self, section: &SavedSection) -> Result<(), StateError> {
         let SavedTransport {
             config,
@@ -114,7 +125,7 @@ impl Transport {
             needs_reset,
             config_generation,
             device,
-        } = state::decode(section, VERSION)?;
+        } = self.parse(section)?;
         let SavedDriver {
             status,
             device_feature_select,
@@ -180,7 +191,9 @@ impl Transport {
         self.config.load(config)?;
         let control = self.config.word(self.msix_at + 2);
         self.interrupts.msix().load(msix, control)?;
-        self.device.load(&device, ready.then_some(features))?;
+        let accepted = ready.then_some(features);
+        self.device
+            .load_version(section.version, &device, accepted)?;
         self.driver = loaded;
         self.interrupts.set_config_vector(config_vector);
         for (index, vector) in (0..).zip(queue_vectors) {
