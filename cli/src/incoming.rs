@@ -1,15 +1,17 @@
 //! Where a broker is to wait for a guest, in the words of QEMU's `-incoming`: an address, `defer`, a channel as JSON, or a
 //! channel as dotted keys. The last one of each kind of channel wins, as in QEMU.
 
+mod members;
+
 use std::path::Path;
 
 use baton_ipc::Address;
 use baton_ipc::FileAddress;
+use baton_ipc::InetOptions;
 use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
-use serde_json::Value;
-use serde_json::json;
 
+use self::members::Members;
 use crate::failure::failure;
 
 /// Where a guest comes from. `None` waits for `migrate-incoming`.
@@ -71,17 +73,21 @@ fn usage(reason: &str) -> Refusal {
     )
 }
 
+/// Whether it begins with a protocol, as QEMU decides it (`migration/migration.c`, `migrate_is_uri`).
+fn is_uri(text: &str) -> bool {
+    let rest = text.trim_start_matches(|c: char| c.is_ascii_alphabetic() || c == '-');
+    rest.starts_with(':')
+}
+
 fn channel(text: &str) -> Result<(Kind, Place), String> {
     if text == "defer" {
         return Ok((Kind::Main, Place::Defer));
     }
-    let first = text.split([',', '=']).next().unwrap_or_default();
     if text.starts_with('{') {
-        let value = serde_json::from_str(text).map_err(|e| e.to_string())?;
-        return of_json(&value);
+        return of_members(Members::of_json(text)?);
     }
-    if matches!(first, "main" | "cpr" | "channel-type") {
-        return of_json(&dotted(text)?);
+    if !is_uri(text) {
+        return of_members(Members::of_keys(text)?);
     }
     match text.split_once(':') {
         Some(("unix", path)) => Ok((Kind::Main, Place::Socket(unix(path)?))),
@@ -103,37 +109,8 @@ fn channel(text: &str) -> Result<(Kind, Place), String> {
     }
 }
 
-/// `main,addr.transport=socket,…`: keys with dots, the first of them `channel-type` also without its name.
-fn dotted(text: &str) -> Result<Value, String> {
-    let mut channel = json!({"addr": {}});
-    for (index, pair) in text.split(',').enumerate() {
-        let (key, value) = match pair.split_once('=') {
-            Some(pair) => pair,
-            None if index == 0 => ("channel-type", pair),
-            None => return Err(format!("Expected '=' after parameter '{pair}'")),
-        };
-        let (object, key) = match key.strip_prefix("addr.") {
-            Some(key) => (channel.get_mut("addr"), key),
-            None => (Some(&mut channel), key),
-        };
-        if key.contains('.') {
-            return Err(format!("Parameter '{key}' is unexpected"));
-        }
-        if let Some(object) = object.and_then(Value::as_object_mut) {
-            object.insert(key.to_owned(), json!(value));
-        }
-    }
-    Ok(channel)
-}
-
-fn of_json(channel: &Value) -> Result<(Kind, Place), String> {
-    let text = |value: &Value, key: &str| {
-        let found = value.get(key).and_then(Value::as_str);
-        found
-            .map(str::to_owned)
-            .ok_or_else(|| format!("Parameter '{key}' is missing"))
-    };
-    let kind = match text(channel, "channel-type")?.as_str() {
+fn of_members(mut channel: Members) -> Result<(Kind, Place), String> {
+    let kind = match channel.text("channel-type")?.as_str() {
         "main" => Kind::Main,
         "cpr" => Kind::Cpr,
         other => {
@@ -142,38 +119,51 @@ fn of_json(channel: &Value) -> Result<(Kind, Place), String> {
             ));
         }
     };
-    let addr = channel.get("addr").ok_or("Parameter 'addr' is missing")?;
-    let transport = text(addr, "transport")?;
+    let mut addr = channel.object("addr")?;
+    let place = place(kind, &mut addr)?;
+    addr.end()?;
+    channel.end()?;
+    Ok((kind, place))
+}
+
+fn place(kind: Kind, addr: &mut Members) -> Result<Place, String> {
+    let transport = addr.text("transport")?;
+    if (kind, transport.as_str()) == (Kind::Main, "file") {
+        let offset = addr.integer("offset")?.unwrap_or(0);
+        return Ok(Place::File(file(&addr.text("filename")?, offset)?));
+    }
     let bad = match kind {
         Kind::Cpr => "bad cpr channel socket type; must be unix or fd".to_owned(),
         Kind::Main => {
             format!("'{transport}' is not supported by this VMM; use a unix or an inet socket")
         }
     };
-    if (kind, transport.as_str()) == (Kind::Main, "file") {
-        let offset = match addr.get("offset") {
-            None => Ok(0),
-            Some(Value::String(text)) => text.parse().map_err(|_| ()),
-            Some(number) => number.as_u64().ok_or(()),
-        };
-        let offset =
-            offset.map_err(|()| "Invalid parameter type for 'offset', expected: integer")?;
-        return Ok((kind, Place::File(file(&text(addr, "filename")?, offset)?)));
-    }
     if transport != "socket" {
         return Err(bad);
     }
-    let address = match text(addr, "type")?.as_str() {
-        "unix" => unix(&text(addr, "path")?)?,
-        "inet" if kind == Kind::Main => {
-            Address::tcp(&text(addr, "host")?, &text(addr, "port")?).map_err(|e| e.to_string())?
-        }
-        "fd" => format!("fd:{}", text(addr, "str")?)
+    let address = match addr.text("type")?.as_str() {
+        "unix" => unix(&addr.text("path")?)?,
+        "inet" if kind == Kind::Main => inet(addr)?,
+        "fd" => format!("fd:{}", addr.text("str")?)
             .parse()
             .map_err(|e: baton_ipc::AddressError| e.to_string())?,
         _ => return Err(bad),
     };
-    Ok((kind, Place::Socket(address)))
+    Ok(Place::Socket(address))
+}
+
+fn inet(addr: &mut Members) -> Result<Address, String> {
+    let (host, port) = (addr.text("host")?, addr.text("port")?);
+    // Whatever it says, no name is looked up.
+    addr.flag("numeric")?;
+    let options = InetOptions {
+        to: addr.integer("to")?.is_some(),
+        ipv4: addr.flag("ipv4")?,
+        ipv6: addr.flag("ipv6")?,
+        keep_alive: addr.flag("keep-alive")? == Some(true),
+        mptcp: addr.flag("mptcp")? == Some(true),
+    };
+    options.tcp(&host, &port).map_err(|e| e.to_string())
 }
 
 /// A state file by a path that means the same to the broker.
@@ -231,6 +221,14 @@ mod tests {
         };
         assert_eq!(parse(&["defer", DOTTED]).unwrap().unwrap(), deferred);
         assert_eq!(parse(&[DOTTED]).unwrap().unwrap(), deferred);
+        let reversed = "addr.path=/run/c,addr.type=unix,addr.transport=socket,channel-type=cpr";
+        assert_eq!(parse(&[reversed]).unwrap().unwrap(), deferred);
+        let comma = "cpr,addr.transport=socket,addr.type=unix,addr.path=/run/a,,b";
+        let commas = Incoming::Broker {
+            cpr: Address::Unix("/run/a,b".into()),
+            main: None,
+        };
+        assert_eq!(parse(&[comma]).unwrap().unwrap(), commas);
         let fd = "cpr,addr.transport=socket,addr.type=fd,addr.str=5";
         let inherited = Incoming::Broker {
             cpr: Address::Fd(5),
@@ -250,6 +248,7 @@ mod tests {
             "tcp:localhost:4444",
             "tcp:127.0.0.1:4444",
             "main,addr.transport=socket,addr.type=inet,addr.host=localhost,addr.port=4444",
+            "main,addr.transport=socket,addr.type=inet,addr.host=localhost,addr.port=4444,addr.ipv4=on,addr.numeric=no,addr.mptcp=off",
             r#"{"channel-type":"main","addr":{"transport":"socket","type":"inet","host":"127.0.0.1","port":"4444"}}"#,
         ] {
             assert_eq!(parse(&[main, DOTTED]).unwrap().unwrap(), expected);
@@ -285,12 +284,47 @@ mod tests {
             (&["tcp:localhost:0"], "port 0"),
             (&["tcp:example.org:1"], "no name is looked up"),
             (&["rdma:h:1"], "'rdma' is not supported"),
-            (&["/run/m"], "unknown migration protocol"),
+            (&["fly:m"], "unknown migration protocol"),
+            (&["/run/m"], "does not accept value '/run/m'"),
             (
                 &["cpr,addr.transport=socket,addr.type=inet,addr.host=h,addr.port=1"],
                 "bad cpr channel socket type; must be unix",
             ),
-            (&["cpr"], "'transport' is missing"),
+            (&["cpr"], "'addr' is missing"),
+            (
+                &["cpr,addr.transport=socket,addr.type=unix,addr.path=/c,x=1"],
+                "Parameter 'x' is unexpected",
+            ),
+            (
+                &["cpr,addr.transport=socket,addr.type=unix,addr.path=/c,addr.host=h"],
+                "Parameter 'addr.host' is unexpected",
+            ),
+            (
+                &[
+                    r#"{"channel-type":"cpr","y":2,"addr":{"transport":"socket","type":"unix","path":"/c"}}"#,
+                ],
+                "Parameter 'y' is unexpected",
+            ),
+            (
+                &[
+                    r#"{"channel-type":"cpr","addr":{"transport":"socket","type":"unix","path":"/c","x":1}}"#,
+                ],
+                "Parameter 'addr.x' is unexpected",
+            ),
+            (
+                &["main,addr.transport=socket,addr.type=inet,addr.host=::1,addr.port=1,addr.to=4"],
+                "'to' is not supported",
+            ),
+            (
+                &[
+                    "main,addr.transport=socket,addr.type=inet,addr.host=::1,addr.port=1,addr.ipv6=off",
+                ],
+                "::1 is no IPv4 address",
+            ),
+            (
+                &["main,addr.transport=file,addr.filename=/f,addr.offset=x"],
+                "Parameter 'addr.offset' expects an integer",
+            ),
             (&["{"], "EOF"),
             (
                 &["channel-type=x,addr.transport=socket"],

@@ -39,6 +39,27 @@ pub enum AddressError {
         "{0:?} is no port: 1 to 65535 (port 0, which stands for any, says nothing to the other side)"
     )]
     Port(String),
+    /// Something that is said of a port, and not done here.
+    #[error("'{option}' is not supported by this VMM: {remedy}")]
+    Option {
+        /// What it is called.
+        option: &'static str,
+        /// What to do instead.
+        remedy: &'static str,
+    },
+    /// No family is left (QEMU, `util/qemu-sockets.c`).
+    #[error("Cannot disable IPv4 and IPv6 at same time")]
+    NoFamily,
+    /// A host of another family than the one that may be used.
+    #[error(
+        "{host} is no {family} address, which 'ipv4' and 'ipv6' ask for: leave them out, or name another host"
+    )]
+    Family {
+        /// The host.
+        host: IpAddr,
+        /// The family.
+        family: &'static str,
+    },
     /// A path that no socket has.
     #[error("a Unix socket's path has 1 to {MAX_PATH} bytes and no NUL; {0:?} has {length}", length = .0.len())]
     Path(String),

@@ -14,6 +14,7 @@ mod cpu_feature;
 pub mod descriptor;
 #[cfg(feature = "fail-points")]
 mod fail_point;
+mod inet;
 mod registry;
 mod socket;
 mod start_mode;
@@ -45,6 +46,7 @@ pub use fail_point::FailAction;
 pub use fail_point::FailPoint;
 #[cfg(feature = "fail-points")]
 pub use fail_point::FailSite;
+pub use inet::InetOptions;
 pub use registry::Registry;
 pub use registry::RegistryError;
 pub use socket::FdSocket;

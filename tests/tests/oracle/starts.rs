@@ -14,7 +14,8 @@ use crate::cases::Here;
 use crate::qemu::Qemu;
 use crate::qemu::SMALL;
 
-/// A cpr channel as `-incoming` names it, beside `-incoming defer`. `$fd` is the number of an inherited descriptor that listens.
+/// A cpr channel as `-incoming` names it, beside `-incoming defer`. `$fd` is the number of an inherited descriptor that listens,
+/// `$dir` a directory.
 pub(crate) struct Start {
     pub(crate) name: &'static str,
     pub(crate) cpr: &'static str,
@@ -34,6 +35,14 @@ const fn differs(
     }
 }
 
+const fn same(name: &'static str, cpr: &'static str) -> Start {
+    Start {
+        name,
+        cpr,
+        here: None,
+    }
+}
+
 pub(crate) const STARTS: &[Start] = &[
     differs(
         "wait at a cpr channel that is no unix socket",
@@ -47,11 +56,30 @@ pub(crate) const STARTS: &[Start] = &[
         "waits",
         "QEMU can from 10.1 on",
     ),
-    Start {
-        name: "wait at a channel of no known type",
-        cpr: r#"{"channel-type": "x", "addr": {}}"#,
-        here: None,
-    },
+    same(
+        "wait at a channel of no known type",
+        r#"{"channel-type": "x", "addr": {}}"#,
+    ),
+    same(
+        "wait at a channel with a key that nobody knows",
+        "cpr,addr.transport=socket,addr.type=unix,addr.path=$dir/c,x=1",
+    ),
+    same(
+        "wait at an address with a key that nobody knows",
+        "cpr,addr.transport=socket,addr.type=unix,addr.path=$dir/c,addr.host=h",
+    ),
+    same(
+        "wait at an address with a member that nobody knows",
+        r#"{"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": "$dir/c", "x": 1}}"#,
+    ),
+    same(
+        "wait at an address with a key that has no value",
+        "cpr,addr.transport=socket,addr.type=unix,addr.path",
+    ),
+    same(
+        "wait at a path with a comma",
+        "cpr,addr.transport=socket,addr.type=unix,addr.path=$dir/c,,d",
+    ),
 ];
 
 /// With a descriptor that a program inherits which is started meanwhile.
@@ -63,7 +91,9 @@ fn with_descriptor<T>(start: &Start, dir: &Path, f: impl FnOnce(&str) -> T) -> T
     )
     .unwrap();
     rustix::net::listen(&listener, 1).unwrap();
-    f(&start.cpr.replace("$fd", &listener.as_raw_fd().to_string()))
+    let number = listener.as_raw_fd().to_string();
+    let cpr = start.cpr.replace("$fd", &number);
+    f(&cpr.replace("$dir", &dir.display().to_string()))
 }
 
 /// What is said last, without who says it of what.

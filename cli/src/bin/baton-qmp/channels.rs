@@ -2,6 +2,7 @@
 
 use baton_ipc::Address;
 use baton_ipc::FileAddress;
+use baton_ipc::InetOptions;
 use serde_json::Value;
 
 use crate::failure::Failure;
@@ -93,7 +94,15 @@ fn inet(addr: &Value) -> Option<Result<Address, Failure>> {
     let text = |key: &str| addr.get(key).and_then(Value::as_str);
     match (text("transport"), text("type"), text("host"), text("port")) {
         (Some("socket"), Some("inet"), Some(host), Some(port)) => {
-            Some(Address::tcp(host, port).map_err(Failure::generic))
+            let flag = |key: &str| addr.get(key).and_then(Value::as_bool);
+            let options = InetOptions {
+                to: addr.get("to").is_some(),
+                ipv4: flag("ipv4"),
+                ipv6: flag("ipv6"),
+                keep_alive: flag("keep-alive") == Some(true),
+                mptcp: flag("mptcp") == Some(true),
+            };
+            Some(options.tcp(host, port).map_err(Failure::generic))
         }
         _ => None,
     }

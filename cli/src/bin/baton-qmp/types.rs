@@ -666,7 +666,32 @@ object!(
     INET_ADDRESS,
     "InetSocketAddress",
     "A TCP address.",
-    [member("host", Str, "Host."), member("port", Str, "Port."),]
+    [
+        member(
+            "host",
+            Str,
+            "An IP address in digits, or `localhost`, which is 127.0.0.1."
+        ),
+        member("port", Str, "1 to 65535."),
+        optional("numeric", Bool, "Of no effect: no name is looked up."),
+        optional("to", Int, "Refused: the last port of a range to listen in."),
+        optional(
+            "ipv4",
+            Bool,
+            "IPv4 may be used; if IPv6 may not is all that is said, yes."
+        ),
+        optional("ipv6", Bool, "IPv6 may be used; likewise."),
+        optional(
+            "keep-alive",
+            Bool,
+            "`true` is refused: each step of a transfer has a deadline."
+        ),
+        optional(
+            "mptcp",
+            Bool,
+            "`true` is refused: the connection is plain TCP."
+        ),
+    ]
 );
 object!(
     UNIX_ADDRESS,
