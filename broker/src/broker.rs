@@ -327,6 +327,7 @@ impl Broker {
         self.advance_vsock();
         self.advance_balloon();
         self.advance_devices();
+        self.clients.begin_turn();
         self.clients.accept(&self.rules.policy);
         self.advance_front();
         while let Some(asked) = self.clients.hear(self.state, &self.rules.policy) {

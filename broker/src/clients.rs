@@ -44,6 +44,12 @@ use crate::refusal::unfit;
 
 /// The most clients at once; one more is turned away.
 const MAX_CLIENTS: usize = 32;
+/// How many of them may be neither root's nor the broker's own user's: those two always find room.
+const MAX_OTHERS: usize = 24;
+/// How many may be one user's that is neither.
+const MAX_OF_ONE: usize = 8;
+/// How many of those who wait at the door are looked at before everybody else is looked after again.
+const ARRIVALS: usize = 16;
 /// The control connections of one QMP client: for what it asks, and for what it asks out of band.
 const QMP_CONNECTIONS: usize = 2;
 
@@ -152,6 +158,8 @@ pub(crate) struct Client {
     pub(crate) subscribed: bool,
     /// The QMP front speaks for it.
     qmp: bool,
+    /// A message of its was taken since [`Clients::begin_turn`].
+    heard: bool,
     channel: Channel<Reply, Request>,
 }
 
@@ -224,14 +232,21 @@ impl Clients {
         self.rest_until
     }
 
-    /// Takes everybody who waits at the door.
+    /// Begins a turn of the loop: each client is heard once in it, so that none keeps the broker from what else it has to do.
+    pub(crate) fn begin_turn(&mut self) {
+        for client in &mut self.clients {
+            client.heard = false;
+        }
+    }
+
+    /// Takes those who wait at the door, up to a bound: the others have a turn of their own.
     pub(crate) fn accept(&mut self, policy: &Policy) {
         if self.rest_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
         self.rest_until = None;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        loop {
+        for _ in 0..ARRIVALS {
             let socket = match rustix::net::accept_with(&self.listener, flags) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN) => return,
@@ -250,13 +265,21 @@ impl Clients {
             let known = rights
                 .into_iter()
                 .any(|right| may(policy, right, user, &groups));
-            let direct = self.clients.iter().filter(|client| !client.qmp).count();
-            if !known || direct >= MAX_CLIENTS {
+            if !known || !self.has_room_for(user) {
                 continue;
             }
             let actor = actor(&socket, &peer);
             self.greet(FdSocket::from(socket), actor, groups, false);
         }
+    }
+
+    /// Whether one more connection of this user's is taken.
+    fn has_room_for(&self, user: u32) -> bool {
+        let direct = || self.clients.iter().filter(|client| !client.qmp);
+        let others = || direct().filter(|client| !is_owner(client.actor.uid));
+        let of_user = || others().filter(|client| client.actor.uid == user);
+        direct().count() < MAX_CLIENTS
+            && (is_owner(user) || (others().count() < MAX_OTHERS && of_user().count() < MAX_OF_ONE))
     }
 
     /// Takes the connections that the QMP front has for one of its clients.
@@ -282,6 +305,7 @@ impl Clients {
                 since: Instant::now(),
                 subscribed: false,
                 qmp,
+                heard: false,
                 channel,
             });
         }
@@ -312,10 +336,15 @@ impl Clients {
         }
     }
 
-    /// The next request that is permitted in this state, and all others answered or turned away.
+    /// The next request that is permitted in this state, and all others answered or turned away: one message of each client in
+    /// a turn.
     pub(crate) fn hear(&mut self, state: VmState, policy: &Policy) -> Option<Asked> {
         let mut index = 0;
         while let Some(client) = self.clients.get_mut(index) {
+            if std::mem::replace(&mut client.heard, true) {
+                index += 1;
+                continue;
+            }
             match client.channel.receive() {
                 Ok(Received::Empty) => index += 1,
                 // One request at a time: who asks again before the answer is sent away, but may cancel.
@@ -358,9 +387,9 @@ impl Clients {
         None
     }
 
-    /// Who asks for the upgrade to be cancelled and may: a look between the steps of a pause, when nothing else is heard.
+    /// Who asks for the upgrade to be cancelled and may: a look between the steps of a pause, when nothing else is heard and
+    /// nobody let in, so that no number of those who come lengthens it.
     pub(crate) fn cancels(&mut self, policy: &Policy) -> Option<u64> {
-        self.accept(policy);
         let client = self.clients.iter_mut().find(|client| {
             client.channel.peek() == Some(Request::Cancel)
                 && EITHER
@@ -435,9 +464,12 @@ impl Clients {
 
 /// Whether somebody may ask for what takes this right. Root could anyway, and the broker's user is the broker.
 fn may(policy: &Policy, right: Right, user: u32, groups: &[u32]) -> bool {
-    user == 0
-        || user == rustix::process::geteuid().as_raw()
-        || policy.access.permits(right, user, groups)
+    is_owner(user) || policy.access.permits(right, user, groups)
+}
+
+/// Whether this is root or the broker's own user.
+fn is_owner(user: u32) -> bool {
+    user == 0 || user == rustix::process::geteuid().as_raw()
 }
 
 /// The right that a client lacks for a request: one of its row's, and one for what it approves of.
@@ -547,3 +579,6 @@ fn admit(
         },
     ))
 }
+
+#[cfg(test)]
+mod tests;
