@@ -5,6 +5,7 @@ pub(crate) mod console;
 pub(crate) mod disks;
 pub(crate) mod granted_socket;
 pub(crate) mod hotplug;
+pub(crate) mod io_limits;
 pub(crate) mod netdevs;
 pub(crate) mod nodes;
 pub(crate) mod planned;

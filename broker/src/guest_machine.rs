@@ -114,6 +114,9 @@ pub(crate) fn check(
     registry: &Registry,
     machine: &GuestMachine,
 ) -> Result<()> {
+    for device in &machine.virtio {
+        crate::devices::io_limits::check(policy, device)?;
+    }
     let wanted = wanted(machine)?;
     for (key, kind) in &wanted {
         registry

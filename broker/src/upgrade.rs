@@ -255,6 +255,9 @@ impl Broker {
             StartMode::CprTransfer,
             &rules.compiled,
         )?;
+        for device in &config.virtio {
+            crate::devices::io_limits::check(&rules.policy, device)?;
+        }
         self.log.write_synced_by("upgrade-begin", asked_by, &json!({
             "generation": config.generation, "worker": binary.digest.to_string(), "signed_by": binary.signed_by, "policy_digest": rules.policy.digest.to_string(),
             "dry_run": dry_run, "widens": widening.words(), "approved": widening.approved.as_ref().map(|one| &one.why),

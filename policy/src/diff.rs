@@ -266,6 +266,9 @@ impl Changes {
         ] {
             self.limit("cgroup", what, Some(before), Some(after));
         }
+        for ((what, before), (_, after)) in old.io.limits().into_iter().zip(new.io.limits()) {
+            self.limit("io", what, Some(before), Some(after));
+        }
         let (before, after) = (old.capabilities, new.capabilities);
         if !after.without(before).is_empty() {
             self.add(

@@ -229,6 +229,7 @@ impl Policy {
                 "Its cgroup: memory, {} bytes beyond guest RAM; processors, {} beyond one per vCPU.",
                 self.cgroup.memory_headroom, self.cgroup.cpu_headroom
             ),
+            self.io_sentence(),
             format!("Its limits: {}.", limits.join(", ")),
             format!("Capabilities that it keeps: {}.", self.capabilities),
             format!(

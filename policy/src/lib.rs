@@ -28,6 +28,7 @@ pub mod disasm;
 pub mod dump;
 pub mod exercise;
 pub mod explain;
+pub mod io;
 pub mod judge;
 pub mod kernel;
 pub mod landlock;

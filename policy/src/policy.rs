@@ -54,6 +54,8 @@ pub struct Policy {
     pub threads: Threads,
     /// Limits of the VM's cgroup.
     pub cgroup: crate::cgroup::CgroupPolicy,
+    /// What a VM may cost its host's disks and network.
+    pub io: crate::io::IoPolicy,
     /// Resource limits, without the number of tasks (see [`Policy::rlimits`]).
     pub rlimits: Rlimits,
     /// Capabilities that a worker keeps.

@@ -359,6 +359,11 @@ fn every_table_is_compared() {
             "memory_headroom = \"unlimited\"".into(),
             "cgroup",
         ),
+        (
+            "console_file = 67_108_864",
+            "console_file = \"unlimited\"".into(),
+            "io",
+        ),
         ("core = 0 ", "core = 1 ".into(), "rlimits"),
         ("core = 0 ", "core = \"unlimited\" ".into(), "rlimits"),
         (

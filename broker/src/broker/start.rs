@@ -132,7 +132,7 @@ impl Broker {
         for (port, kind) in Port::of(&vm) {
             resources::check_console(port, kind, &rules.policy, &mut log)?;
             if let Some(incoming) = &mut incoming {
-                incoming.open_console(port, kind)?;
+                incoming.open_console(port, kind, &rules.policy)?;
             }
         }
         // First, because it takes its time by itself: a refusal of what follows ends it again.
@@ -151,7 +151,7 @@ impl Broker {
         if incoming.is_none() {
             resources = resources::open(&vm, &rules.policy, &mut log, options.restore.is_some())?;
             for (port, kind) in Port::of(&vm) {
-                let (opened, end) = Console::open(port, kind, directory.path())?;
+                let (opened, end) = Console::open(port, kind, directory.path(), &rules.policy)?;
                 let key = DescriptorKey::new(descriptor::CONSOLE, port.id())
                     .doing("cannot name a descriptor")?;
                 let found = Description::of(DescriptorKind::Stream, end.as_fd())

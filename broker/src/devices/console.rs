@@ -4,6 +4,7 @@
 //! and a guest that floods its console harms only itself: every buffer is bounded, and a listener that does not read is
 //! dropped.
 
+pub(crate) mod file;
 pub(crate) mod handover;
 
 use std::collections::VecDeque;
@@ -20,14 +21,15 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use baton_ipc::descriptor;
+use baton_policy::Policy;
 use rustix::event::PollFlags;
 use rustix::fs::OFlags;
 use rustix::pty::OpenptFlags;
 
+use crate::devices::console::file::ConsoleFile;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::busy;
-use crate::refusal::unfit;
 use crate::vm_file::Console as Kind;
 use crate::vm_file::VmFile;
 
@@ -100,7 +102,7 @@ pub(crate) struct Console {
     port: Port,
     /// The broker's end of the stream whose other end the workers hold.
     guest: UnixStream,
-    file: Option<File>,
+    file: Option<ConsoleFile>,
     listeners: Vec<Listener>,
     scrollback: VecDeque<u8>,
     /// Typed, and not yet taken by the worker.
@@ -109,7 +111,12 @@ pub(crate) struct Console {
 
 impl Console {
     /// Makes the console, and the end of it that is for the worker.
-    pub(crate) fn open(port: Port, kind: &Kind, directory: &Path) -> Result<(Self, OwnedFd)> {
+    pub(crate) fn open(
+        port: Port,
+        kind: &Kind,
+        directory: &Path,
+        policy: &Policy,
+    ) -> Result<(Self, OwnedFd)> {
         let (guest, worker) = UnixStream::pair().doing("cannot make the console")?;
         for end in [&guest, &worker] {
             // Final flags: the workers share the open file, so none of them may set any.
@@ -125,7 +132,9 @@ impl Console {
         };
         match kind {
             Kind::Socket | Kind::Stdio => {}
-            Kind::File { path } => console.file = Some(open_file(port, path)?),
+            Kind::File { path } => {
+                console.file = Some(ConsoleFile::open(port, path, policy.io.console_file)?)
+            }
             Kind::Pty => {
                 let (master, terminal) = open_pty(&directory.join(port.link()))?;
                 console.listeners.push(Listener {
@@ -216,8 +225,7 @@ impl Console {
 
     fn spread(&mut self, bytes: &[u8]) {
         if let Some(file) = &mut self.file {
-            // A full disk costs the guest its log, and nothing else.
-            let _ = file.write_all(bytes);
+            file.append(bytes);
         }
         self.scrollback.extend(bytes);
         let excess = self.scrollback.len().saturating_sub(SCROLLBACK);
@@ -252,28 +260,6 @@ fn drain_into(queue: &mut VecDeque<u8>, to: &mut impl Write) {
     }
 }
 
-pub(crate) fn open_file(port: Port, path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .custom_flags(
-            i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits())
-                .unwrap_or(0),
-        )
-        .open(path)
-        .and_then(|file| match file.metadata()?.is_file() {
-            true => Ok(file),
-            false => Err(std::io::Error::other("not a regular file")),
-        })
-        .map_err(|e| {
-            unfit(
-                format_args!("cannot open {}.path {}: {e}", port.table(), path.display()),
-                "it has to be a file that this user may write, and no symbolic link",
-            )
-        })
-}
-
 fn open_pty(link: &Path) -> Result<(File, OwnedFd)> {
     let failed = "cannot make the console's terminal";
     let master =
@@ -303,7 +289,10 @@ mod tests {
     use super::*;
 
     fn console() -> (Console, UnixStream) {
-        let (console, worker) = Console::open(Port::Serial, &Kind::Socket, Path::new("/")).unwrap();
+        let (console, worker) = {
+            let policy = Policy::builtin().unwrap();
+            Console::open(Port::Serial, &Kind::Socket, Path::new("/"), &policy).unwrap()
+        };
         (console, UnixStream::from(worker))
     }
 

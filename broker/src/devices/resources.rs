@@ -34,6 +34,7 @@ use serde_json::json;
 use crate::devices::console::Port;
 use crate::devices::disks;
 use crate::devices::disks::OpenDisk;
+use crate::devices::io_limits;
 use crate::devices::ram_file;
 use crate::devices::taps;
 use crate::devices::taps::OpenTap;
@@ -311,6 +312,7 @@ impl<'a> Opening<'a> {
     /// Makes what the guest notifies a device by.
     pub(crate) fn plug(&mut self, slot: u8, device: VirtioKind) -> Result<VirtioConfig> {
         let config = VirtioConfig { slot, device };
+        io_limits::check(self.policy, &config)?;
         for queue in 0..config.device.queues() {
             self.save(
                 descriptor::KICK,

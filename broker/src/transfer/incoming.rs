@@ -12,7 +12,6 @@ mod arrival;
 mod build;
 mod verdict;
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -37,11 +36,12 @@ use baton_ipc::transfer::Offer;
 use baton_ipc::transfer::ToNew;
 use baton_ipc::transfer::ToOld;
 use baton_ipc::worker::MAX_SLOTS;
+use baton_policy::Policy;
 
 use crate::broker::Broker;
 use crate::devices::console::Console;
 use crate::devices::console::Port;
-use crate::devices::console::open_file;
+use crate::devices::console::file::ConsoleFile;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::refusal;
@@ -121,7 +121,7 @@ pub(crate) struct Incoming {
     /// Where programs of the host reach its vsock.
     vsock: Option<OwnedFd>,
     /// The files that they are copied to.
-    files: Vec<Option<File>>,
+    files: Vec<Option<ConsoleFile>>,
     paused: bool,
     /// The old broker was told that this one ends.
     withdrawn: bool,
@@ -156,9 +156,16 @@ impl Incoming {
     }
 
     /// Opens the file that the next console is to go to, if it is to go to one, while this broker still may.
-    pub(crate) fn open_console(&mut self, port: Port, kind: &vm_file::Console) -> Result<()> {
+    pub(crate) fn open_console(
+        &mut self,
+        port: Port,
+        kind: &vm_file::Console,
+        policy: &Policy,
+    ) -> Result<()> {
         self.files.push(match kind {
-            vm_file::Console::File { path } => Some(open_file(port, path)?),
+            vm_file::Console::File { path } => {
+                Some(ConsoleFile::open(port, path, policy.io.console_file)?)
+            }
             _ => None,
         });
         Ok(())

@@ -27,6 +27,7 @@ pub(super) struct File {
     pub(super) namespaces: FileNamespaces,
     pub(super) threads: FileThreads,
     pub(super) cgroup: Option<FileCgroup>,
+    pub(super) io: Option<FileIo>,
     pub(super) rlimits: BTreeMap<Resource, Spanned<FileLimit>>,
     pub(super) capabilities: FileCapabilities,
     pub(super) landlock: FileLandlock,
@@ -104,6 +105,16 @@ pub(super) struct FileThreads {
 pub(super) struct FileCgroup {
     pub(super) memory_headroom: Spanned<FileLimit>,
     pub(super) cpu_headroom: Spanned<FileLimit>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileIo {
+    pub(super) console_file: Spanned<FileLimit>,
+    pub(super) disk_bytes: Spanned<FileLimit>,
+    pub(super) disk_operations: Spanned<FileLimit>,
+    pub(super) net_bytes: Spanned<FileLimit>,
+    pub(super) net_operations: Spanned<FileLimit>,
 }
 
 #[derive(Deserialize)]

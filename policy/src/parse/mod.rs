@@ -19,7 +19,8 @@ use toml::Spanned;
 pub use error::{Place, PolicyError, Problem};
 pub(crate) use file::OwnTopic;
 use file::{
-    File, FileAccess, FileApproval, FileGrant, FileIds, FileKey, FileLimit, FileRole, FileWorkers,
+    File, FileAccess, FileApproval, FileGrant, FileIds, FileIo, FileKey, FileLimit, FileRole,
+    FileWorkers,
 };
 use source::{Source, one_line};
 
@@ -28,6 +29,7 @@ use crate::capabilities::Capabilities;
 use crate::cgroup::CgroupPolicy;
 use crate::descriptors::{Grant, Kind, PathPattern};
 use crate::digest::{Digest, DigestError};
+use crate::io::{IoPolicy, MIN_CONSOLE_FILE};
 use crate::landlock;
 use crate::policy::{
     Approval, Ids, LandlockPolicy, Policy, Refusal, Role, RolePolicy, Rule, SCHEMA, Threads,
@@ -98,6 +100,7 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
             },
             None => CgroupPolicy::default(),
         },
+        io: io(&source, file.io.as_ref())?,
         rlimits: rlimits(&source, file.rlimits)?,
         capabilities: capabilities(&source, &file.capabilities.keep)?,
         landlock: floor(&source, &file.landlock.floor_abi)?,
@@ -226,6 +229,25 @@ fn limit(source: &Source<'_>, value: &Spanned<FileLimit>) -> Result<Limit, Polic
         FileLimit::Word(word) if word == "unlimited" => Ok(Limit::Unlimited),
         FileLimit::Word(word) => Err(bad(word.clone())),
     }
+}
+
+fn io(source: &Source<'_>, file: Option<&FileIo>) -> Result<IoPolicy, PolicyError> {
+    let Some(file) = file else {
+        return Ok(IoPolicy::default());
+    };
+    let console_file = limit(source, &file.console_file)?;
+    if console_file < Limit::At(MIN_CONSOLE_FILE) {
+        let text =
+            format!("{console_file}; a console's file has {MIN_CONSOLE_FILE} bytes at least");
+        return Err(source.error(file.console_file.span(), Problem::BadLimit(text)));
+    }
+    Ok(IoPolicy {
+        console_file,
+        disk_bytes: limit(source, &file.disk_bytes)?,
+        disk_operations: limit(source, &file.disk_operations)?,
+        net_bytes: limit(source, &file.net_bytes)?,
+        net_operations: limit(source, &file.net_operations)?,
+    })
 }
 
 fn capabilities(

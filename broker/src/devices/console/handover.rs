@@ -19,6 +19,7 @@ use super::MAX_BEHIND;
 use super::MAX_LISTENERS;
 use super::Port;
 use super::SCROLLBACK;
+use super::file::ConsoleFile;
 use crate::refusal::Doing;
 use crate::refusal::Result;
 use crate::refusal::unfit;
@@ -52,7 +53,7 @@ impl Console {
     }
 
     /// A console of this end of a stream, copied to this file.
-    pub(crate) fn resume(port: Port, guest: OwnedFd, file: Option<File>) -> Result<Self> {
+    pub(crate) fn resume(port: Port, guest: OwnedFd, file: Option<ConsoleFile>) -> Result<Self> {
         let kind = rustix::net::sockopt::socket_type(&guest).ok();
         let domain = rustix::net::sockopt::socket_domain(&guest).ok();
         if kind != Some(SocketType::STREAM) || domain != Some(AddressFamily::UNIX) {
