@@ -2,7 +2,7 @@
 //! broker behind it answers whatever it is asked.
 //!
 //! What is promised: no panic, every answer is one JSON object in a line, and what is kept for the client is bounded. Input: the
-//! bytes; the last one says in which pieces they come.
+//! bytes; the last one says in which pieces they come, and how the VM is.
 #![no_main]
 #![allow(dead_code, reason = "the front's modules are taken as they are, without its `main`")]
 
@@ -48,6 +48,8 @@ use baton_ipc::control::Exit;
 use baton_ipc::control::Refusal;
 use baton_ipc::control::Reply;
 use baton_ipc::control::Request;
+use baton_ipc::control::VmState;
+use baton_ipc::control::VmStatus;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 
@@ -58,6 +60,14 @@ fuzz_target!(|data: &[u8]| {
     let Some((&piece, bytes)) = data.split_last() else {
         return;
     };
+    let states = [
+        VmState::Running,
+        VmState::Paused,
+        VmState::Incoming,
+        VmState::Postmigrate,
+    ];
+    let state = states[usize::from(piece >> 6)];
+    let piece = piece & 63;
     let (mut client, stream) = UnixStream::pair().unwrap();
     stream.set_nonblocking(true).unwrap();
     client.set_nonblocking(true).unwrap();
@@ -79,7 +89,7 @@ fuzz_target!(|data: &[u8]| {
             for broker in &mut brokers {
                 while let Ok(Received::Message(request, _)) = broker.receive() {
                     asked = true;
-                    let _ = broker.send(&answer(&request));
+                    let _ = broker.send(&answer(&request, state));
                 }
             }
             session.take_replies();
@@ -102,9 +112,43 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
+/// A VM in some state: commands go on by that.
+fn status(state: VmState) -> VmStatus {
+    VmStatus {
+        name: "vm".into(),
+        id: "0123456789abcdef0123456789abcdef".into(),
+        state,
+        broker_pid: 1,
+        worker_pid: 2,
+        worker_answers: true,
+        generation: 1,
+        worker_digest: String::new(),
+        worker_build: String::new(),
+        uptime_s: 1,
+        ram_bytes: 64 << 20,
+        cpus: 1,
+        paused: state == VmState::Paused,
+        disks: Vec::new(),
+        vcpu_threads: vec![3],
+        tsc_khz: 1,
+        console_dropped: 0,
+        last_upgrade: None,
+        last_cancelled: false,
+        vm_file: "/vm.toml".into(),
+        balloon: Some(64 << 20),
+        vhost_user: Vec::new(),
+        vfio: Vec::new(),
+        awaits: None,
+        netdevs: Vec::new(),
+        blocks_transfer: vec!["a reason".into()],
+        blocks_save: vec!["another".into()],
+    }
+}
+
 /// A broker's answer: of the shape that the request has, or a refusal.
-fn answer(request: &Request) -> Reply {
+fn answer(request: &Request, state: VmState) -> Reply {
     match request {
+        Request::Status => Reply::Status(Box::new(status(state))),
         Request::Pause | Request::Resume | Request::Cancel | Request::BeginUpgrade { .. } => {
             Reply::Done
         }
