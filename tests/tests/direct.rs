@@ -1,5 +1,10 @@
 //! A disk with direct I/O has the blocks that its host needs, as long as its guest lives.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test that cannot do its work fails"
+)]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
