@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::kill_process;
+use baton_tests::transfer::channel;
 use baton_tests::until;
 use serde_json::Value;
 use serde_json::json;
@@ -169,6 +170,10 @@ fn migrate_is_refused_in_qemus_words() {
     let vm = Builder::release().start();
     let mut qmp = Qmp::connect(&vm);
     let channel = |kind: &str| json!({"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": "x.sock"}});
+    let elsewhere = |kind: &str, addr: Value| json!({"channel-type": kind, "addr": addr});
+    let to_file = json!({"transport": "file", "filename": "/x", "offset": 0});
+    let to_port =
+        json!({"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "44444"});
     let neither = "need either 'uri' or 'channels' argument";
     assert_eq!(qmp.refused("migrate", json!({})), neither);
     let bogus = "Parameter 'mode' does not accept value 'bogus'";
@@ -204,11 +209,25 @@ fn migrate_is_refused_in_qemus_words() {
             "Channel list has more than one cpr entry",
         ),
         (
+            json!({"channels": [elsewhere("main", to_file), channel("cpr")]}),
+            "Migration requires streamable transport (eg unix)",
+        ),
+        (
+            json!({"channels": [channel("main"), elsewhere("cpr", to_port)]}),
+            "bad cpr channel address; must be unix",
+        ),
+        (
             json!({"resume": true}),
+            "Cannot resume if there is no paused migration",
+        ),
+        (
+            json!({"channels": [channel("main"), channel("cpr")], "resume": true}),
             "Cannot resume if there is no paused migration",
         ),
     ] {
         assert_eq!(qmp.refused("migrate", arguments), text);
+        // Nothing has begun, and so nothing has failed.
+        assert_eq!(qmp.returns("query-migrate", json!({})), json!({}));
     }
     for (capability, text) in [
         ("postcopy-ram", "Cannot use postcopy with CPR"),
@@ -233,8 +252,12 @@ fn migrate_is_refused_in_qemus_words() {
         incoming,
         "'-incoming' was not specified on the command line"
     );
-    // All of it cost the guest nothing, and the next one succeeds.
+    // All of it cost the guest nothing, and the next one succeeds, with what is of no effect.
     assert_eq!(qmp.event_names(), [""; 0]);
+    for capability in ["multifd", "return-path", "x-ignore-shared"] {
+        let switch = json!({"capabilities": [{"capability": capability, "state": true}]});
+        qmp.done("migrate-set-capabilities", switch);
+    }
     qmp.migrate();
     assert_eq!(qmp.migrated()["status"], "completed");
 }
@@ -284,8 +307,9 @@ fn an_upgrade_waits_before_its_pause_is_continued_or_cancelled_and_retried() {
     let vm = Builder::release().start();
     let mut qmp = Qmp::connect(&vm);
     let guest = vm.witness();
-    let switch =
-        json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]});
+    let on = |name: &str| json!({"capability": name, "state": true});
+    let all = ["pause-before-switchover", "return-path", "multifd"];
+    let switch = json!({"capabilities": all.map(on)});
     qmp.done("migrate-set-capabilities", switch.clone());
     let before = qmp.refused("migrate-continue", json!({"state": "pre-switchover"}));
     assert_eq!(before, "Migration not in expected state: none");
@@ -302,6 +326,12 @@ fn an_upgrade_waits_before_its_pause_is_continued_or_cancelled_and_retried() {
     qmp.done("migrate-set-parameters", json!({"mode": "cpr-transfer"}));
     assert_eq!(qmp.refused("migrate", json!({})), in_progress);
     assert_eq!(qmp.refused("migrate-set-capabilities", switch), in_progress);
+    let stopped = qmp.refused("stop", json!({}));
+    assert!(
+        stopped.contains("is being upgraded, so `pause` is not possible"),
+        "{stopped}"
+    );
+    assert_eq!(qmp.status(), "running");
     let migration = json!([{"type": "migration"}]);
     assert_eq!(qmp.returns("query-yank", json!({})), migration);
     // What is set meanwhile is for the next one.
@@ -405,6 +435,12 @@ fn modes_that_are_known_and_not_offered_are_refused_by_name() {
         text.contains("'normal'") && text.contains("not supported"),
         "{text}"
     );
+    // QEMU makes an ordinary migration of these.
+    let channel = |kind| channel(kind, std::path::Path::new("x.sock"));
+    let both = json!({"channels": [channel("main"), channel("cpr")]});
+    assert_eq!(qmp.refused("migrate", both), text);
+    assert_eq!(qmp.returns("query-migrate", json!({})), json!({}));
+    assert_eq!(qmp.status(), "running");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::io::Read;
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::is_alive;
+use baton_tests::transfer::channel;
 use baton_tests::until;
 use serde_json::json;
 
@@ -271,8 +272,17 @@ fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
         assert_eq!(what.as_deref(), Some(whose));
         assert!(left.is_some_and(|ms| ms > 60_000), "{left:?}");
     }
-    let main = json!({"channels": [baton_tests::transfer::channel("main", &waiting.main)]});
+    let [main, cpr] = [channel("main", &waiting.main), channel("cpr", &waiting.cpr)];
+    for wrong in [json!([main, cpr]), json!([cpr]), json!([])] {
+        assert_eq!(
+            new.refused("migrate-incoming", json!({"channels": wrong})),
+            "Channel list must have only one entry, for type 'main'"
+        );
+    }
+    let main = json!({"channels": [main]});
+    let started = "The incoming migration has already been started";
     new.done("migrate-incoming", main.clone());
+    assert_eq!(new.refused("migrate-incoming", main.clone()), started);
     assert_eq!(old.migrated()["status"], "completed");
     until("the new side has it, too", || {
         new.event_names_now()
@@ -284,6 +294,7 @@ fn a_deferred_side_says_what_is_missing_and_goes_on_when_told() {
     assert!(at("MIGRATION setup") < at("RESUME"), "{names:?}");
     assert!(at("RESUME") < at("MIGRATION completed"), "{names:?}");
     assert_eq!(new.status(), "running");
+    assert_eq!(new.refused("migrate-incoming", main), started);
     until("nothing is waited for", || {
         (awaits(&mut new).0.is_none()).then_some(())
     });

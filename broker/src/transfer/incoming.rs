@@ -305,7 +305,12 @@ impl Broker {
                 "'-incoming' was not specified on the command line"
             }));
         };
-        if incoming.main.is_some() {
+        // Once the old side has come, there is nobody more to listen for.
+        let open = matches!(
+            incoming.stage,
+            Stage::Waiting(_) | Stage::Greeting(..) | Stage::Offered { .. } | Stage::Deferred(_)
+        );
+        if incoming.main.is_some() || !open {
             return Err(refused(STARTED));
         }
         if matches!(main, Address::Fd(_)) {
