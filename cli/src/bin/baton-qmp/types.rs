@@ -712,7 +712,11 @@ object!(
     FD_ADDRESS,
     "FdSocketAddress",
     "A descriptor.",
-    [member("str", Str, "Its number or name.")]
+    [member(
+        "str",
+        Str,
+        "Its number. Of `--incoming` alone: neither `migrate` nor `migrate-incoming` takes one."
+    )]
 );
 object!(SOCKET_ADDRESS, "SocketAddress", "A socket.", [
     member("type", OneOf(&SOCKET_TYPE), "Its kind."),
@@ -761,7 +765,7 @@ object!(
         optional(
             "channels",
             List(&Of(&CHANNEL)),
-            "Where to: a `main` and a `cpr` channel, each a unix socket on which another broker of the same user listens (a relative path is one in the VM's directory; no symbolic links). Left out in mode `cpr-transfer`: the broker makes them, and the worker is replaced in place."
+            "Where to: a `main` and a `cpr` channel, unix sockets on which another broker of the same user listens (a relative path is one in the VM's directory; no symbolic links), `main` also a TCP port; in mode `cpr-reboot` a `main` channel alone, a file. Left out in mode `cpr-transfer`: the broker makes them, and the worker is replaced in place."
         ),
         optional(
             "detach",
@@ -793,12 +797,12 @@ object!(
         optional(
             "uri",
             Str,
-            "Where to listen: `unix:PATH`; or the file that the guest is in: `file:PATH[,offset=BYTES]`."
+            "Where to listen: `unix:PATH` or `tcp:HOST:PORT`; or the file that the guest is in: `file:PATH[,offset=BYTES]`."
         ),
         optional(
             "channels",
             List(&Of(&CHANNEL)),
-            "The same: one entry, of type `main`, a unix socket or a file."
+            "The same: one entry, of type `main`, a unix socket, a TCP port or a file."
         ),
         optional(
             "exit-on-error",
