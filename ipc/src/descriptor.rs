@@ -157,6 +157,14 @@ pub enum DescriptorKind {
     VfioDevice,
 }
 
+impl DescriptorKind {
+    /// Whether there may be nothing to read for now: then it has O_NONBLOCK from its beginning, which is the open file's and
+    /// so everybody's who shares it.
+    fn is_waited_for(self) -> bool {
+        matches!(self, Self::Stream | Self::Eventfd | Self::Tap)
+    }
+}
+
 /// What a descriptor may be used for (O_ACCMODE, open(2)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -209,6 +217,14 @@ pub enum DescriptorError {
     Access {
         /// The access that was announced.
         expected: Access,
+        /// The flags of F_GETFL.
+        found: u32,
+    },
+    /// Whoever reads it could be made to wait, and whoever changes that changes it for all who share it.
+    #[error("expected {kind:?} that is open with O_NONBLOCK, found flags {found:#o}")]
+    Blocking {
+        /// The kind that was announced.
+        kind: DescriptorKind,
         /// The flags of F_GETFL.
         found: u32,
     },
@@ -274,7 +290,8 @@ impl Description {
     ///
     /// # Errors
     ///
-    /// [`DescriptorError`], for a descriptor of another kind or a RAM memfd without its seals.
+    /// [`DescriptorError`], for a descriptor of another kind, a RAM memfd without its seals, and a stream, tap or eventfd without
+    /// O_NONBLOCK.
     pub fn of(kind: DescriptorKind, fd: BorrowedFd<'_>) -> Result<Self, DescriptorError> {
         let stat = rustix::fs::fstat(fd).map_err(|e| DescriptorError::examine("fstat", e))?;
         let flags =
@@ -307,6 +324,12 @@ impl Description {
             return Err(DescriptorError::Kind {
                 expected: kind,
                 found: format!("{file_type:?} {device_number:?}"),
+            });
+        }
+        if kind.is_waited_for() && !flags.contains(OFlags::NONBLOCK) {
+            return Err(DescriptorError::Blocking {
+                kind,
+                found: flags.bits(),
             });
         }
         let mut seals = SealFlags::empty();
@@ -424,6 +447,7 @@ mod tests {
     use std::fs::File;
     use std::os::fd::OwnedFd;
 
+    use rustix::event::EventfdFlags;
     use rustix::fs::MemfdFlags;
 
     use super::*;
@@ -493,11 +517,42 @@ mod tests {
 
     #[test]
     fn an_eventfd_is_known_by_what_it_is_not() {
-        let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let eventfd = eventfd(EventfdFlags::NONBLOCK);
         let description = Description::of(DescriptorKind::Eventfd, eventfd.as_fd()).unwrap();
         assert_eq!(description.access, Access::ReadWrite);
         for kind in [DescriptorKind::Disk, DescriptorKind::Stream] {
             assert!(Description::of(kind, eventfd.as_fd()).is_err());
+        }
+    }
+
+    fn eventfd(flags: EventfdFlags) -> OwnedFd {
+        rustix::event::eventfd(0, flags | EventfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn what_could_make_its_reader_wait_is_refused() {
+        let (socket, other) = std::os::unix::net::UnixStream::pair().unwrap();
+        other.set_nonblocking(true).unwrap();
+        for (kind, blocking, good) in [
+            (DescriptorKind::Stream, socket.into(), other.into()),
+            (
+                DescriptorKind::Eventfd,
+                eventfd(EventfdFlags::empty()),
+                eventfd(EventfdFlags::NONBLOCK),
+            ),
+        ] {
+            let (blocking, good): (OwnedFd, OwnedFd) = (blocking, good);
+            assert!(matches!(
+                Description::of(kind, blocking.as_fd()),
+                Err(DescriptorError::Blocking { .. })
+            ));
+            // It is looked at again on arrival, whatever was announced.
+            let description = Description::of(kind, good.as_fd()).unwrap();
+            assert!(matches!(
+                description.verify(blocking.as_fd()),
+                Err(DescriptorError::Blocking { .. })
+            ));
+            description.verify(good.as_fd()).unwrap();
         }
     }
 

@@ -164,6 +164,7 @@ impl FdSocket {
         buffer.resize(MAX_MESSAGE, 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut reset = false;
         let message = loop {
             match rustix::net::recvmsg(
                 &self.socket,
@@ -177,6 +178,9 @@ impl FdSocket {
                     buffer.clear();
                     return Ok(Received::Empty);
                 }
+                // The other end was closed with messages from here in it. The kernel says so once, before it gives out what
+                // the other end had said, and that may be why it was closed.
+                Err(Errno::CONNRESET) if !reset => reset = true,
                 Err(Errno::CONNRESET) => {
                     buffer.clear();
                     return Ok(Received::HungUp);
@@ -265,6 +269,24 @@ mod tests {
             (sent.st_dev, sent.st_ino),
             (received.st_dev, received.st_ino)
         );
+    }
+
+    #[test]
+    fn who_closes_with_messages_unread_is_heard_to_the_end() {
+        let (a, b) = FdSocket::pair().unwrap();
+        a.send(b"never read", &[]).unwrap();
+        for word in [b"first", b"final"] {
+            b.send(word, &[]).unwrap();
+        }
+        drop(b);
+        let mut buffer = Vec::new();
+        for word in [b"first", b"final"] {
+            let received = a.receive(&mut buffer).unwrap();
+            assert!(matches!(received, Received::Message((), _)), "{received:?}");
+            assert_eq!(buffer, word);
+        }
+        let end = a.receive(&mut buffer).unwrap();
+        assert!(matches!(end, Received::HungUp), "{end:?}");
     }
 
     #[test]

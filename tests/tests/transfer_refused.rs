@@ -334,8 +334,10 @@ impl Impostor {
         let kernel = open(&vm.site.path("guest.elf"));
         save("kernel", 0, DescriptorKind::Image, kernel.into());
         let (console, _) = UnixStream::pair().unwrap();
+        console.set_nonblocking(true).unwrap();
         save("console", 0, DescriptorKind::Stream, console.into());
-        let kick = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let kick = rustix::event::eventfd(0, flags).unwrap();
         save("kick", 31 * 32, DescriptorKind::Eventfd, kick);
         save("ram", 0, DescriptorKind::GuestRam, ram);
         let header = CprHeader {

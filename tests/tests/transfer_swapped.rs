@@ -1,16 +1,26 @@
 //! Somebody between two brokers, on the cpr socket, who hands one of a guest's descriptors on as another, with a description to
 //! match: the workers see it on the main channel, which does not go through there.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+#![expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test that cannot do its work fails"
+)]
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
 
+use baton_guest::CommandLine;
 use baton_ipc::Description;
 use baton_ipc::DescriptorKey;
 use baton_ipc::DescriptorKind;
+use baton_policy::kernel;
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::Vm;
@@ -19,8 +29,12 @@ use baton_tests::between::Swap;
 use baton_tests::between::no_ram;
 use baton_tests::between::other_ram;
 use baton_tests::between::stand_between;
+use baton_tests::impostor::impostor;
+use baton_tests::impostor::well_meant;
 use baton_tests::transfer::Waiting;
 use baton_tests::transfer::channel;
+use rustix::event::EventfdFlags;
+use rustix::fs::OFlags;
 use serde_json::Value;
 use serde_json::json;
 
@@ -199,4 +213,138 @@ fn who_drops_a_descriptor_ends_the_transfer_and_the_guest_runs_on() {
     swapped.assert_failed(&vm, old, "0 descriptors came with entry ram#0");
     vm.assert_goes_on(&before);
     vm.assert_transfers();
+}
+
+/// Which descriptor the ones in the middle below take for themselves.
+static TARGET: Mutex<&str> = Mutex::new("");
+
+/// Another descriptor of this kind, which is open for reading and writing, blocking or not.
+fn another(kind: DescriptorKind, blocking: bool) -> OwnedFd {
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    match kind {
+        DescriptorKind::Tap => {
+            let mut options = File::options();
+            options.read(true).write(true);
+            let flags = if blocking { 0 } else { nonblocking };
+            let queue = options.custom_flags(flags).open("/dev/net/tun").unwrap();
+            let flags = kernel::IFF_TAP | kernel::IFF_NO_PI | kernel::IFF_VNET_HDR;
+            kernel::tun_set_iff(queue.as_fd(), &tap("o"), flags).unwrap();
+            queue.into()
+        }
+        DescriptorKind::Eventfd => {
+            let flags = EventfdFlags::CLOEXEC;
+            let more = if blocking {
+                EventfdFlags::empty()
+            } else {
+                EventfdFlags::NONBLOCK
+            };
+            rustix::event::eventfd(0, flags | more).unwrap()
+        }
+        _ => {
+            let (end, other) = UnixStream::pair().unwrap();
+            end.set_nonblocking(!blocking).unwrap();
+            std::mem::forget(other);
+            end.into()
+        }
+    }
+}
+
+fn is_target(key: &DescriptorKey) -> bool {
+    key.to_string() == *TARGET.lock().unwrap()
+}
+
+fn one_that_blocks(key: &DescriptorKey, is: &Description, _: BorrowedFd<'_>) -> Handed {
+    if is_target(key) {
+        Handed::Under(another(is.kind, true))
+    } else {
+        Handed::Same
+    }
+}
+
+fn one_of_another_kind(key: &DescriptorKey, _: &Description, _: BorrowedFd<'_>) -> Handed {
+    if is_target(key) {
+        Handed::Under(some_file())
+    } else {
+        Handed::Same
+    }
+}
+
+fn another_of_its_kind(key: &DescriptorKey, is: &Description, _: BorrowedFd<'_>) -> Handed {
+    if is_target(key) {
+        Handed::Other(another(is.kind, false))
+    } else {
+        Handed::Same
+    }
+}
+
+fn tap(which: &str) -> String {
+    format!("b{which}{}", std::process::id())
+}
+
+/// A guest with a tap, a disk of another process, a virtio console and a connection of its vsock.
+fn with_everything() -> (Vm, UnixStream) {
+    let vhost_user = "[[vhost_user]]\nid = \"data\"\nkind = \"blk\"\nsocket = \"d.sock\"\n";
+    let console = "[virtio_console]\nkind = \"socket\"\n";
+    let line = CommandLine::new().vsock(52).console().period_ms(50);
+    let mut listener = None;
+    let vm = Builder::release()
+        .line(line)
+        .net(&tap("s"), "")
+        .vsock()
+        .tables(&format!("{vhost_user}{console}"))
+        .start_in(|site| {
+            impostor(&site.path("d.sock"), |request| Some(well_meant(request)));
+            listener = Some(UnixListener::bind(site.path("v_52")).unwrap());
+        });
+    let (connection, _) = listener.unwrap().accept().unwrap();
+    (vm, connection)
+}
+
+#[test]
+fn a_stream_or_tap_that_is_not_the_guests_is_refused_by_name() {
+    let (vm, _connection) = with_everything();
+    let (before, old) = (vm.witness(), vm.worker());
+    let audit = vm.ask("audit").expect(0).json();
+    let listed = audit["descriptors"].as_array().unwrap();
+    let grants: Vec<&str> = listed
+        .iter()
+        .filter_map(|one| one["grant"].as_str())
+        .collect();
+    // How one is refused that is of its kind, and well described.
+    for (name, kind, other) in [
+        ("net#", "Tap", "the running VM has the tap"),
+        (
+            "vhost-user#",
+            "Stream",
+            "vhost_user data: the running VM's process does not listen at",
+        ),
+        (
+            "console#0",
+            "Stream",
+            "descriptor console#0 is not the old worker's",
+        ),
+        (
+            "console#1",
+            "Stream",
+            "descriptor console#1 is not the old worker's",
+        ),
+        ("vsock#", "Stream", "is not the old worker's"),
+        ("kick#", "Eventfd", ""),
+    ] {
+        let key = *grants.iter().find(|grant| grant.starts_with(name)).unwrap();
+        *TARGET.lock().unwrap() = key.to_owned().leak();
+        let blocking = format!("{key}: expected {kind} that is open with O_NONBLOCK");
+        let wrong = format!("{key}: expected {kind}, found RegularFile");
+        let mut cases: Vec<(&str, Swap)> =
+            vec![(&blocking, one_that_blocks), (&wrong, one_of_another_kind)];
+        // One eventfd is as good as another to fstat(2).
+        if !other.is_empty() {
+            cases.push((other, another_of_its_kind));
+        }
+        for (words, swap) in cases {
+            Swapped::transfer(&vm, swap).assert_failed(&vm, old, words);
+            vm.assert_goes_on(&before);
+        }
+    }
+    vm.assert_upgrades();
 }

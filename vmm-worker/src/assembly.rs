@@ -362,18 +362,6 @@ fn check_access(disk: &OwnedFd, readonly: bool) -> Result<(), BuildError> {
     }
 }
 
-/// Checks that no thread can be made to wait on a socket.
-fn check_nonblocking(field: &'static str, socket: &OwnedFd) -> Result<(), BuildError> {
-    let flags = rustix::fs::fcntl_getfl(socket);
-    if flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) {
-        return Ok(());
-    }
-    Err(BuildError::Config {
-        field,
-        value: "a socket that blocks".to_owned(),
-    })
-}
-
 fn claim(
     registry: &mut Registry,
     name: &str,
@@ -415,7 +403,6 @@ fn make(
         VirtioKind::VhostUser(backend) => {
             let (name, kind) = (descriptor::VHOST_USER, DescriptorKind::Stream);
             let connection = claim(registry, name, config.slot.into(), kind)?;
-            check_nonblocking(name, &connection)?;
             let device = VhostUser::new(connection, backend).map_err(PlatformError::EventFd)?;
             Ok(Box::new(device))
         }
@@ -555,7 +542,6 @@ pub(crate) fn build(
             VirtioKind::Console => {
                 let (name, id) = (descriptor::CONSOLE, descriptor::VIRTIO_CONSOLE);
                 let socket = claim(registry, name, id, stream)?;
-                check_nonblocking(name, &socket)?;
                 let (device, link) = virtio_console::Console::new(socket);
                 virtio_console = Some(link);
                 Box::new(device)

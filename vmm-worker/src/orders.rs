@@ -11,7 +11,6 @@ use baton_ipc::worker::Order;
 use baton_ipc::worker::Report;
 use baton_ipc::worker::VsockOrder;
 use baton_ipc::worker::WorkerStatus;
-use rustix::fs::OFlags;
 
 use crate::control::EXIT_DONE;
 use crate::control::EXIT_FAILED;
@@ -139,10 +138,7 @@ impl Worker {
 
     fn vsock_ordered(&mut self, order: VsockOrder, connection: Option<OwnedFd>) {
         let fits = connection.as_ref().is_none_or(|connection| {
-            // Nobody could make it so afterwards: whoever shares it would feel that.
-            let nonblocking = rustix::fs::fcntl_getfl(connection)
-                .is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
-            nonblocking && Description::of(DescriptorKind::Stream, connection.as_fd()).is_ok()
+            Description::of(DescriptorKind::Stream, connection.as_fd()).is_ok()
         });
         match &self.machinery.vsock {
             Some(vsock) if fits => vsock.order(order, connection),
