@@ -177,6 +177,8 @@ pub(crate) struct Asked {
 pub(crate) struct Clients {
     listener: OwnedFd,
     clients: Vec<Client>,
+    /// Came while the guest stood still, and are looked at when it runs.
+    lobby: Vec<(OwnedFd, UCred)>,
     next: u64,
     /// Nobody can be let in before this: descriptors had run out.
     rest_until: Option<Instant>,
@@ -213,6 +215,7 @@ impl Clients {
         Ok(Self {
             listener,
             clients: Vec::new(),
+            lobby: Vec::new(),
             next: 0,
             rest_until: None,
             denied: Vec::new(),
@@ -241,34 +244,51 @@ impl Clients {
 
     /// Takes those who wait at the door, up to a bound: the others have a turn of their own.
     pub(crate) fn accept(&mut self, policy: &Policy) {
+        for (socket, peer) in std::mem::take(&mut self.lobby) {
+            self.admit(socket, &peer, policy);
+        }
         if self.rest_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
         self.rest_until = None;
+        for _ in 0..ARRIVALS {
+            let Some((socket, peer)) = self.arrival() else {
+                return;
+            };
+            self.admit(socket, &peer, policy);
+        }
+    }
+
+    /// The next one who waits at the door.
+    fn arrival(&mut self) -> Option<(OwnedFd, UCred)> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         for _ in 0..ARRIVALS {
-            let socket = match rustix::net::accept_with(&self.listener, flags) {
-                Ok(socket) => socket,
-                Err(Errno::AGAIN) => return,
+            match rustix::net::accept_with(&self.listener, flags) {
+                Ok(socket) => {
+                    if let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) {
+                        return Some((socket, peer));
+                    }
+                }
                 // One that had left again, or a signal: the next one.
-                Err(Errno::CONNABORTED | Errno::INTR) => continue,
+                Err(Errno::CONNABORTED | Errno::INTR) => {}
+                Err(Errno::AGAIN) => return None,
                 Err(_) => {
                     self.rest_until = Some(Instant::now() + REST);
-                    return;
+                    return None;
                 }
-            };
-            let Ok(peer) = rustix::net::sockopt::socket_peercred(&socket) else {
-                continue;
-            };
-            let (user, groups) = (peer.uid.as_raw(), groups(&socket, &peer));
-            let rights = [View, Power, Upgrade, Transfer, Devices];
-            let known = rights
-                .into_iter()
-                .any(|right| may(policy, right, user, &groups));
-            if !known || !self.has_room_for(user) {
-                continue;
             }
-            let actor = actor(&socket, &peer);
+        }
+        None
+    }
+
+    fn admit(&mut self, socket: OwnedFd, peer: &UCred, policy: &Policy) {
+        let (user, groups) = (peer.uid.as_raw(), groups(&socket, peer));
+        let rights = [View, Power, Upgrade, Transfer, Devices];
+        let known = rights
+            .into_iter()
+            .any(|right| may(policy, right, user, &groups));
+        if known && self.has_room_for(user) {
+            let actor = actor(&socket, peer);
             self.greet(FdSocket::from(socket), actor, groups, false);
         }
     }
@@ -387,9 +407,21 @@ impl Clients {
         None
     }
 
-    /// Who asks for the upgrade to be cancelled and may: a look between the steps of a pause, when nothing else is heard and
-    /// nobody let in, so that no number of those who come lengthens it.
+    /// Who asks for the upgrade to be cancelled and may: a look between the steps of a pause, when nothing else is heard. Root and
+    /// the broker's own user are let in; what others may is looked at afterwards, so that no number of them lengthens it.
     pub(crate) fn cancels(&mut self, policy: &Policy) -> Option<u64> {
+        for _ in 0..ARRIVALS {
+            match self.arrival() {
+                Some((socket, peer)) if is_owner(peer.uid.as_raw()) => {
+                    self.admit(socket, &peer, policy);
+                    break;
+                }
+                Some(other) if self.lobby.len() < ARRIVALS => self.lobby.push(other),
+                // One too many is turned away.
+                Some(_) => {}
+                None => break,
+            }
+        }
         let client = self.clients.iter_mut().find(|client| {
             client.channel.peek() == Some(Request::Cancel)
                 && EITHER

@@ -414,14 +414,28 @@ impl Vm {
     /// When the guest was disturbed.
     #[must_use]
     pub fn witness(&self) -> Witness {
-        let workers = self.site.workers();
-        for worker in &workers {
-            crate::stop_process(*worker);
-        }
-        let report = self.ram.report();
-        for worker in &workers {
-            crate::continue_process(*worker);
-        }
+        let report = crate::until("every worker stands still", || {
+            let workers = self.site.workers();
+            // One that stands still by its broker's will is not to be woken here.
+            let ran: Vec<i32> = workers
+                .iter()
+                .copied()
+                .filter(|worker| !crate::is_stopped(*worker))
+                .collect();
+            for worker in &ran {
+                crate::stop_process(*worker);
+            }
+            let report = self.ram.report();
+            // A broker that let one go on meanwhile, or made another, had the guest run while it was read.
+            let stood = workers
+                .iter()
+                .all(|worker| crate::is_stopped(*worker) || !crate::is_alive(*worker));
+            let same = self.site.workers().iter().all(|one| workers.contains(one));
+            for worker in &ran {
+                crate::continue_process(*worker);
+            }
+            (stood && same).then_some(report)
+        });
         Witness::new(report.expect("the guest reports"))
     }
 

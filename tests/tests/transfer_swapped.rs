@@ -1,10 +1,6 @@
 //! Somebody between two brokers, on the cpr socket, who hands one of a guest's descriptors on as another, with a description to
 //! match: the workers see it on the main channel, which does not go through there.
-#![expect(
-    clippy::indexing_slicing,
-    clippy::unwrap_used,
-    reason = "a test that cannot do its work fails"
-)]
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -96,6 +96,12 @@ impl Listener {
         })
     }
 
+    /// Turns away whoever has connected and whoever will, also where somebody else holds the socket, too.
+    pub(crate) fn refuse(self) {
+        // One that does not listen any more has nobody to turn away.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
     /// Whoever has connected, if somebody has and is of this user, as far as that can be known.
     pub(crate) fn accept(&self) -> Option<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

@@ -380,7 +380,7 @@ impl Broker {
                 }
                 None => Stage::Waiting(listener),
             }),
-            Stage::Greeting(listener, stream, by) => Ok(self.greet(listener, stream, by)),
+            Stage::Greeting(listener, stream, by) => self.greet(listener, stream, by),
             Stage::Offered {
                 mut link,
                 state,

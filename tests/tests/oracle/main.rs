@@ -20,6 +20,7 @@ mod qemu;
 mod resources;
 mod run_states;
 mod starts;
+mod strangers;
 
 use std::path::Path;
 

@@ -143,6 +143,7 @@ mod tests {
         ] {
             let key = DescriptorKey::new(name, id).unwrap();
             let (socket, _) = UnixStream::pair().unwrap();
+            socket.set_nonblocking(true).unwrap();
             registry
                 .save(key, DescriptorKind::Stream, socket.into())
                 .unwrap();

@@ -11,6 +11,7 @@ use baton_ipc::control::Step;
 use baton_ipc::cpr::CprReceiver;
 use baton_ipc::transfer;
 use baton_ipc::transfer::Offer;
+use baton_ipc::transfer::PreambleError;
 use baton_ipc::transfer::ToOld;
 use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
@@ -37,20 +38,39 @@ use crate::transfer::channel_socket::Listener;
 const MAX_GUESTS: usize = 4;
 
 impl Broker {
-    /// Reads the first bytes. Whoever sends others, or none, is forgotten, and the next one is waited for.
-    pub(super) fn greet(&mut self, listener: Listener, stream: OwnedFd, by: Instant) -> Stage {
+    /// Reads the first bytes. Whoever sends others, or none, is forgotten, and the next one is waited for; but a QEMU ends a
+    /// waiting with a main channel.
+    pub(super) fn greet(
+        &mut self,
+        listener: Listener,
+        stream: OwnedFd,
+        by: Instant,
+    ) -> Result<Stage> {
         let greeted = match receive_preamble(&stream) {
-            Ok(None) if Instant::now() <= by => return Stage::Greeting(listener, stream, by),
-            Ok(None) => Err("it said nothing".to_owned()),
+            Ok(None) if Instant::now() <= by => {
+                return Ok(Stage::Greeting(listener, stream, by));
+            }
+            Ok(None) => Err(Unwelcome::Stranger("it said nothing".to_owned())),
             Ok(Some(ends)) => Ok(ends),
-            Err(reason) => Err(reason),
+            Err(unwelcome) => Err(unwelcome),
         };
         let (link, state) = match greeted {
             Ok(ends) => ends,
-            Err(reason) => {
+            Err(unwelcome) => {
+                let main = match unwelcome {
+                    // It takes a hang-up for the word to go on, connects to the main channel, and its guest is gone for it as
+                    // soon as all is written, read or not: so nobody may listen there by then.
+                    Unwelcome::Qemu(_) => self.incoming.as_mut().and_then(|one| one.main.take()),
+                    Unwelcome::Stranger(_) => None,
+                };
+                let (Unwelcome::Qemu(reason) | Unwelcome::Stranger(reason)) = unwelcome;
                 self.log
                     .note("incoming-refused", &json!({"reason": quoted(&reason)}));
-                return Stage::Waiting(listener);
+                let Some(main) = main else {
+                    return Ok(Stage::Waiting(listener));
+                };
+                main.refuse();
+                return Err(unfit(reason, "have it migrate to a QEMU"));
             }
         };
         let link = Link::new(FdSocket::from(link));
@@ -61,20 +81,20 @@ impl Broker {
         };
         if let Err(error) = link.send(&hello) {
             complain(&unfit(format_args!("the old broker: {error}"), ""));
-            return Stage::Waiting(listener);
+            return Ok(Stage::Waiting(listener));
         }
         if let Some(incoming) = &mut self.incoming {
             incoming.peer = channel_socket::peer_process(&stream);
             incoming.deadline = Some(Instant::now() + self.deadlines.of(Step::Build));
         }
         // Here the path goes: nobody else is taken.
-        Stage::Offered {
+        Ok(Stage::Offered {
             link,
             state: FdSocket::from(state),
             receiver: CprReceiver::default(),
             offer: None,
             registry: None,
-        }
+        })
     }
 
     pub(super) fn take_state(
@@ -211,8 +231,17 @@ impl Broker {
     }
 }
 
+/// Who has connected, and is no broker of ours; why.
+enum Unwelcome {
+    Stranger(String),
+    Qemu(String),
+}
+
 /// The two connections that come with the preamble; `None` while it has not come.
-fn receive_preamble(stream: &OwnedFd) -> std::result::Result<Option<(OwnedFd, OwnedFd)>, String> {
+fn receive_preamble(
+    stream: &OwnedFd,
+) -> std::result::Result<Option<(OwnedFd, OwnedFd)>, Unwelcome> {
+    let stranger = |reason: &str| Unwelcome::Stranger(reason.to_owned());
     let mut bytes = [0; transfer::PREAMBLE];
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -225,7 +254,7 @@ fn receive_preamble(stream: &OwnedFd) -> std::result::Result<Option<(OwnedFd, Ow
     let received = match received {
         Ok(received) => received,
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(stranger(&error.to_string())),
     };
     let mut ends = control
         .drain()
@@ -236,14 +265,17 @@ fn receive_preamble(stream: &OwnedFd) -> std::result::Result<Option<(OwnedFd, Ow
         .flatten();
     let ends = (ends.next(), ends.next(), ends.next());
     if received.bytes == 0 {
-        return Err("it left without a word".to_owned());
+        return Err(stranger("it left without a word"));
     }
     if received.bytes < bytes.len() {
-        return Err("not a migration stream (it is too short)".to_owned());
+        return Err(stranger("not a migration stream (it is too short)"));
     }
-    transfer::check_preamble(bytes).map_err(|e| e.to_string())?;
+    transfer::check_preamble(bytes).map_err(|error| match error {
+        PreambleError::Qemu => Unwelcome::Qemu(error.to_string()),
+        other => stranger(&other.to_string()),
+    })?;
     match ends {
         (Some(link), Some(state), None) => Ok(Some((link, state))),
-        _ => Err("the brokers' link did not come with it".to_owned()),
+        _ => Err(stranger("the brokers' link did not come with it")),
     }
 }
