@@ -1,11 +1,17 @@
 //! QMP clients drive a VM as they drive QEMU, and their connections outlive its workers.
 #![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
+use std::io::ErrorKind;
+use std::io::Read as _;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use baton_tests::Builder;
 use baton_tests::Qmp;
 use baton_tests::kill_process;
+use baton_tests::petitioner;
 use baton_tests::transfer::channel;
 use baton_tests::until;
 use serde_json::Value;
@@ -610,6 +616,62 @@ fn the_front_is_confined_under_a_user_of_its_own() {
             "{target}"
         );
     }
+}
+
+#[test]
+fn only_root_and_the_brokers_user_are_served_whatever_the_sockets_mode() {
+    const STRANGER: u32 = 65_002;
+    // What it may ask at the control socket is another matter.
+    let rule = format!(
+        "{}\n[[access]]\nto = [\"view\", \"power\"]\nusers = [{STRANGER}]\nwhy = \"a test\"\n",
+        baton_policy::BUILTIN
+    );
+    let open = |path: std::path::PathBuf, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let vm = Builder::release()
+        .policy(&rule)
+        .start_in(|site| open(site.path(""), 0o711));
+    let socket = vm.site.run_dir().join(&vm.site.name).join("qmp.sock");
+    open(socket.clone(), 0o666);
+    let mut root = Qmp::connect(&vm);
+    let knock = || {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let mut said = Vec::new();
+        // It may be hung up on before it has said anything.
+        let _ = stream.write_all(b"{\"execute\": \"qmp_capabilities\"}\n");
+        let over = stream.read_to_end(&mut said);
+        let hung_up = over.is_ok() || over.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset);
+        (hung_up, said)
+    };
+    let refused = std::thread::scope(|scope| {
+        let stranger = scope.spawn(|| {
+            petitioner::become_user(STRANGER);
+            (0..3).map(|_| knock()).collect::<Vec<_>>()
+        });
+        stranger.join().unwrap()
+    });
+    assert_eq!(refused, vec![(true, Vec::new()); 3], "without a word");
+    assert_eq!(root.status(), "running");
+    assert_eq!(Qmp::connect(&vm).status(), "running");
+    let log = vm.audit_log();
+    let clients: Vec<_> = log
+        .of("qmp-client")
+        .map(|one| {
+            let user = one.record["actor"]["user"]["uid"]
+                .as_str()
+                .unwrap()
+                .to_owned();
+            (user, one.fields["admitted"].as_bool().unwrap())
+        })
+        .collect();
+    let stranger = (STRANGER.to_string(), false);
+    let root = ("0".to_owned(), true);
+    let expected = [&root, &stranger, &stranger, &stranger, &root].map(Clone::clone);
+    assert_eq!(clients, expected);
 }
 
 #[test]

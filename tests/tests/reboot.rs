@@ -11,6 +11,7 @@ use baton_tests::Builder;
 use baton_tests::HugePages;
 use baton_tests::Qmp;
 use baton_tests::Vm;
+use baton_tests::transfer::channel;
 use baton_tests::until;
 use serde_json::json;
 use sha2::Digest as _;
@@ -197,7 +198,30 @@ fn what_is_no_file_to_save_to_is_refused_and_nothing_happens() {
         let text = qmp.refused("migrate", json!({"uri": uri}));
         assert!(text.contains(words), "{uri}: {text}");
     }
+    let to_file = |kind: &str| json!({"channel-type": kind, "addr": {"transport": "file", "filename": real.join("x"), "offset": 0}});
+    let to_socket = |kind| channel(kind, &real.join("s"));
+    let no_cpr = "mode 'cpr-reboot' has no cpr channel";
     for (arguments, words) in [
+        (
+            json!({"channels": [to_file("main"), to_socket("cpr")]}),
+            no_cpr,
+        ),
+        (
+            json!({"channels": [to_socket("main"), to_socket("cpr")]}),
+            no_cpr,
+        ),
+        (
+            json!({"channels": [to_socket("main")]}),
+            "mode 'cpr-reboot' takes a file here: file:PATH[,offset=BYTES]",
+        ),
+        (
+            json!({"uri": file(&real.join("x")), "resume": true}),
+            "Cannot resume if there is no paused migration",
+        ),
+        (
+            json!({"channels": [to_file("main")], "resume": true}),
+            "Cannot resume if there is no paused migration",
+        ),
         (json!({}), "need either 'uri' or 'channels' argument"),
         (json!({"channels": []}), "Channel list has no main entry"),
     ] {
