@@ -1,5 +1,4 @@
 //! `yank` of `migration`, out of band: before the commit the old worker runs on, after it the new one.
-#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
 
 use baton_tests::Builder;
 use baton_tests::Qmp;
