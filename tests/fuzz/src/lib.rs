@@ -87,7 +87,13 @@ impl Sink for Nowhere {
 /// The bytes of an input, zeroes after their end.
 pub struct Script<'a>(&'a [u8]);
 
-impl Script<'_> {
+impl<'a> Script<'a> {
+    /// Those of this input.
+    #[must_use]
+    pub fn new(data: &'a [u8]) -> Self {
+        Self(data)
+    }
+
     /// The next byte.
     pub fn byte(&mut self) -> u8 {
         let (byte, rest) = self.0.split_first().unwrap_or((&0, &[]));
@@ -120,7 +126,9 @@ impl Script<'_> {
         }
     }
 
-    fn is_empty(&self) -> bool {
+    /// Whether all of them were taken.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }

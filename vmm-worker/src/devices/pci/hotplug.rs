@@ -141,22 +141,28 @@ impl Hotplug {
         }
     }
 
-    /// Takes devices off the bus.
+    /// Takes devices off the bus, which the control thread is to hear of.
     fn eject(&mut self, slots: u32) {
+        self.unsaid |= self.unplug(slots);
+        if self.unsaid != 0 {
+            self.wake.trigger();
+        }
+    }
+
+    /// Takes devices off the bus; which there were.
+    fn unplug(&mut self, slots: u32) -> u32 {
+        let mut unplugged = 0;
         let mut segment = self.segment.lock().unwrap_or_else(PoisonError::into_inner);
         for slot in 0..32 {
             let bit = bit(slot);
             if slots & self.removable & bit != 0 && segment.unplug(slot) {
-                self.gone |= bit;
-                self.unsaid |= bit;
-                self.added &= !bit;
-                self.leaving &= !bit;
+                unplugged |= bit;
             }
         }
-        drop(segment);
-        if self.unsaid != 0 {
-            self.wake.trigger();
-        }
+        self.gone |= unplugged;
+        self.added &= !unplugged;
+        self.leaving &= !unplugged;
+        unplugged
     }
 }
 
@@ -267,8 +273,9 @@ impl Device for Hotplug {
                 );
             }
         }
+        // Nobody hears of it before the guest is this worker's.
         self.gone = 0;
-        self.eject(gone);
+        self.unplug(gone);
         if self.gone != gone {
             return Err(StateError::field("gone", gone, "has slots without a device").into());
         }
