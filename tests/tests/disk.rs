@@ -1,7 +1,18 @@
 //! A disk keeps its work, its lock and its grant, whatever happens to the workers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot do its work fails")]
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
 
 use baton_guest::CommandLine;
 use baton_tests::Builder;
+use baton_tests::until;
+use nix::fcntl::FcntlArg;
+use nix::fcntl::fcntl;
 
 fn busy() -> Builder {
     Builder::release()
@@ -54,6 +65,74 @@ fn a_writable_disk_is_one_vms_alone_until_that_ends() {
     vm.site.run("other.toml").expect(0);
     let other = format!("{}-other", vm.site.name);
     vm.site.baton(["stop", &other, "--force"]).expect(0);
+}
+
+/// What somebody of another process can see of a disk's lock, all the time.
+struct Looker {
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<(u64, u64)>,
+}
+
+/// Whether nobody has any lock on this file.
+fn is_free(file: &File) -> bool {
+    let mut lock = libc::flock {
+        l_type: i16::try_from(libc::F_WRLCK).unwrap(),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap(),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).unwrap();
+    i32::from(lock.l_type) == libc::F_UNLCK
+}
+
+impl Looker {
+    fn at(path: &Path) -> Self {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        let end = Arc::clone(&over);
+        let thread = std::thread::spawn(move || {
+            let (mut looks, mut free) = (0, 0);
+            while !end.load(Ordering::Relaxed) {
+                looks += 1;
+                free += u64::from(is_free(&file));
+                std::thread::yield_now();
+            }
+            (looks, free)
+        });
+        Self { over, thread }
+    }
+
+    /// How often it has looked, and how often nobody had the lock.
+    fn finish(self) -> (u64, u64) {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+#[test]
+fn somebody_has_the_lock_at_every_instant_of_a_vms_life() {
+    let mut vm = busy().start();
+    let path = vm.site.path("data.img");
+    let looker = Looker::at(&path);
+    for round in 0..30 {
+        vm.assert_upgrades();
+        if round % 10 == 5 {
+            vm.assert_transfers();
+        }
+        if round % 10 == 9 {
+            let refused = vm.baton("upgrade", ["--worker", "/bin/true"]);
+            assert_ne!(refused.code, Some(0), "{refused:?}");
+        }
+    }
+    let (looks, free) = looker.finish();
+    assert_eq!(free, 0, "of {looks} looks");
+    assert!(looks > 1_000, "{looks}");
+    vm.assert_disk_is_whole("data.img");
+    vm.end().expect(0);
+    // It can be seen when nobody has it.
+    let file = File::options().write(true).open(&path).unwrap();
+    until("the lock to be let go", || is_free(&file).then_some(()));
 }
 
 #[test]

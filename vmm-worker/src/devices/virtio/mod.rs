@@ -207,3 +207,5 @@ pub const DRIVER_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAI
     reason = "the numbers in these tests are small"
 )]
 mod test_driver;
+#[cfg(test)]
+mod tests;

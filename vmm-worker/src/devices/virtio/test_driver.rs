@@ -25,7 +25,7 @@ use crate::devices::pci::msix::Sink;
 pub(super) const RAM: u64 = 1 << 20;
 /// Where each queue has its rings, and how far apart they are.
 pub(super) const RINGS: u64 = 0x1000;
-const RING_STEP: u64 = 0x4000;
+pub(super) const RING_STEP: u64 = 0x4000;
 pub(super) const AVAILABLE: u64 = 0x1000;
 pub(super) const USED: u64 = 0x2000;
 /// Where requests have their buffers.

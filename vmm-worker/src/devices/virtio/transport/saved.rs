@@ -15,6 +15,7 @@ use crate::devices::virtio::DRIVER_OK;
 use crate::devices::virtio::F_EVENT_IDX;
 use crate::devices::virtio::F_VERSION_1;
 use crate::devices::virtio::FEATURES_OK;
+use crate::devices::virtio::interrupts::NO_VECTOR;
 use crate::devices::virtio::queue::SavedQueue;
 
 /// Bits of the ISR status.
@@ -39,7 +40,7 @@ pub(super) struct SavedDriver {
     driver_feature_select: u32,
     pub(super) features: u64,
     queue_select: u16,
-    config_vector: u16,
+    pub(super) config_vector: u16,
     pub(super) queue_vectors: Vec<u16>,
     pub(super) queues: Vec<SavedQueue>,
 }
@@ -164,6 +165,20 @@ impl Transport {
                 queues.len() as u64,
                 "not the number of queues of this device",
             ));
+        }
+        let vectors = self.interrupts.msix().vectors();
+        for (name, chosen) in [
+            ("config_vector", [config_vector].as_slice()),
+            ("queue_vector", queue_vectors.as_slice()),
+        ] {
+            let impossible = |vector: &&u16| **vector >= vectors && **vector != NO_VECTOR;
+            if let Some(vector) = chosen.iter().find(impossible) {
+                return Err(StateError::field(
+                    name,
+                    *vector,
+                    "not a vector of this device",
+                ));
+            }
         }
         let event_idx = features & F_EVENT_IDX != 0;
         let ready = status & DRIVER_OK != 0;

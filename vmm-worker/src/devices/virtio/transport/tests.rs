@@ -157,7 +157,7 @@ fn the_access_capability_reaches_the_registers() {
 #[test]
 fn each_field_that_can_be_wrong_is_refused_by_name() {
     type Change = fn(&mut saved::SavedTransport);
-    let changes: [(&str, Change); 12] = [
+    let changes: [(&str, Change); 14] = [
         ("status", |state| state.driver.status = 0x20),
         ("status", |state| state.driver.status = 7),
         ("features", |state| state.driver.features |= 1 << 40),
@@ -165,6 +165,8 @@ fn each_field_that_can_be_wrong_is_refused_by_name() {
         ("isr", |state| state.isr = 4),
         ("queues", |state| state.driver.queues.clear()),
         ("queues", |state| state.driver.queue_vectors.push(0)),
+        ("config_vector", |state| state.driver.config_vector = 100),
+        ("queue_vector", |state| state.driver.queue_vectors[0] = 100),
         ("queue.size", |state| state.driver.queues[0].size = 128),
         ("queue.size", |state| state.driver.queues[0].size = 12),
         ("queue", |state| state.driver.queues[0].used += 1),
