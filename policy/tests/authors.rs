@@ -35,6 +35,25 @@ fn pointed(error: &PolicyError) -> String {
 const YIELD: &str = r#"{ call = "sched_yield", why = "spinning politely" },"#;
 
 #[test]
+fn a_text_that_would_drive_a_terminal_does_not_parse() {
+    // It erases the line above it on many a terminal, where `diff` may just have said what a build wants.
+    let hostile = "\\u001b[2K\\u001b[1A and a reason";
+    let reason = "why = \"what the guest boots, read once by the first worker\"";
+    for (text, with) in [
+        (reason, format!("why = \"{hostile}\"")),
+        ("name = \"default\"", format!("name = \"{hostile}\"")),
+    ] {
+        assert!(BUILTIN.contains(text), "{text}");
+        let error = Policy::parse(&BUILTIN.replacen(text, &with, 1), "test").unwrap_err();
+        assert!(
+            matches!(*error.problem, Problem::Control('\u{1b}')),
+            "{error}"
+        );
+        assert!(!error.to_string().contains('\u{1b}'), "{error}");
+    }
+}
+
+#[test]
 fn a_rule_without_its_reason_does_not_parse() {
     let error = refused(&edited(YIELD, r#"{ call = "sched_yield" },"#));
     assert!(

@@ -48,7 +48,7 @@ pub(crate) fn execute(explain: &Explain, output: &Output) -> Result<Exit, Refusa
             if output.json() {
                 output.document(&value(&explanation)?)?;
             } else {
-                output.text(explanation.to_string().trim_end())?;
+                output.text(printable(&explanation.to_string()).trim_end())?;
             }
             Ok(Exit::Done)
         }
@@ -67,7 +67,7 @@ fn of_call(policy: &Policy, name: &str, output: &Output) -> Result<Exit, Refusal
     if output.json() {
         output.document(&value(&explanation)?)?;
     } else {
-        output.text(explanation.to_string().trim_end())?;
+        output.text(printable(&explanation.to_string()).trim_end())?;
     }
     Ok(Exit::Done)
 }
@@ -237,8 +237,13 @@ fn text(explanation: &VmExplanation, worker: &Worker, output: &Output) -> String
     lines.push("\nDescriptors at its start:".to_owned());
     lines.push(table.draw(output));
     lines.push("\nWhat could come to a worker later:".to_owned());
-    lines.extend(explanation.later.iter().map(|one| format!("  {one}")));
+    lines.extend(
+        explanation
+            .later
+            .iter()
+            .map(|one| format!("  {}", printable(one))),
+    );
     lines.push(String::new());
-    lines.push(explanation.explanation.to_string().trim_end().to_owned());
+    lines.push(printable(explanation.explanation.to_string().trim_end()));
     lines.join("\n")
 }

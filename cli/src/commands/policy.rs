@@ -26,6 +26,7 @@ use crate::failure::failure;
 use crate::failure::unfit;
 use crate::output::Output;
 use crate::output::Style;
+use crate::output::printable;
 
 /// What stands for the built-in policy, as in a VM's description.
 pub(super) const BUILT_IN: &str = "default";
@@ -134,6 +135,7 @@ fn check(file: &Path, output: &Output) -> Result<Exit, Refusal> {
         fitness
             .advice
             .iter()
+            .map(|advice| printable(&advice.to_string()))
             .map(|advice| format!("{} {advice}", output.paint(Style::Warning, "consider"))),
     );
     output.text(&lines.join("\n"))?;
@@ -155,7 +157,7 @@ fn diff(old: &Path, new: &Path, output: &Output) -> Result<Exit, Refusal> {
                 Direction::Narrows => Style::Good,
                 Direction::Alters => Style::Warning,
             };
-            output.paint(style, &change.to_string())
+            output.paint(style, &printable(&change.to_string()))
         });
         let lines: Vec<String> = lines.collect();
         if lines.is_empty() {

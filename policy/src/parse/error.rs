@@ -62,6 +62,9 @@ pub enum Problem {
     /// A reason that is none.
     #[error("a rule needs its reason: `why` is {0:?}")]
     NoReason(String),
+    /// A control character in a text.
+    #[error("a text has the control character {}", .0.escape_unicode())]
+    Control(char),
     /// A list that may not be empty.
     #[error("`{0}` is empty")]
     Empty(&'static str),
@@ -173,6 +176,7 @@ impl Problem {
         Some(match self {
             Self::UnknownCall { suggestion: Some(name), .. } => format!("did you mean {name:?}?"),
             Self::UnknownCall { .. } => "use the names of the kernel's table for x86-64".to_owned(),
+            Self::Control(_) => "leave it out: a text is for people to read".to_owned(),
             Self::NoReason(_) => "say what it is needed for, in a few words".to_owned(),
             Self::Overlap { .. } => "keep one of the two rules; the compiler would drop one silently".to_owned(),
             Self::NotInBuild { .. } => "give it to \"build\" too, or take it away here".to_owned(),

@@ -81,6 +81,7 @@ pub(crate) fn policy(text: &str, origin: &str) -> Result<Policy, PolicyError> {
     if name.is_empty() {
         return Err(source.error(file.name.span(), Problem::Empty("name")));
     }
+    source.plain(file.name.span(), &name)?;
     Ok(Policy {
         name,
         origin: origin.to_owned(),

@@ -44,10 +44,19 @@ impl Source<'_> {
     pub(super) fn reason(&self, why: Spanned<String>) -> Result<String, PolicyError> {
         let span = why.span();
         let text = one_line(&why.into_inner());
+        self.plain(span.clone(), &text)?;
         if text.chars().count() < MIN_WHY {
             return Err(self.error(span, Problem::NoReason(text)));
         }
         Ok(text)
+    }
+
+    /// What people read may not do anything to their terminal.
+    pub(super) fn plain(&self, span: Range<usize>, text: &str) -> Result<(), PolicyError> {
+        match text.chars().find(|c| c.is_control()) {
+            None => Ok(()),
+            Some(control) => Err(self.error(span, Problem::Control(control))),
+        }
     }
 
     pub(super) fn call(&self, name: &Spanned<String>) -> Result<Syscall, PolicyError> {

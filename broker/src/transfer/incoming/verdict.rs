@@ -237,7 +237,11 @@ impl Broker {
         let mut waited = None;
         match self.open_own_log() {
             Ok(log) => {
-                self.log.note("continued", &json!({"in": log.checkpoint()}));
+                let linked = self
+                    .log
+                    .write("continued", &json!({"in": log.checkpoint()}))
+                    .recorded();
+                linked.unwrap_or_else(|refusal| complain(&refusal));
                 self.log.end();
                 waited = Some(self.log.checkpoint());
                 self.log = log;
@@ -245,13 +249,17 @@ impl Broker {
             Err(refusal) => complain(&refusal),
         }
         let generation = self.generation();
-        self.log.note(
-            "taken-over",
-            &json!({
-                "generation": generation, "vm_file": self.options.vm_file,
-                "policy_digest": self.rules.policy.digest.to_string(), "waited": waited,
-            }),
-        );
+        let linked = self
+            .log
+            .write(
+                "taken-over",
+                &json!({
+                    "generation": generation, "vm_file": self.options.vm_file,
+                    "policy_digest": self.rules.policy.digest.to_string(), "waited": waited,
+                }),
+            )
+            .recorded();
+        linked.unwrap_or_else(|refusal| complain(&refusal));
         let outcome = outcome.map_or_else(|| self.end_for_the_dead(), |outcome| *outcome);
         self.last_cancelled = false;
         self.last_upgrade = Some(outcome.clone());
