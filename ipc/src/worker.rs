@@ -460,7 +460,8 @@ pub enum Order {
     Commit,
     /// The guest is yours, and stands still at the operator's wish: say [`Report::Running`], and hold it.
     CommitPaused,
-    /// Nobody will ever say `commit` any more: end, unless it was said. A worker that has the guest answers as to `query`.
+    /// Nobody will ever say `commit` any more: end, unless it was said. A worker that has the guest answers
+    /// as to `query`, or [`Report::Paused`] if it was told to hold it.
     Abandon,
     /// Want so many 4 KiB pages of the guest's in its balloon.
     Balloon {

@@ -304,6 +304,34 @@ macro_rules! cells {
     };
 }
 
+/// The old broker dies after the commit and before its word of it: what it would have said of the guest is the worker's to say.
+#[test]
+fn a_guest_that_stood_still_stands_on_when_its_broker_dies_at_the_commit() {
+    for fault in ["S10:kill-broker", "committed-is-lost"] {
+        let vm = Builder::faulty(fault).start();
+        vm.ask("pause").expect(0);
+        let Faulted {
+            mut vm,
+            old,
+            before,
+            waiting,
+            info: _,
+        } = transferring_while(vm, "", |_, _| ());
+        vm.assert_taken_over(&waiting);
+        assert_ne!(vm.worker(), old, "{fault}");
+        assert_eq!(vm.state(), "paused", "{fault}");
+        vm.assert_stands_still();
+        // It stays so in the next worker, until somebody lets it go on.
+        let upgrade = vm.upgrade();
+        assert_eq!(upgrade.outcome, "committed", "{upgrade:?}");
+        assert_eq!(vm.state(), "paused", "{fault}");
+        vm.assert_stands_still();
+        vm.ask("resume").expect(0);
+        vm.assert_goes_on(&before);
+        vm.assert_transfers();
+    }
+}
+
 mod new_broker {
     use super::*;
 

@@ -49,6 +49,8 @@ impl Worker {
             ) => {
                 return Err(Exit(EXIT_DONE));
             }
+            // It has its guest, which was not to run: the broker that knew is gone.
+            (Order::Abandon, Phase::Paused) => self.report(Report::Paused),
             (Order::Query | Order::Abandon, _) => {
                 let balloon = self.machinery.balloon.as_ref();
                 let serial = self.machinery.console.dropped();

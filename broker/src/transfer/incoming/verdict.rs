@@ -84,23 +84,23 @@ impl Broker {
             return Ok(Stage::Asked(worker));
         }
         worker.phase = Phase::Running;
-        match worker.hear() {
-            // It answers only when it has the guest.
-            Ok(Some(Report::Status(_))) => {
-                let committed = Committed {
-                    // Which it has closed by now is not known; their ids are not used again.
-                    connections: crate::devices::vsock::handover::connections(&self.registry),
-                    paused: false,
-                    uptime_us: 0,
-                    resets_asked: 0,
-                    panicked: false,
-                };
-                self.consoles = self.take_over_from(*worker, &committed);
-                self.settled_down(None);
-                Ok(Stage::Gone)
-            }
-            _ => Ok(Stage::Asked(worker)),
-        }
+        // It answers only when it has the guest.
+        let paused = match worker.hear() {
+            Ok(Some(Report::Status(_))) => false,
+            Ok(Some(Report::Paused)) => true,
+            _ => return Ok(Stage::Asked(worker)),
+        };
+        let committed = Committed {
+            // Which it has closed by now is not known; their ids are not used again.
+            connections: crate::devices::vsock::handover::connections(&self.registry),
+            paused,
+            uptime_us: 0,
+            resets_asked: 0,
+            panicked: false,
+        };
+        self.consoles = self.take_over_from(*worker, &committed);
+        self.settled_down(None);
+        Ok(Stage::Gone)
     }
 
     /// The guest is this broker's. Its consoles, not yet read.
