@@ -96,7 +96,7 @@ within "all of it is let go" "$(blocks)" 0 0
 expect "it reads zeroes" 'tr -d "\0" </dev/vda | wc -c' 0
 
 # An interface comes and goes.
-tunctl -u root -t tap1 >/dev/null && ip link set tap1 up || give_up "the host has no second tap"
+tunctl -u 0 -t tap1 >/dev/null && ip link set tap1 up || give_up "the host has no second tap"
 qmp netdev_add '{"type": "tap", "id": "late", "ifname": "tap1"}'
 qmp device_add '{"driver": "virtio-net-pci", "id": "nic", "netdev": "late", "mac": "52:54:00:00:00:02"}'
 has_eth1() {
