@@ -95,23 +95,6 @@ expect "the guest discards the rest" 'blkdiscard /dev/vda && echo done' 'done'
 within "all of it is let go" "$(blocks)" 0 0
 expect "it reads zeroes" 'tr -d "\0" </dev/vda | wc -c' 0
 
-# An interface comes and goes.
-tunctl -u 0 -t tap1 >/dev/null && ip link set tap1 up || give_up "the host has no second tap"
-qmp netdev_add '{"type": "tap", "id": "late", "ifname": "tap1"}'
-qmp device_add '{"driver": "virtio-net-pci", "id": "nic", "netdev": "late", "mac": "52:54:00:00:00:02"}'
-has_eth1() {
-    ask 'cat /sys/class/net/eth1/address'
-    [ "$said" = 52:54:00:00:00:02 ]
-}
-patiently 240 "the guest finds an interface that comes" has_eth1
-address 98 tap1 eth1
-patiently 120 "the guest answers on eth1" reaches 98
-upgrade 1 plugged
-patiently 120 "the guest answers on eth1 after an upgrade" reaches 98
-qmp device_del '{"id": "nic"}'
-is_let_go() { baton qmp $vm '{"execute": "netdev_del", "arguments": {"id": "late"}}' >/tmp/qmp 2>&1; }
-patiently 240 "the guest lets it go" is_let_go
-pass "a network interface comes, works over an upgrade and goes"
 is_confined
 
 # Its kernel panics: it stands, in another worker too, until somebody lets it go on; then it reboots, as it was told to.
